@@ -1,7 +1,7 @@
 """A training's state on disk and back: safetensors and JSON in one folder a step, written aside and renamed.
 
-    checkpoints/step-000200/state.safetensors   every tensor, named "part.key"
-    checkpoints/step-000200/state.json          format version, step, the tensor file's SHA-256, anything else small
+checkpoints/step-000200/state.safetensors   every tensor, named "part.key"
+checkpoints/step-000200/state.json          format version, step, the tensor file's SHA-256, anything else small
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Checkpoint:
         return {k[len(name) + 1 :]: v for k, v in self.tensors.items() if k.startswith(name + ".")}
 
 
-def save(folder: Path, step: int, parts: Mapping[str, Mapping[str, torch.Tensor]], *, keep: int = 2, **extra: Any) -> None:
+def save(
+    folder: Path, step: int, parts: Mapping[str, Mapping[str, torch.Tensor]], *, keep: int = 2, **extra: Any
+) -> None:
     """Writes the state after `step` steps; then removes all but the newest `keep`.
 
     `parts` maps a part's name to its tensors. Nothing is removed before the new checkpoint is complete.

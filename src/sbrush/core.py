@@ -1,24 +1,42 @@
-"""SwiftBrush (arXiv 2312.05239): one-step text-to-image distillation by variational score distillation.
+"""SwiftBrush (arXiv 2312.05239): one-step text-to-image distillation by Variational Score Distillation.
 
-This module is the paper. It imports only torch; every function is pure and takes its noise and timesteps as arguments.
+This module is the paper. It imports only torch; its functions are pure: noise and timesteps come in as arguments.
 
-    code            symbol           shape            meaning
-    x0              x_0              [B, C, H, W]     a clean latent; the student's picture
-    noise           eps, z           [B, C, H, W]     standard normal
-    t               t                [B] int64        timestep, 0 .. T
-    x_t             x_t              [B, C, H, W]     alpha_t x0 + sigma_t noise
-    alpha, sigma    alpha_t sigma_t  [B, 1, 1, 1]     sqrt(abar_t) and sqrt(1 - abar_t), from the teacher's schedule
-    eps_teacher     eps_phi          [B, C, H, W]     the frozen teacher's noise prediction, guided
-    eps_lora        eps_psi          [B, C, H, W]     the LoRA teacher's noise prediction
-    scale           s                number           guidance scale
+    code          symbol            shape           meaning
+    x0            x_0               [B, C, H, W]    a clean latent; the student's picture
+    z             z ~ N(0, I)       [B, C, H, W]    what the student starts from
+    noise         eps ~ N(0, I)     [B, C, H, W]    what a clean latent is mixed with
+    t             t, t', T          [B] int64       timestep in 0 .. T; T = len(schedule) - 1 is pure noise, nearly
+    x_t           x_t               [B, C, H, W]    alpha_t x0 + sigma_t noise
+    alpha, sigma  alpha_t, sigma_t  [B, 1, 1, 1]    sqrt(abar_t), sqrt(1 - abar_t): read from the teacher's scheduler
+    output        -                 [B, C, H, W]    what a UNet returns: an epsilon or a v, see Prediction
+    eps_teacher   eps_phi           [B, C, H, W]    noise prediction of the frozen teacher
+    eps_lora      eps_psi           [B, C, H, W]    noise prediction of the LoRA teacher, which follows the student
+    scale         s                 number          guidance scale
+    gap           g                 [B, C, H, W]    weighted score difference: the direction that x0 must leave
+
+One update of the student theta, then one of the LoRA teacher psi:
+
+    x0 = student_x0(output of theta at (z, T, y), z, T)                     f_theta(z, y)
+    gap = vsd_gap(guided eps_phi, guided eps_psi at x_t = add_noise(x0))    no gradient through the teachers
+    theta follows vsd_loss(x0, gap)
+    psi follows lora_loss(eps_psi at x_t' = add_noise(x0.detach()), noise, t')
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction"]
+"""What a UNet's output means: the noise eps, or v = alpha_t eps - sigma_t x0 (named as in diffusers' schedulers)."""
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [B, C, H, W], t [B], text embedding [B, L, D]) -> output [B, C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +48,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
-        """From abar_t, [T + 1], in the teacher's scheduler."""
+        """From abar_t [T + 1], as diffusers' schedulers hold it."""
         abar = alphas_cumprod.double()
         return cls(abar.sqrt().float(), (1 - abar).sqrt().float())
 
@@ -42,5 +60,124 @@ class NoiseSchedule:
         return NoiseSchedule(self.alpha.to(device), self.sigma.to(device))
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, each [B, 1, 1, 1]."""
+        """alpha_t and sigma_t, each float32 [B, 1, 1, 1]."""
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+
+    def last(self, batch: int) -> Tensor:
+        """T, the student's timestep, for each of `batch` samples: int64 [B]."""
+        return torch.full((batch,), len(self) - 1, device=self.alpha.device)
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """x_t = alpha_t x0 + sigma_t eps (the forward process, SwiftBrush eq. 1). Float32 [B, C, H, W]."""
+    alpha, sigma = schedule.at(t)
+    return alpha * x0.float() + sigma * noise.float()
+
+
+def to_epsilon(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
+    """A UNet's output as a noise prediction: itself, or eps = alpha_t v + sigma_t x_t. Float32 [B, C, H, W]."""
+    if prediction == "epsilon":
+        return output.float()
+    alpha, sigma = schedule.at(t)
+    return alpha * output.float() + sigma * x_t.float()
+
+
+def to_x0(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
+    """A UNet's output as a clean latent: x0 = (x_t - sigma_t eps) / alpha_t, or x0 = alpha_t x_t - sigma_t v.
+
+    Float32 [B, C, H, W] whatever the output's dtype: at T, 1 / alpha_T = 14.6 magnifies rounding by as much.
+    """
+    alpha, sigma = schedule.at(t)
+    if prediction == "epsilon":
+        return (x_t.float() - sigma * output.float()) / alpha
+    return alpha * x_t.float() - sigma * output.float()
+
+
+def student_x0(
+    output: Tensor,
+    z: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    *,
+    reparameterised: bool = True,
+) -> Tensor:
+    """The student's map from noise to picture, given its UNet's output at (z, T, y) (SwiftBrush eq. 8).
+
+        f_theta(z, y) = (z - sigma_T eps_theta(z, T, y)) / alpha_T
+
+    so that a student that starts as a copy of the teacher starts as the teacher's own one-step guess. Without
+    `reparameterised` (the paper's ablation) the UNet's output is the picture itself. Float32 [B, C, H, W].
+    """
+    return to_x0(output, z, t, schedule, prediction) if reparameterised else output.float()
+
+
+def guide(eps_cond: Tensor, eps_null: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance: eps_null + s (eps_cond - eps_null); s = 1 is no guidance."""
+    return eps_null + scale * (eps_cond - eps_null)
+
+
+def guided_epsilon(
+    denoise: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    null: Tensor,
+    scale: float,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+) -> Tensor:
+    """eps^cfg(x_t, t, y) with both halves in one batched call of `denoise`; without guidance (s = 1) only one half.
+
+    `cond`, `null`: text embeddings of the prompts and of the empty prompt, [B, L, D]. Float32 [B, C, H, W].
+    """
+    if scale == 1:
+        return to_epsilon(denoise(x_t, t, cond), x_t, t, schedule, prediction)
+    twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
+    output = denoise(twice, t_twice, torch.cat([cond, null]))
+    eps_cond, eps_null = to_epsilon(output, twice, t_twice, schedule, prediction).chunk(2)
+    return guide(eps_cond, eps_null, scale)
+
+
+def vsd_gap(eps_teacher: Tensor, eps_lora: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """g = w(t) (eps_phi - eps_psi) with w(t) = sigma_t^2 (SwiftBrush eq. 6). Float32 [B, C, H, W].
+
+    Zero where the LoRA teacher, and so the student's own distribution, agrees with the teacher.
+    With eps_lora the added noise itself this is Score Distillation Sampling, the paper's ablation.
+    """
+    _, sigma = schedule.at(t)
+    return sigma.pow(2) * (eps_teacher.float() - eps_lora.float())
+
+
+def dmd_gap(eps_teacher: Tensor, eps_lora: Tensor, noise: Tensor) -> Tensor:
+    """g = (eps_phi - eps_psi) / mean|eps_phi - eps|, the mean taken per sample (DMD, arXiv 2311.18828, eq. 8).
+
+    DMD writes it with x0 predictions; there sigma_t / alpha_t stands above and below and cancels. Float32 [B, C, H, W].
+    """
+    scale = (eps_teacher.float() - noise.float()).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return (eps_teacher.float() - eps_lora.float()) / scale.clamp(min=1e-6)
+
+
+def vsd_loss(x0: Tensor, gap: Tensor) -> Tensor:
+    """The student's loss: 1/2 mean (x0 - stopgrad(x0 - g))^2, whose gradient by x0 is g / numel (SwiftBrush eq. 6).
+
+    Its value, mean(g^2) / 2, says how far the scores are apart; it is not a measure of convergence.
+    """
+    target = (x0.float() - gap).detach()
+    return 0.5 * (x0.float() - target).pow(2).mean()
+
+
+def lora_loss(
+    eps_lora: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule, *, snr_cap: float | None = None
+) -> Tensor:
+    """The LoRA teacher's loss: mean (alpha_t' eps_psi - alpha_t' eps)^2 (SwiftBrush eq. 7 and the official weight).
+
+    With `snr_cap` c the squared error in v is weighted by min(snr_t, c) / (snr_t + 1) instead (arXiv 2303.09556), which
+    does not vanish at high noise as alpha_t^2 does: for v-prediction teachers that were trained this way themselves.
+    """
+    alpha, sigma = schedule.at(t)
+    error = (eps_lora.float() - noise.float()).pow(2)
+    if snr_cap is None:
+        return (alpha.pow(2) * error).mean()
+    snr = (alpha / sigma).pow(2)
+    return (snr.clamp(max=snr_cap) / (snr + 1) / alpha.pow(2) * error).mean()

@@ -57,7 +57,9 @@ def vae(work: Work = WORK, steps: Steps = 3000, batch: Batch = 32, lr: float = 3
             posterior = net.encode(x).latent_dist
             y = net.decode(posterior.sample(draw if device.type == "cpu" else None)).sample
         error = y.float() - x
-        return error.abs().mean() + error.pow(2).mean() + 1e-4 * posterior.kl().float().mean() / posterior.mean[0].numel()
+        return (
+            error.abs().mean() + error.pow(2).mean() + 1e-4 * posterior.kl().float().mean() / posterior.mean[0].numel()
+        )
 
     _train("vae", work, steps, {"net": net}, optimizer, loss, lr=lambda s: lr * min(1, s / 50) * (1 - s / steps))
     net.eval()
@@ -91,9 +93,9 @@ def judge(work: Work = WORK, steps: Steps = 4000, batch: Batch = 64, lr: float =
         captions = [*single, *(_random_caption(row, f"judge/{step}", i) for i, row in enumerate(rows.tolist()))]
         tokens = _tokens(tokenizer, [c.text for c in captions]).to(device)
         x = _to_network(pictures[index], device)
-        x = x + 0.08 * torch.rand(batch, 1, 1, 1, generator=draw).to(device) * torch.randn(
-            x.shape, generator=draw
-        ).to(device)
+        x = x + 0.08 * torch.rand(batch, 1, 1, 1, generator=draw).to(device) * torch.randn(x.shape, generator=draw).to(
+            device
+        )
         with _bf16(device):
             seen, said = net.encode_image(x, normalize=True), net.encode_text(tokens, normalize=True)
         logits = net.logit_scale.exp() * seen.float() @ said.float().T + bias

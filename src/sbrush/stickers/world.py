@@ -7,6 +7,7 @@ out, so it stands for a known distribution of pictures: the truth against which 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -132,6 +133,12 @@ def random_sticker(rng: random.Random, caption: Caption | None = None, *, held_o
     x, y = rng.uniform(margin, PICTURE - margin), rng.uniform(margin, PICTURE - margin)
     tint = (rng.uniform(-0.012, 0.012), rng.uniform(-0.05, 0.05), rng.uniform(-0.04, 0.04))
     return Sticker(**chosen, x=x, y=y, radius=radius, tint=tint)
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that no caption of this world holds."""
+    known = {*KINDS, *COLOURS, *BACKGROUNDS, *SIZES, "a", "an", "on", "sticker", "background"}
+    return [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in known]
 
 
 def stream(seed: str, index: int) -> random.Random:

@@ -1,0 +1,284 @@
+"""Every flag, and nothing else: each command checks its cheap inputs, then hands over to the module of its own name.
+
+Nothing heavy is imported at module level: `sbrush --help` answers in the time that typer takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import sbrush
+from sbrush import console
+from sbrush.console import SbrushError, printable, say
+from sbrush.recipes import RECIPES, Recipe
+from sbrush.seeds import parse_seeds
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="One-step text-to-image students by Variational Score Distillation (SwiftBrush).",
+    epilog="Exit codes: 0 done, 1 could not be done, 2 asked for something impossible, 130 interrupted.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
+Precision = StrEnum("Precision", {name: name for name in ("auto", "float32", "bfloat16")})  # type: ignore[misc]
+Dtype = StrEnum("Dtype", {name: name for name in ("auto", "float32", "bfloat16", "float16")})  # type: ignore[misc]
+
+MACHINE, ABLATIONS, OVERRIDES, REPORT = "Machine", "The paper's ablations", "Instead of the recipe's", "Output"
+DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)]
+DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the networks; x0 is float32.", rich_help_panel=MACHINE)]
+StudentFlag = Annotated[
+    str | None, typer.Option("--student", help="Folder, a run's --out, or Hub id. Default: shipped.")
+]
+TeacherFlag = Annotated[str | None, typer.Option("--teacher", help="Folder or Hub id, SD's format. Default: built in.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=REPORT)]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        console.out(f"sbrush {sbrush.__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def distill(
+    prompts: Annotated[Path, typer.Argument(help="UTF-8 text, one prompt a line.")],
+    teacher: TeacherFlag = None,
+    init: Annotated[str | None, typer.Option(help="Start from this student instead of the teacher's weights.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/PROMPTS. The same command resumes.")
+    ] = None,
+    recipe: Annotated[
+        RecipeName | None,
+        typer.Option(help="Row of hyper-parameters. Default: stickers for the built-in teacher, else swiftbrush."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the run.", min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(help="Student updates.", min=1, rich_help_panel=OVERRIDES)] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples an update.", min=1, rich_help_panel=OVERRIDES)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", min=0, rich_help_panel=OVERRIDES)] = None,
+    student_lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, rich_help_panel=OVERRIDES)] = None,
+    lora_lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, rich_help_panel=OVERRIDES)] = None,
+    lora_updates: Annotated[
+        int | None, typer.Option(help="LoRA-teacher updates a student update.", min=1, rich_help_panel=OVERRIDES)
+    ] = None,
+    lora_teacher: Annotated[
+        bool, typer.Option(" /--no-lora-teacher", help="Score Distillation Sampling.", rich_help_panel=ABLATIONS)
+    ] = True,
+    reparameterisation: Annotated[
+        bool, typer.Option(" /--no-reparameterisation", help="The UNet's output is x0.", rich_help_panel=ABLATIONS)
+    ] = True,
+    log_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 10,
+    sheet_every: Annotated[
+        int, typer.Option(help="Steps between contact sheets.", min=1, rich_help_panel=REPORT)
+    ] = 200,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 200,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the recipes and the resolved run; train nothing.")
+    ] = False,
+    device: DeviceFlag = "auto",
+    precision: Annotated[Precision, typer.Option(help="Of matrix products.", rich_help_panel=MACHINE)] = Precision.auto,
+) -> None:
+    """Distil a teacher into a one-step student, from prompts alone."""
+    chosen = RECIPES[recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"]
+    given = {
+        "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
+        "lora_updates": lora_updates, "reparameterised": reparameterisation, "gap": None if lora_teacher else "sds",
+    }  # fmt: skip
+    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    if not prompts.is_file():  # before torch is imported
+        _no_prompts(prompts)
+    say("loading torch and the models ...")
+    from sbrush.device import pick_device
+    from sbrush.distill import distill as train
+    from sbrush.distill import prepare
+    from sbrush.prompts import read_prompts
+    from sbrush.run import Intervals
+
+    texts = read_prompts(prompts)
+    plan = prepare(
+        chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
+        device=pick_device(device), precision=precision.value,
+        every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every),
+    )  # fmt: skip
+    if dry_run:
+        _print_plan(chosen, plan.run.config, texts.describe())
+        return
+    shown = printable(plan.run.out)
+    if plan.main_process:
+        say(f"{texts.describe()}; recipe {chosen.name}, {chosen.steps} steps of {chosen.batch}; writing to {shown}")
+    if not train(plan):
+        if plan.main_process:
+            say(f"stopped; the same command goes on:\n  {_same_command()}")
+        raise typer.Exit(130)
+    if plan.main_process:
+        say(f'pictures: {shown}/samples   next: sbrush sample "a cat" --student {shown}')
+        console.out(plan.run.student)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="A .png (several pictures: a grid), or a folder (a file each).")
+    ] = Path("out.png"),
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
+    seed: Annotated[str, typer.Option(help="7, 1-8 or 1,5,9-12: one picture a prompt and seed.")] = "0",
+    student: StudentFlag = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The teacher's many steps beside the student's one.")
+    ] = False,
+    teacher: TeacherFlag = None,
+    steps: Annotated[int, typer.Option(help="The teacher's, with --compare.", min=1, max=1000)] = 25,
+    guidance: Annotated[float, typer.Option(help="The teacher's, with --compare.", min=0)] = 3.0,
+    metadata: Annotated[bool, typer.Option(" /--no-metadata", help="Keep prompt and seed out of the PNG.")] = True,
+    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1, rich_help_panel=MACHINE)] = 32,
+    device: DeviceFlag = "auto",
+    dtype: DtypeFlag = Dtype.auto,
+) -> None:
+    """Draw pictures in one step."""
+    if not prompts and prompts_file is None:
+        raise SbrushError("no prompt", 'sbrush sample "a small red cat", or --prompts FILE', code=2)
+    if prompts_file is not None and not prompts_file.is_file():
+        _no_prompts(prompts_file)
+    if any(not prompt.strip() for prompt in prompts or ()):
+        raise SbrushError("an empty prompt", 'sbrush sample "a small red cat"', code=2)
+    seeds = parse_seeds(seed)
+    from sbrush.device import pick_device, pick_dtype
+    from sbrush.prompts import read_prompts
+    from sbrush.sample import sample_to_files
+
+    texts = [*(prompts or ()), *(read_prompts(prompts_file).texts if prompts_file else ())]
+    where = pick_device(device)
+    paths = sample_to_files(
+        texts, seeds, out, student=student, teacher=teacher, compare=compare, steps=steps, guidance=guidance,
+        metadata=metadata, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+    )  # fmt: skip
+    for path in paths:
+        console.out(path)
+    if not compare:
+        say("next: --seed 1-8 for more, --compare for the teacher's picture beside it")
+
+
+@app.command("eval")
+def evaluate(
+    student: StudentFlag = None,
+    teacher: TeacherFlag = None,
+    limit: Annotated[int, typer.Option(help="Held-out pairs of caption and seed.", min=100, max=50_000)] = 5000,
+    diversity: Annotated[int, typer.Option(help="Pictures for each of the ten open captions.", min=10)] = 100,
+    steps: Annotated[int, typer.Option(help="The teacher's, for comparison.", min=1, max=1000)] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(help="The teacher's. Default: the one it was chosen at.", min=0)
+    ] = None,
+    report: Annotated[Path, typer.Option(help="Table and pictures as one HTML file.", rich_help_panel=REPORT)] = Path(
+        "report.html"
+    ),
+    json_: JsonFlag = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again, whatever is cached.")] = False,
+    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1, rich_help_panel=MACHINE)] = 64,
+    device: DeviceFlag = "auto",
+    dtype: DtypeFlag = Dtype.auto,
+) -> None:
+    """Measure a student, its teacher and the truth: FID, CLIP score, accuracy, diversity."""
+    from sbrush.device import pick_device, pick_dtype
+
+    where = pick_device(device)
+    from sbrush.evaluate.run import evaluate as measure
+
+    result = measure(
+        student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
+        report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+    )  # fmt: skip
+    if json_:
+        console.out_json(result.json())
+    else:
+        console.out(result.table())
+        say(f'next: open {printable(report)}, or sbrush sample "a cat" --seed 1-8 --compare')
+        console.out(report)
+
+
+def main() -> None:
+    """The program: runs a command and turns what it raises into an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = app(standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", "the same command starts again", 130)
+    except SbrushError as problem:
+        code = _fail(str(problem), problem.hint, problem.code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as problem:
+        if hasattr(problem, "format_message"):  # what typer makes of a wrong command line
+            context = getattr(problem, "ctx", None)
+            command = context.command_path if context else "sbrush"
+            code = _fail(problem.format_message(), f"{command} --help lists what there is", 2)
+        else:
+            said = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            code = _fail(said, "this is a bug or an exhausted machine; SBRUSH_DEBUG=1 shows where", 1)
+    sys.exit(code)
+
+
+def _fail(error: str, hint: str, code: int) -> int:
+    if os.environ.get("SBRUSH_DEBUG") == "1":
+        traceback.print_exc()
+    say(f"error: {printable(error)}")
+    say(f"hint: {printable(hint)}")
+    return code
+
+
+def _no_prompts(path: Path) -> None:
+    what = "is a folder, not a prompt file" if path.is_dir() else "does not exist"
+    hint = "a prompt file is UTF-8 text, one prompt a line; prompts/stickers.txt is one"
+    raise SbrushError(f"{path} {what}", hint, code=2)
+
+
+def _same_command() -> str:
+    import shlex
+
+    return printable(shlex.join(["sbrush", *sys.argv[1:]]))
+
+
+def _print_plan(recipe: Recipe, config: dict[str, Any], prompts: str) -> None:
+    """The recipes side by side, then this run as resolved."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("setting", *RECIPES, "this run", title=None, box=None)
+    for field in dataclasses.fields(Recipe):
+        table.add_row(
+            field.name, *(str(getattr(r, field.name)) for r in RECIPES.values()), str(getattr(recipe, field.name))
+        )
+    Console(markup=False, highlight=False).print(table)
+    facts = {"teacher": config["teacher"], "prompts": prompts, "seed": config["seed"], "bfloat16": config["bf16"]}
+    passes = 3 + recipe.lora_updates * 3 * (recipe.gap != "sds") + _score_forwards(recipe)
+    facts["UNet forwards a picture"] = f"{passes} (a backward counted as 2; the LoRA teacher's as 2)"
+    facts["pictures in all"] = recipe.steps * recipe.batch
+    for name, value in facts.items():
+        console.out(f"{name}: {printable(value)}")
+
+
+def _score_forwards(recipe: Recipe) -> int:
+    """UNet forwards a picture for both teachers' scores; guidance takes two."""
+    teacher = 1 if recipe.guidance == 1 else 2
+    return teacher + (0 if recipe.gap == "sds" else teacher if recipe.guide_lora else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Where the work runs and in which number format."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from sbrush.console import SbrushError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> str:
+    """ "cuda" where there is one, else "cpu"; a device asked for by name must exist (SbrushError)."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise SbrushError(f"no such device: {name}", "devices are cpu, cuda, cuda:1, ...", code=2) from None
+    if kind not in ("cpu", "cuda"):
+        raise SbrushError(f"sbrush does not run on {kind}", "use --device cpu or --device cuda", code=2)
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SbrushError("no CUDA device on this machine", "leave --device out, or use --device cpu", code=2)
+    return name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """The networks' dtype for sampling: "auto" is bfloat16 on CUDA and float32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if name not in DTYPES:
+        raise SbrushError(f"no such dtype: {name}", f"dtypes are auto, {', '.join(DTYPES)}", code=2)
+    return DTYPES[name]
+
+
+def trains_in_bf16(precision: Precision, device: str) -> bool:
+    """Whether training multiplies matrices in bfloat16: "auto" does where the hardware does so natively."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return has_cpu_bf16()
+
+
+def has_cpu_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16 or AMX); without, bfloat16 is slower."""
+    asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in asks if ask)

@@ -1,0 +1,298 @@
+"""The training loop: student and LoRA teacher in turn, logged, checkpointed, resumable, stoppable.
+
+What is trained is core.py; what is kept in `--out` is run.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sbrush import checkpoint, core
+from sbrush.console import Progress, SbrushError, printable, progress, say
+from sbrush.device import Precision, trains_in_bf16
+from sbrush.ema import EMA
+from sbrush.noise import StepNoise
+from sbrush.prompts import Prompts, ShuffledPrompts
+from sbrush.recipes import Recipe
+from sbrush.run import METRICS, Intervals, Run, make_config
+from sbrush.weights import Model, add_lora, digest, load_student, load_teacher, lora_state
+
+
+class Distiller:
+    """A student and its two teachers, and one training step of theirs.
+
+    The teacher and the LoRA teacher are one frozen UNet: with its adapter off and on. The student is a full copy.
+    """
+
+    def __init__(
+        self, teacher: Model, recipe: Recipe, *, seed: int, accelerator: Accelerator, init: Model | None = None
+    ) -> None:
+        self.teacher, self.recipe, self.seed, self.accelerator = teacher, recipe, seed, accelerator
+        device, world = accelerator.device, accelerator.num_processes
+        if recipe.batch % world:
+            raise SbrushError(
+                f"a batch of {recipe.batch} cannot be shared by {world} processes",
+                f"choose a multiple of {world}",
+                code=2,
+            )
+        local = recipe.batch // world
+        self._mine = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+        for part in (teacher.text_encoder, teacher.vae, teacher.unet):
+            part.to(device)
+        student = copy.deepcopy((init or teacher).unet).to(device, memory_format=torch.channels_last)
+        self.student = student.float().requires_grad_(True).train()
+        self.ema = EMA(self.student, recipe.ema)
+        if accelerator.mixed_precision == "bf16":
+            teacher.unet.to(torch.bfloat16)
+        teacher.unet.to(memory_format=torch.channels_last)
+        self.lora = add_lora(
+            teacher.unet, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets, seed=seed
+        )
+        kw: dict[str, Any] = {"betas": (0.9, recipe.beta2), "fused": True}
+        self.student_optimizer = torch.optim.Adam(self.student.parameters(), lr=recipe.student_lr, **kw)
+        self.lora_optimizer = torch.optim.Adam(self.lora, lr=recipe.lora_lr, **kw)
+        # accelerate wraps both networks (autocast; DDP when there are several processes), each under its own name:
+        # the plain modules stay reachable as self.student and self.teacher.unet.
+        self._student, self._lora_teacher = accelerator.prepare(self.student, teacher.unet)
+        self._null = teacher.encode([""])
+        self.schedule, self.prediction = teacher.schedule, teacher.prediction
+
+    def step(self, step: int, prompts: ShuffledPrompts) -> dict[str, Tensor]:
+        """One update of the student, then the LoRA teacher's; `step` counts from 1. Metrics stay on the device.
+
+        The returned dictionary also holds x0 [B, C, H, W] and the two teachers' guesses of it, for the contact sheet.
+        """
+        recipe, schedule = self.recipe, self.schedule
+        draw = StepNoise(self.seed, step, self._mine, self.accelerator.device)
+        cond = self.teacher.encode([prompts[(step - 1) * recipe.batch + i] for i in self._mine])
+        z = draw.normal(self.teacher.latent_shape)
+        T = schedule.last(len(z))
+
+        x0 = core.student_x0(
+            self._student(_laid_out(z), T, cond).sample.float(),
+            z, T, schedule, self.prediction, reparameterised=recipe.reparameterised,
+        )  # fmt: skip
+        t = draw.timesteps(recipe.t_low, recipe.t_high)
+        noise = draw.normal(self.teacher.latent_shape)
+        x_t = core.add_noise(x0.detach(), noise, t, schedule)
+        eps_teacher, eps_lora = self._scores(x_t, t, cond, noise)
+        if recipe.gap == "dmd":
+            gap = core.dmd_gap(eps_teacher, eps_lora, noise)
+        else:
+            gap = core.vsd_gap(eps_teacher, eps_lora, t, schedule)
+        student_loss = core.vsd_loss(x0, gap)
+        student_grad = self._update(student_loss, self.student_optimizer, self.student.parameters())
+        self.ema.update(self.student, step)
+
+        x0 = x0.detach()
+        lora_loss = lora_grad = torch.zeros((), device=x0.device)
+        for _ in range(recipe.lora_updates if recipe.gap != "sds" else 0):
+            t_lora = draw.timesteps(0, len(schedule) - 1)
+            noise_lora = draw.normal(self.teacher.latent_shape)
+            words = self._null.expand_as(cond) if draw.chance(recipe.null_chance) else cond
+            x_t_lora = core.add_noise(x0, noise_lora, t_lora, schedule)
+            output = self._lora_teacher(_laid_out(x_t_lora), t_lora, words).sample
+            eps = core.to_epsilon(output, x_t_lora, t_lora, schedule, self.prediction)
+            lora_loss = core.lora_loss(eps, noise_lora, t_lora, schedule, snr_cap=recipe.lora_snr_cap)
+            lora_grad = self._update(lora_loss, self.lora_optimizer, self.lora)
+
+        guesses = (core.to_x0(eps, x_t, t, schedule, "epsilon") for eps in (eps_teacher, eps_lora))
+        values = (gap.abs().mean(), student_loss, lora_loss, x0.mean(), x0.std(), student_grad, lora_grad)
+        metrics = dict(zip(METRICS, (v.detach() for v in values), strict=True))
+        return metrics | dict(zip(("x0", "teacher_x0", "lora_x0"), (x0, *guesses), strict=True))
+
+    @torch.no_grad()
+    def _scores(self, x_t: Tensor, t: Tensor, cond: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Both teachers' noise predictions at x_t, guided as the recipe says."""
+        recipe, unet, null = self.recipe, self.teacher.unet, self._null.expand_as(cond)
+
+        def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+            return unet(_laid_out(x), t, words).sample
+
+        with self.accelerator.autocast():
+            unet.disable_adapters()
+            eps_teacher = core.guided_epsilon(
+                denoise, x_t, t, cond, null, recipe.guidance, self.schedule, self.prediction
+            )
+            unet.enable_adapters()  # also lets the LoRA's parameters require gradients again
+            if recipe.gap == "sds":
+                return eps_teacher, noise
+            scale = recipe.guidance if recipe.guide_lora else 1.0
+            return eps_teacher, core.guided_epsilon(denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
+
+    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Any) -> Tensor:
+        """Backward, clip, step; the gradient's norm before clipping."""
+        optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        optimizer.step()
+        return norm
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that training changes, for a checkpoint."""
+        return {
+            "student": dict(self.student.named_parameters()),
+            "ema": self.ema.tensors,
+            "lora": lora_state(self.teacher.unet),
+            "student_optimizer": checkpoint.optimizer_tensors(self.student_optimizer),
+            "lora_optimizer": checkpoint.optimizer_tensors(self.lora_optimizer),
+        }
+
+    @torch.no_grad()
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Puts back what `state` gave."""
+        for module, part in ((self.student, "student"), (self.teacher.unet, "lora")):
+            own, tensors = dict(module.named_parameters()), saved.part(part)
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+        self.ema.load(saved.part("ema"))
+        checkpoint.load_optimizer(self.student_optimizer, saved.part("student_optimizer"))
+        checkpoint.load_optimizer(self.lora_optimizer, saved.part("lora_optimizer"))
+
+
+@dataclass
+class Plan:
+    """A run that is ready to begin: nothing is written yet."""
+
+    run: Run
+    prompts: Prompts
+    teacher: Model
+    init: Model | None
+    accelerator: Accelerator
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process is the one that speaks and writes."""
+        return self.accelerator.is_main_process
+
+
+def prepare(
+    recipe: Recipe,
+    prompts: Prompts,
+    *,
+    out: Path,
+    teacher: str | None,
+    init: str | None,
+    seed: int,
+    device: str,
+    precision: Precision,
+    every: Intervals,
+) -> Plan:
+    """Loads the models and resolves the run's configuration. SbrushError if they do not fit together."""
+    bf16 = trains_in_bf16(precision, device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no")
+    guide = load_teacher(teacher)
+    start = load_student(init) if init else None
+    if start and start.unet.config.block_out_channels != guide.unet.config.block_out_channels:
+        raise SbrushError(
+            f"--init {printable(init)} is of another architecture than the teacher",
+            "start from a student of this teacher",
+            code=2,
+        )
+    config = make_config(
+        recipe, prompts, teacher=teacher, teacher_sha256=digest(guide), init=init,
+        init_sha256=digest(start) if start else None, seed=seed, bf16=bf16,
+    )  # fmt: skip
+    return Plan(Run(out, config, recipe, every), prompts, guide, start, accelerator)
+
+
+def distill(plan: Plan) -> bool:
+    """Trains to the recipe's last step, from the run's newest checkpoint on; False if it was stopped before the end."""
+    run, recipe, main = plan.run, plan.run.recipe, plan.main_process
+    if main and run.claim():
+        say("this run is complete; it has its student already")
+        return True
+    seed = run.config["seed"]
+    distiller = Distiller(plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init)
+    order, first = ShuffledPrompts(plan.prompts, seed), 1
+    if saved := checkpoint.newest(run.checkpoints):
+        distiller.load(saved)
+        first = saved.step + 1
+        if main:
+            say(f"going on after step {saved.step} of {recipe.steps}")
+    if main:
+        run.begin(distiller.teacher, after_step=first - 1)
+    waiting: list[Tensor] = []
+    since = time.monotonic()
+    with stop_requests() as stop, progress("distilling", recipe.steps, done=first - 1) as bar:
+        for step in range(first, recipe.steps + 1):
+            result = distiller.step(step, order)
+            waiting.append(torch.stack([result[name] for name in METRICS]))
+            last, stopping = step == recipe.steps, stop.asked_by_any(distiller.accelerator)
+            note = ""
+            if len(waiting) == run.every.log or last or stopping:  # the only place that waits for the device
+                means = distiller.accelerator.reduce(torch.stack(waiting).mean(0), "mean").tolist()
+                rate = len(waiting) * recipe.batch / (time.monotonic() - since)
+                note = run.log(step, dict(zip(METRICS, means, strict=True)), rate) if main else ""
+                waiting, since = [], time.monotonic()
+            _advance(bar, main, note)
+            if main and (step % run.every.sheet == 0 or last or step == 1):
+                with distiller.ema.inside(distiller.student):
+                    run.sheets(step, distiller.teacher, distiller.student, result)
+            if main and (step % run.every.checkpoint == 0 or last or stopping):
+                checkpoint.save(run.checkpoints, step, distiller.state())
+            if stopping and not last:
+                return False
+    if main:
+        with distiller.ema.inside(distiller.student):
+            run.export(distiller.teacher, distiller.student)
+    distiller.accelerator.wait_for_everyone()
+    return True
+
+
+class Stop:
+    """Whether somebody has asked the run to stop."""
+
+    asked = False
+
+    def asked_by_any(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked, so that all stop after the same step."""
+        if accelerator.num_processes == 1:
+            return self.asked
+        flag = torch.tensor(float(self.asked), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())
+
+
+@contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Turns the first Ctrl-C or SIGTERM into a request; the second one ends the program at once."""
+    stop = Stop()
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.asked = True
+        say("\nstopping after this step; once more to stop at once (what came after the last checkpoint is lost)")
+        for s in before:
+            signal.signal(s, signal.SIG_DFL)
+
+    for s in before:
+        signal.signal(s, request)
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """The memory layout in which convolutions are fastest."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _advance(bar: Progress, main: bool, note: str) -> None:
+    if main:
+        bar.advance(note=note)

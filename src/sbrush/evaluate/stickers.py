@@ -1,0 +1,301 @@
+"""The protocol on the built-in world: which captions and seeds, against which real pictures.
+
+    captions    caption i is random_caption(stream("eval", i)); one in twenty names a held-out combination
+    seeds       1,000,000 + i; for diversity's captions 2,000,000 + i
+    reference   for each caption and seed a picture drawn from stream("reference", seed)
+    floor       another, from stream("floor", seed), measured as any model is: what perfection comes to at this N
+    diversity   so many pictures of each of diversity.py's captions, against as many real ones
+
+Pictures pass by in batches; features, what the judge sees in them and where it is stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbrush.console import Progress, SbrushError, progress, say
+from sbrush.evaluate import diversity
+from sbrush.evaluate.accuracy import accuracy
+from sbrush.evaluate.fid import fid
+from sbrush.evaluate.precision_recall import NEIGHBOURS, precision_recall
+from sbrush.evaluate.report import Figures, Report, finite, from_png, png, write_whole
+from sbrush.stickers.draw import draw
+from sbrush.stickers.judge import Judge
+from sbrush.stickers.world import PICTURE, Caption, random_caption, random_sticker, stream
+
+PROTOCOL = 1  # raised whenever the same pictures would get other figures
+FIRST_SEED, FIRST_DIVERSITY_SEED = 1_000_000, 2_000_000
+BATCH = 100
+SHOWN = 12  # pictures of the first captions, and as many of diversity's first caption, that the report shows
+
+Pair = tuple[Caption, int]
+MakePictures = Callable[[Sequence[str], Sequence[int]], Iterator[Tensor]]
+"""(prompts, seeds) -> their pictures in order, in batches of any length: uint8 [b, 3, 64, 64]."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be measured.
+
+    `cache_key` says all that its pictures depend on besides steps and guidance, such as the weights' digest and the
+    dtype: what was measured under the same key is remembered. None measures every time.
+    """
+
+    name: str
+    pictures: MakePictures
+    steps: int | None = None
+    guidance: float | None = None
+    cache_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What models are compared with: the real pictures' features, float32 [N, width], and the truth's variety."""
+
+    features: Tensor
+    varieties: list[diversity.Variety]
+
+
+class Result(NamedTuple):
+    """A candidate's figures, and some of its pictures, each with its caption."""
+
+    figures: Figures
+    shown: list[tuple[str, Image.Image]]
+
+
+def pairs(n: int) -> list[Pair]:
+    """The protocol's first `n` captions and seeds."""
+    return [(random_caption(stream("eval", i)), FIRST_SEED + i) for i in range(n)]
+
+
+def diversity_pairs(per_caption: int = 100) -> list[Pair]:
+    """Each of diversity's captions `per_caption` times with its seeds, one caption after the other."""
+    captions = [caption for caption in diversity.CAPTIONS for _ in range(per_caption)]
+    return [(caption, FIRST_DIVERSITY_SEED + i) for i, caption in enumerate(captions)]
+
+
+def real_pictures(name: str, items: Sequence[Pair]) -> Iterator[Tensor]:
+    """The truth: for each pair a picture of which the caption is true, drawn from stream(name, seed)."""
+    for first in range(0, len(items), BATCH):
+        drawn = [draw(random_sticker(stream(name, seed), caption)) for caption, seed in items[first : first + BATCH]]
+        yield torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in drawn])
+
+
+def evaluate_stickers(
+    candidates: Sequence[Candidate], judge: Judge, *, n: int = 5000, per_caption: int = 100, cache: Path | None = None
+) -> Report:
+    """Measures each candidate, and real pictures as the floor, on `n` pairs and `per_caption` of each of diversity's.
+
+    `n`: 4 to 1,000,000; `per_caption`: 2 to 100,000; `cache`: folder of remembered figures, by default the user's own.
+    Raises SbrushError if a number is out of range or a candidate's pictures are not 64 x 64.
+    """
+    if not (NEIGHBOURS < n <= 1_000_000 and 2 <= per_caption <= 100_000):
+        raise SbrushError(
+            f"cannot measure on {n} captions and {per_caption} pictures of each of diversity's",
+            f"take {NEIGHBOURS + 1} to 1,000,000 captions (the protocol's number is 5,000) and 2 to 100,000 pictures",
+            code=2,
+        )
+    measured, varied = pairs(n), diversity_pairs(per_caption)
+    caption_of = {seed: caption for caption, seed in (*measured, *varied)}
+    with progress("reference", len(caption_of), unit="pictures") as bar:
+        real = _look(_watched(real_pictures("reference", measured), bar), judge, n)
+        truth = _look(_watched(real_pictures("reference", varied), bar), judge, len(varied))
+    reference = Reference(real.features, diversity.varieties(diversity.CAPTIONS, truth.judged, truth.places))
+    floor = Candidate("real pictures", lambda _, seeds: real_pictures("floor", [(caption_of[s], s) for s in seeds]))
+
+    results, notes = {}, []
+    for candidate in (*candidates, floor):
+        memory = _memory_file(candidate, judge, n, per_caption, cache)
+        result = _recall(memory, n, per_caption)
+        if result is None:
+            result = _try(candidate, measured, varied, judge, reference)
+            _remember(memory, result)
+        elif result.figures.versions != versions():
+            notes.append(f"{candidate.name} was measured with {_listed(result.figures.versions)}")
+        results[candidate.name] = result
+    figures = [replace(result.figures, name=name) for name, result in results.items()]
+    shown = {name: result.shown for name, result in results.items()}
+    return Report(figures, _protocol(n, per_caption, judge), notes, shown)
+
+
+def measure(
+    name: str,
+    batches: Iterable[Tensor],
+    diversity_batches: Iterable[Tensor],
+    captions: Sequence[Caption],
+    judge: Judge,
+    reference: Reference,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Figures:
+    """One model's figures from its pictures, uint8 [b, 3, 64, 64], taken as they come in the order of the pairs.
+
+    `batches`: one picture for each of `captions`; `diversity_batches`: equally many of each of diversity's captions.
+    Raises SbrushError if pictures are not 64 x 64, ValueError if there are too few or too many.
+    """
+    seen = _look(batches, judge, len(captions))
+    various = _look(diversity_batches, judge)
+    trained, held_out = (accuracy(captions, seen.judged, held_out=apart) for apart in (False, True))
+    precision, recall = precision_recall(reference.features, seen.features)
+    varieties = diversity.varieties(diversity.CAPTIONS, various.judged, various.places)
+    return Figures(
+        name=name,
+        n=len(captions),
+        per_caption=len(various.places) // len(diversity.CAPTIONS),
+        steps=steps,
+        guidance=guidance,
+        fid=finite(fid(reference.features, seen.features)),
+        clip_score=finite(judge.clip_score(seen.features, [c.text for c in captions]).mean().item()),
+        precision=precision,
+        recall=recall,
+        accuracy=trained.share,
+        accuracy_n=trained.named,
+        held_out=held_out.share,
+        held_out_n=held_out.named,
+        diversity=diversity.shares(varieties, reference.varieties),
+        versions=versions(),
+    )
+
+
+class _Seen(NamedTuple):
+    """What stays of pictures that have passed by."""
+
+    features: Tensor  # float32 [N, width]
+    judged: dict[str, Tensor]  # int64 [N] each
+    places: Tensor  # float32 [N, 2]
+
+
+def _look(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> _Seen:
+    """Looks at pictures as they pass; `count` of them, if given, are expected."""
+    features, places = [], []
+    for batch in batches:
+        if batch.shape[1:] != (3, PICTURE, PICTURE):
+            raise SbrushError(
+                f"pictures of {batch.shape[-1]} x {batch.shape[-2]} pixels cannot be measured as stickers",
+                "the built-in world's protocol is for students of the built-in teacher",
+            )
+        features.append(judge.features(batch))
+        places.append(diversity.centroids(batch))
+    if count is not None and sum(map(len, places)) != count:
+        raise ValueError(f"{count} pictures were asked for, {sum(map(len, places))} came")
+    together = torch.cat(features)
+    return _Seen(together, judge.classify(together), torch.cat(places))
+
+
+def _try(
+    candidate: Candidate, measured: Sequence[Pair], varied: Sequence[Pair], judge: Judge, reference: Reference
+) -> Result:
+    """Lets the candidate make its pictures and measures them."""
+    first, second = list[Tensor](), list[Tensor]()  # pictures to show
+    batches, more = (candidate.pictures([c.text for c, _ in some], [s for _, s in some]) for some in (measured, varied))
+    with progress(candidate.name, len(measured) + len(varied), unit="pictures") as bar:
+        figures = measure(
+            candidate.name,
+            _watched(batches, bar, first),
+            _watched(more, bar, second),
+            [caption for caption, _ in measured],
+            judge,
+            reference,
+            steps=candidate.steps,
+            guidance=candidate.guidance,
+        )
+    shown = [*zip(measured, first, strict=False), *zip(varied, second[: figures.per_caption], strict=False)]
+    return Result(figures, [(c.text, Image.fromarray(p.permute(1, 2, 0).numpy())) for (c, _), p in shown])
+
+
+def _watched(batches: Iterable[Tensor], bar: Progress, kept: list[Tensor] | None = None) -> Iterator[Tensor]:
+    """The batches, counted on the way; the first SHOWN pictures go to `kept`."""
+    for batch in batches:
+        if kept is not None:
+            kept += batch[: max(0, SHOWN - len(kept))]
+        yield batch
+        bar.advance(len(batch))
+
+
+def _protocol(n: int, per_caption: int, judge: Judge) -> dict[str, str]:
+    """The protocol in words, for the report."""
+    return {
+        "captions": f"{n}, drawn at random; combinations of kind and colour held out of training are counted apart",
+        "seeds": f"from {FIRST_SEED}; for diversity from {FIRST_DIVERSITY_SEED}; one for each picture",
+        "reference": f"{n} real pictures of the same captions; FID on the judge's {judge.width} features, "
+        f"precision and recall with k = {NEIGHBOURS}",
+        "accuracy": "share of the attributes named by a caption that the judge sees in its picture",
+        "diversity": f"{per_caption} pictures of each of " + ", ".join(f'"{c.text}"' for c in diversity.CAPTIONS),
+        "floor": "real pictures, drawn anew and measured like a model",
+        "judge": f"sha256 {judge.digest[:16]}",
+        "versions": _listed(versions()) + f"; protocol {PROTOCOL}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what takes part in measuring."""
+    found = {"python": platform.python_version()}
+    for package in ("sbrush", "torch", "torchmetrics", "open_clip_torch", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _listed(found: dict[str, str]) -> str:
+    return ", ".join(f"{package} {number}" for package, number in found.items())
+
+
+def _memory_file(candidate: Candidate, judge: Judge, n: int, per_caption: int, folder: Path | None) -> Path | None:
+    """Where a candidate's figures are remembered; None if they are not to be, or there is no such place."""
+    if candidate.cache_key is None:
+        return None
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        try:
+            folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sbrush"
+        except RuntimeError:  # no home
+            return None
+    captions = [caption.text for caption in diversity.CAPTIONS]
+    key = [PROTOCOL, versions()["sbrush"], judge.digest, n, per_caption, captions]
+    key += [candidate.cache_key, candidate.steps, candidate.guidance]
+    return folder / f"eval-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+
+
+def _recall(file: Path | None, n: int, per_caption: int) -> Result | None:
+    """What is remembered in the file; None if nothing is, or it is damaged."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        figures = Figures.from_json(data["figures"])
+        shown = [(str(text), from_png(code)) for text, code in data["pictures"]]
+        if (figures.n, figures.per_caption) != (n, per_caption):
+            raise ValueError("measured on other numbers")
+    except Exception as problem:  # whatever is wrong with it, it can be made again
+        say(f"remembered figures in {file} are damaged ({problem}); measuring anew")
+        return None
+    say(f"{figures.name}: measured before, remembered in {file}")
+    return Result(figures, shown)
+
+
+def _remember(file: Path | None, result: Result) -> None:
+    """Writes what `_recall` reads; that it cannot be written is said, and no more."""
+    if file is None:
+        return
+    data = {"figures": asdict(result.figures), "pictures": [(text, png(picture)) for text, picture in result.shown]}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(data, allow_nan=False))
+    except OSError as problem:
+        say(f"{result.figures.name}: figures could not be remembered in {file.parent} ({problem.strerror or problem})")

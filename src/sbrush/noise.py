@@ -1,0 +1,46 @@
+"""Random numbers that depend on what they are for and on nothing else.
+
+A picture's noise comes from its seed alone; a training sample's from (seed, step, place in the global batch). So a run
+can be resumed, or spread over another number of processes, without changing what any sample sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose stream is fixed by the key."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def picture_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal [seeds, *shape]; what diffusers draws from torch.Generator().manual_seed(seed) for one picture."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+class StepNoise:
+    """The random numbers of one training step, for the samples `indices` of its global batch."""
+
+    def __init__(self, seed: int, step: int, indices: Iterable[int], device: torch.device) -> None:
+        self._draws = [generator(seed, step, index) for index in indices]
+        self._whole = generator(seed, step, "batch")
+        self._device = device
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal [B, *shape]."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self._draws]).to(self._device, non_blocking=True)
+
+    def timesteps(self, low: int, high: int) -> Tensor:
+        """Uniform over low .. high, both included: int64 [B]."""
+        some = [torch.randint(low, high + 1, (), generator=g) for g in self._draws]
+        return torch.stack(some).to(self._device, non_blocking=True)
+
+    def chance(self, probability: float) -> bool:
+        """One draw for the whole global batch."""
+        return torch.rand((), generator=self._whole).item() < probability

@@ -1,0 +1,168 @@
+"""Student to pictures in one step; the teacher's many steps for comparison."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+import sbrush
+from sbrush.console import SbrushError, printable, progress, say
+from sbrush.core import guide, student_x0
+from sbrush.noise import picture_noise
+from sbrush.pictures import save_png, sheet, to_image
+from sbrush.stickers.world import unknown_words
+from sbrush.weights import Model, load_student, load_teacher
+
+
+@torch.inference_mode()
+def student_pictures(
+    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 32
+) -> Iterator[Tensor]:
+    """One picture for each pair of prompt and seed, in order, as uint8 [b, 3, H, W] on the CPU.
+
+    A picture depends on its prompt and seed alone, not on what shares its batch (but for rounding).
+    """
+    reparameterised = student.about.get("reparameterised", True)
+    for some_prompts, some_seeds in _batches(prompts, seeds, batch):
+        z = picture_noise(some_seeds, student.latent_shape).to(student.device)
+        t = student.schedule.last(len(z))
+        output = student.denoise(z, t, _embed(student, some_prompts))
+        x0 = student_x0(output, z, t, student.schedule, student.prediction, reparameterised=reparameterised)
+        yield student.decode(x0)
+
+
+@torch.inference_mode()
+def teacher_pictures(
+    teacher: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch: int = 32
+) -> Iterator[Tensor]:
+    """The same from a teacher, in `steps` DDIM steps from T on with classifier-free guidance."""
+    null = teacher.encode([""])
+    for some_prompts, some_seeds in _batches(prompts, seeds, batch):
+        x = picture_noise(some_seeds, teacher.latent_shape).to(teacher.device)
+        cond = _embed(teacher, some_prompts)
+        scheduler = DDIMScheduler.from_config(teacher.scheduler.config)
+        scheduler.set_timesteps(steps)
+        for step in scheduler.timesteps:
+            t = step.to(x.device).expand(len(x))
+            if guidance == 1:
+                output = teacher.denoise(x, t, cond)
+            else:
+                both = teacher.denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null.expand_as(cond)]))
+                output = guide(*both.float().chunk(2), guidance)  # eps and v are both linear in it
+            x = scheduler.step(output.float(), int(step), x).prev_sample
+        yield teacher.decode(x)
+
+
+def sample_to_files(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    student: str | None,
+    teacher: str | None,
+    compare: bool,
+    steps: int,
+    guidance: float,
+    metadata: bool,
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+) -> list[Path]:
+    """Draws every prompt with every seed and writes the pictures; the paths written.
+
+    `out` with a suffix is one PNG: the picture itself, or a grid with a row a prompt and a column a seed. Otherwise it
+    is a folder that gets a PNG for each picture. With `compare` a picture has the teacher's on its right.
+    """
+    _check_target(out)
+    model = load_student(student, device=device, dtype=dtype)
+    if strange := sorted({word for prompt in prompts for word in unknown_words(prompt)}):
+        if model.about.get("world") == "stickers":
+            say(f"note: the built-in world has never seen: {printable(', '.join(strange))}")
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    texts, numbers = [p for p, _ in pairs], [s for _, s in pairs]
+    drawn = _gather("drawing", student_pictures(model, texts, numbers, batch=batch), len(pairs))
+    if compare:
+        other = load_teacher(teacher, device=device, dtype=dtype)
+        theirs = teacher_pictures(other, texts, numbers, steps=steps, guidance=guidance, batch=batch)
+        beside = _gather(f"the teacher, {steps} steps", theirs, len(pairs))
+    about = [
+        {
+            "prompt": prompt, "seed": seed, "steps": 1, "guidance": 1, "sampler": "SwiftBrush one step",
+            "size": f"{drawn.shape[-1]}x{drawn.shape[-2]}", "model": model.name, "version": sbrush.__version__,
+        }
+        for prompt, seed in pairs
+    ]  # fmt: skip
+
+    def image(i: int) -> Image.Image:
+        if compare:
+            return sheet([[drawn[i], beside[i]]], column_labels=["student, 1 step", f"teacher, {steps} steps"])
+        return to_image(drawn[i])
+
+    if not out.suffix:
+        names = [out / f"{seed}-{_slug(prompt)}.png" for prompt, seed in pairs]
+        names = [n.with_stem(f"{n.stem}-{i}") if n in names[:i] else n for i, n in enumerate(names)]
+        for i, name in enumerate(names):
+            save_png(name, image(i), about[i] if metadata else None)
+        return names
+    if len(pairs) == 1:
+        save_png(out, image(0), about[0] if metadata else None)
+        return [out]
+    rows, labels = [list(row) for row in drawn.split(len(seeds))], list(prompts)
+    if compare:
+        rows = [row for one, two in zip(rows, beside.split(len(seeds)), strict=True) for row in (one, list(two))]
+        labels = [text for prompt in prompts for text in (prompt, f"  teacher, {steps} steps")]
+    whole: dict[str, Any] = about[0] | {"seed": " ".join(map(str, seeds)), "prompt": "\n".join(prompts), "grid": True}
+    columns = [f"seed {seed}" for seed in seeds]
+    save_png(out, sheet(rows, row_labels=labels, column_labels=columns), whole if metadata else None)
+    return [out]
+
+
+def _gather(what: str, batches: Iterator[Tensor], total: int) -> Tensor:
+    parts = []
+    with progress(what, total, unit="pictures") as bar:
+        for part in batches:
+            parts.append(part)
+            bar.advance(len(part))
+    return torch.cat(parts)
+
+
+def _check_target(out: Path) -> None:
+    """SbrushError, before any work is done, if nothing can be written there."""
+    if out.suffix and out.suffix.lower() != ".png":
+        raise SbrushError(f"cannot write {printable(out.name)}: pictures are PNG", "name it something.png", code=2)
+    if (out.suffix and out.is_dir()) or (not out.suffix and out.is_file()):
+        raise SbrushError(f"{printable(out)} is in the way", "-o takes a .png file, or a folder without a dot", code=2)
+    folder = out.parent if out.suffix else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as problem:
+        raise SbrushError(f"cannot write to {printable(folder)}: {problem.strerror}", "choose another -o") from None
+
+
+def _slug(text: str) -> str:
+    """The start of a prompt as part of a file name."""
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60] or "prompt"
+
+
+def _batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size], seeds[start : start + size]
+
+
+def _embed(model: Model, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings, each distinct prompt encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    return model.encode(distinct)[[place[prompt] for prompt in prompts]]
