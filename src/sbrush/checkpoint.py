@@ -91,9 +91,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts back what `optimizer_tensors` took; the parameter groups keep the optimiser's own settings."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
+        like = parameters[int(index)]
+        if tensor.shape == like.shape:  # fused Adam walks memory: moments must be laid out as their parameter is
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

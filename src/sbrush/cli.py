@@ -117,8 +117,6 @@ def distill(
         _print_plan(chosen, plan.run.config, texts.describe())
         return
     shown = printable(plan.run.out)
-    if plan.main_process:
-        say(f"{texts.describe()}; recipe {chosen.name}, {chosen.steps} steps of {chosen.batch}; writing to {shown}")
     if not train(plan):
         if plan.main_process:
             say(f"stopped; the same command goes on:\n  {_same_command()}")
@@ -142,7 +140,7 @@ def sample(
     ] = False,
     teacher: TeacherFlag = None,
     steps: Annotated[int, typer.Option(help="The teacher's, with --compare.", min=1, max=1000)] = 25,
-    guidance: Annotated[float, typer.Option(help="The teacher's, with --compare.", min=0)] = 3.0,
+    guidance: Annotated[float | None, typer.Option(help="The teacher's, with --compare.", min=0)] = None,
     metadata: Annotated[bool, typer.Option(" /--no-metadata", help="Keep prompt and seed out of the PNG.")] = True,
     batch: Annotated[int, typer.Option(help="Pictures at once.", min=1, rich_help_panel=MACHINE)] = 32,
     device: DeviceFlag = "auto",
@@ -195,7 +193,7 @@ def evaluate(
     from sbrush.device import pick_device, pick_dtype
 
     where = pick_device(device)
-    from sbrush.evaluate.run import evaluate as measure
+    from sbrush.evaluate.candidates import evaluate as measure
 
     result = measure(
         student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
@@ -267,17 +265,10 @@ def _print_plan(recipe: Recipe, config: dict[str, Any], prompts: str) -> None:
         )
     Console(markup=False, highlight=False).print(table)
     facts = {"teacher": config["teacher"], "prompts": prompts, "seed": config["seed"], "bfloat16": config["bf16"]}
-    passes = 3 + recipe.lora_updates * 3 * (recipe.gap != "sds") + _score_forwards(recipe)
-    facts["UNet forwards a picture"] = f"{passes} (a backward counted as 2; the LoRA teacher's as 2)"
+    facts["UNet forwards a picture"] = recipe.forwards
     facts["pictures in all"] = recipe.steps * recipe.batch
     for name, value in facts.items():
         console.out(f"{name}: {printable(value)}")
-
-
-def _score_forwards(recipe: Recipe) -> int:
-    """UNet forwards a picture for both teachers' scores; guidance takes two."""
-    teacher = 1 if recipe.guidance == 1 else 2
-    return teacher + (0 if recipe.gap == "sds" else teacher if recipe.guide_lora else 1)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self.done, self._first = done, done
+        self.done, self._first, self._said = done, done, -1
         self._start = self._shown = time.monotonic()
         self._drawn = False
 
@@ -68,10 +68,10 @@ class Progress:
     def finish(self) -> None:
         """Ends the line that was being redrawn, if any."""
         now = time.monotonic()
-        if self._drawn or now - self._start > 2:
+        if (self._drawn or now - self._start > 2) and self._said != self.done:
             self._show(now, "", interactive())
-            if self._drawn:
-                say()
+        if self._drawn:
+            say()
 
     def _show(self, now: float, note: str, live: bool) -> None:
         spent, new = now - self._start, self.done - self._first
@@ -79,6 +79,7 @@ class Progress:
         left = f"{_clock((self._total - self.done) / rate)} left" if rate > 0 and self.done < self._total else ""
         parts = [f"{self._what} {self.done}/{self._total}", f"{rate:.3g} {self._unit}/s", left or _clock(spent), note]
         line = " · ".join(p for p in parts if p)
+        self._said = self.done
         if live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
             self._drawn = True

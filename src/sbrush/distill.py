@@ -213,9 +213,16 @@ def prepare(
 def distill(plan: Plan) -> bool:
     """Trains to the recipe's last step, from the run's newest checkpoint on; False if it was stopped before the end."""
     run, recipe, main = plan.run, plan.run.recipe, plan.main_process
-    if main and run.claim():
-        say("this run is complete; it has its student already")
+    if main:
+        run.claim()
+    plan.accelerator.wait_for_everyone()
+    if run.complete:
+        if main:
+            say("this run is complete; it has its student already")
         return True
+    if main:
+        what = f"{plan.prompts.describe()}; recipe {recipe.name}, {recipe.steps} steps of {recipe.batch}"
+        say(f"{what}; writing to {printable(run.out)}")
     seed = run.config["seed"]
     distiller = Distiller(plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init)
     order, first = ShuffledPrompts(plan.prompts, seed), 1

@@ -20,7 +20,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def picture_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal [seeds, *shape]; what diffusers draws from torch.Generator().manual_seed(seed) for one picture."""
+    """Standard normal [seeds, *shape]; what diffusers draws from torch.Generator().manual_seed(seed)."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

@@ -37,6 +37,17 @@ class Recipe:
     clip: float  # gradient norm
     reparameterised: bool = True  # False: the paper's ablation
 
+    @property
+    def forwards(self) -> int:
+        """What an update costs for each picture, in UNet forwards; a backward counts as two, through a LoRA as one.
+
+        Student 3, teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own update 2.
+        """
+        teacher = 1 if self.guidance == 1 else 2
+        if self.gap == "sds":
+            return 3 + teacher
+        return 3 + teacher + (teacher if self.guide_lora else 1) + 2 * self.lora_updates
+
 
 RECIPES = {
     recipe.name: recipe

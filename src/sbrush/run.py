@@ -61,8 +61,13 @@ class Run:
     def student(self) -> Path:
         return self.out / "student"
 
-    def claim(self) -> bool:
-        """Makes the folder this run's own; True if the run is already complete.
+    @property
+    def complete(self) -> bool:
+        """Whether the run has its student; an export is whole or not there at all."""
+        return (self.student / "model_index.json").is_file()
+
+    def claim(self) -> None:
+        """Makes the folder this run's own.
 
         SbrushError if the folder holds something else, another configuration, or cannot be written.
         """
@@ -93,7 +98,6 @@ class Run:
                 "give the same options to resume it, or another --out to start a new run",
                 code=2,
             )
-        return (self.student / "model_index.json").is_file()
 
     def begin(self, teacher: Model, *, after_step: int) -> None:
         """Cuts the log back to the step that training goes on from, and draws the teacher's sheet once."""
@@ -230,12 +234,12 @@ pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
 pipe("a cat", num_inference_steps=1, guidance_scale=1).images[0].save("cat.png")
 ```
 
-One step and no guidance: the scheduler in this folder is made for that. `sbrush sample "a cat" --student path/to/this/folder`
-makes the same picture.
+One step and no guidance: the scheduler in this folder is made for that. The same picture:
+`sbrush sample "a cat" --student path/to/this/folder`.
 
 ## Figures
 
-None are recorded here. `sbrush eval --student path/to/this/folder` measures FID, CLIP score and the rest, and names its protocol.
+None are recorded here. `sbrush eval --student path/to/this/folder` measures them and names its protocol.
 
 ## How it was made
 

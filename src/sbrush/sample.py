@@ -61,6 +61,11 @@ def teacher_pictures(
         yield teacher.decode(x)
 
 
+def scale_for(teacher: Model, guidance: float | None) -> float:
+    """The guidance scale asked for, else the one that the teacher's folder names, else Stable Diffusion's own 7.5."""
+    return guidance if guidance is not None else float(teacher.about.get("guidance", 7.5))
+
+
 def sample_to_files(
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -70,7 +75,7 @@ def sample_to_files(
     teacher: str | None,
     compare: bool,
     steps: int,
-    guidance: float,
+    guidance: float | None,
     metadata: bool,
     batch: int,
     device: str,
@@ -91,7 +96,7 @@ def sample_to_files(
     drawn = _gather("drawing", student_pictures(model, texts, numbers, batch=batch), len(pairs))
     if compare:
         other = load_teacher(teacher, device=device, dtype=dtype)
-        theirs = teacher_pictures(other, texts, numbers, steps=steps, guidance=guidance, batch=batch)
+        theirs = teacher_pictures(other, texts, numbers, steps=steps, guidance=scale_for(other, guidance), batch=batch)
         beside = _gather(f"the teacher, {steps} steps", theirs, len(pairs))
     about = [
         {

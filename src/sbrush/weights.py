@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sbrush.console import SbrushError, printable
 from sbrush.core import NoiseSchedule, Prediction
@@ -131,7 +132,7 @@ def digest(model: Model) -> str:
 
 
 def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: int, targets: str, seed: int) -> list[torch.nn.Parameter]:
-    """Freezes the UNet and adds a LoRA that starts as no change; returns the LoRA's parameters, the only trainable ones.
+    """Freezes the UNet, adds a LoRA that starts as no change, and returns the LoRA's parameters.
 
     `targets`: module names separated by blanks ("to_q to_v"), or "all" for every linear and convolution layer.
     """
@@ -158,7 +159,7 @@ def lora_state(unet: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def one_step_scheduler(teacher: Model) -> DDIMScheduler:
-    """The scheduler with which plain diffusers' single step is core.student_x0: it starts at T and ends at alpha = 1."""
+    """The scheduler with which plain diffusers' single step is core.student_x0: from T straight to alpha = 1."""
     return DDIMScheduler.from_config(
         teacher.scheduler.config,
         timestep_spacing="trailing",
@@ -216,6 +217,7 @@ def write_json(path: Path, data: Any) -> None:
 def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) -> Model:
     for part, folder in folders.items():
         _check_part(folder, part)
+    transformers_logging.disable_progress_bar()  # its bars say nothing that ours do not
     try:
         config = json.loads((folders["scheduler"] / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         scheduler = DDIMScheduler.from_config(
@@ -244,8 +246,9 @@ def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) 
     except SbrushError:
         raise
     except Exception as problem:  # whatever diffusers, transformers or safetensors make of a damaged file
+        first_line = next(iter(str(problem).splitlines()), type(problem).__name__)
         raise SbrushError(
-            f"cannot load {printable(name)}: {printable(str(problem).splitlines()[0] if str(problem) else type(problem).__name__)}",
+            f"cannot load {printable(name)}: {printable(first_line)}",
             "the folder may be damaged or half copied; fetch or export it again",
         ) from problem
     if about.get("format", FORMAT) != FORMAT:

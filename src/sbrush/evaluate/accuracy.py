@@ -25,8 +25,13 @@ class Accuracy:
     named: dict[str, int]
 
 
-def accuracy(captions: Sequence[Caption], judged: Mapping[str, Tensor], *, held_out: bool) -> Accuracy:
-    """Accuracy on the captions of held-out combinations, or on all the others.
+def attribute_accuracy(captions: Sequence[Caption], judged: Mapping[str, Tensor]) -> dict[str, float]:
+    """The shares of `accuracy` on all captions together; attributes that none of them names are left out."""
+    return {name: share for name, share in accuracy(captions, judged).share.items() if share is not None}
+
+
+def accuracy(captions: Sequence[Caption], judged: Mapping[str, Tensor], *, held_out: bool | None = None) -> Accuracy:
+    """Accuracy on the captions of held-out combinations (True), on the others (False) or on all (None).
 
     `judged`: for each attribute, what each picture shows, as indices into its values in ATTRIBUTES, int64
     [len(captions)]. Raises ValueError if the lengths differ.
@@ -38,7 +43,7 @@ def accuracy(captions: Sequence[Caption], judged: Mapping[str, Tensor], *, held_
         hits = [
             values[index] == wanted
             for caption, index in zip(captions, seen, strict=True)
-            if caption.held_out == held_out and (wanted := getattr(caption, name)) is not None
+            if held_out in (None, caption.held_out) and (wanted := getattr(caption, name)) is not None
         ]
         named[name] = len(hits)
         share[name] = sum(hits) / len(hits) if hits else None

@@ -23,7 +23,7 @@ Point = tuple[float, float]
 
 
 class Pen:
-    """Draws in the sticker's own coordinates; with `border` set everything comes out white and `BORDER` pixels fatter."""
+    """Draws in the sticker's own coordinates; as `border` everything comes out white and `BORDER` pixels fatter."""
 
     def __init__(self, canvas: ImageDraw.ImageDraw, sticker: Sticker, *, border: bool) -> None:
         self._canvas, self._border = canvas, border

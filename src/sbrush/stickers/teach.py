@@ -3,7 +3,9 @@
     python -m sbrush.stickers.teach vae       pictures -> latents
     python -m sbrush.stickers.teach judge     pictures and captions -> one space, only for measuring
     python -m sbrush.stickers.teach teacher   captions -> latents, with the text encoder
-    python -m sbrush.stickers.teach export    the teacher's folder and the judge's, as shipped
+    python -m sbrush.stickers.teach export    teacher and judge into the package
+    python -m sbrush.stickers.teach guidance  the teacher's guidance scale, on validation captions
+    python -m sbrush.stickers.teach ship RUN  a run's student into the package
 
 Seeded and checkpointed: the same command goes on where it stopped. Training pictures are drawn once and kept in
 `--work`; what step s sees depends on the seed and s alone.
@@ -11,7 +13,9 @@ Seeded and checkpointed: the same command goes on where it stopped. Training pic
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +32,7 @@ from sbrush.core import NoiseSchedule
 from sbrush.ema import EMA
 from sbrush.stickers import models
 from sbrush.stickers.world import ATTRIBUTES, Caption, random_caption, random_sticker, stream
+from sbrush.weights import BUILT_IN, FORMAT, MODEL_INDEX, write_json
 
 SEED = 1
 PICTURES = 80_000
@@ -43,7 +48,7 @@ WORK = Path("runs/teach")
 
 
 @app.command()
-def vae(work: Work = WORK, steps: Steps = 3000, batch: Batch = 32, lr: float = 3e-3, threads: Threads = 0) -> None:
+def vae(work: Work = WORK, steps: Steps = 1700, batch: Batch = 32, lr: float = 3e-3, threads: Threads = 0) -> None:
     """Autoencoder: L1 + MSE + 1e-4 KL; then the scaling factor that gives the latents unit deviation."""
     device = _device(threads)
     pictures, _ = drawn_pictures(work)
@@ -75,7 +80,7 @@ def vae(work: Work = WORK, steps: Steps = 3000, batch: Batch = 32, lr: float = 3
 
 
 @app.command()
-def judge(work: Work = WORK, steps: Steps = 4000, batch: Batch = 64, lr: float = 2e-3, threads: Threads = 0) -> None:
+def judge(work: Work = WORK, steps: Steps = 2200, batch: Batch = 64, lr: float = 2e-3, threads: Threads = 0) -> None:
     """Judge: a sigmoid loss on every pair of picture and caption, whose truth is known."""
     device = _device(threads)
     pictures, labels = drawn_pictures(work)
@@ -109,11 +114,11 @@ def judge(work: Work = WORK, steps: Steps = 4000, batch: Batch = 64, lr: float =
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(models.json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 @app.command()
-def teacher(work: Work = WORK, steps: Steps = 4500, batch: Batch = 64, lr: float = 1e-3, threads: Threads = 0) -> None:
+def teacher(work: Work = WORK, steps: Steps = 2800, batch: Batch = 64, lr: float = 1e-3, threads: Threads = 0) -> None:
     """Teacher: v prediction, min-SNR-5 weight, the text encoder trained along; one caption in ten is empty."""
     device = _device(threads)
     latents, labels = _latents(work, device)
@@ -151,8 +156,63 @@ def teacher(work: Work = WORK, steps: Steps = 4500, batch: Batch = 64, lr: float
     text.save_pretrained(work / "text_encoder")
 
 
+@app.command()
+def export(
+    work: Work = WORK, to: Annotated[Path, typer.Option(help="Where the package keeps them.")] = BUILT_IN
+) -> None:
+    """Teacher and judge as shipped: UNet, VAE and judge in float16, the small text encoder in float32."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    folder = to / "teacher"
+    UNet2DConditionModel.from_pretrained(work / "unet").half().save_pretrained(folder / "unet")
+    AutoencoderKL.from_pretrained(work / "vae").half().save_pretrained(folder / "vae")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(work / part, folder / part, dirs_exist_ok=True)
+    shutil.copytree(work / "judge", to / "judge", dirs_exist_ok=True)
+    models.build_scheduler().save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "sbrush.json", {"format": FORMAT, "world": "stickers", "license": "apache-2.0"})
+
+
+@app.command()
+def guidance(
+    scales: Annotated[str, typer.Option(help="Guidance scales to try.")] = "1.5,2,3,4,5",
+    pictures: Annotated[int, typer.Option(help="Validation captions.")] = 400,
+) -> None:
+    """Chooses the teacher's guidance scale on validation captions: the best mean accuracy, and records it."""
+    from sbrush.evaluate.accuracy import attribute_accuracy
+    from sbrush.sample import teacher_pictures
+    from sbrush.stickers.judge import Judge
+    from sbrush.weights import load_teacher
+
+    built_in, looking = load_teacher(), Judge.load()
+    captions = [random_caption(stream("validation", i)) for i in range(pictures)]
+    texts, seeds, best = [c.text for c in captions], list(range(500_000, 500_000 + pictures)), (0.0, 0.0)
+    for scale in map(float, scales.split(",")):
+        drawn = torch.cat(list(teacher_pictures(built_in, texts, seeds, steps=25, guidance=scale, batch=50)))
+        score = attribute_accuracy(captions, looking.classify(looking.features(drawn)))
+        mean = sum(score.values()) / len(score)
+        say(f"guidance {scale}: mean accuracy {mean:.4f}  {score}")
+        best = max(best, (mean, scale))
+    file = BUILT_IN / "teacher" / "sbrush.json"
+    write_json(file, json.loads(file.read_text()) | {"guidance": best[1]})
+
+
+@app.command()
+def ship(
+    run: Annotated[Path, typer.Argument(help="Folder of the run whose student is to be shipped.")], to: Path = BUILT_IN
+) -> None:
+    """A run's student as shipped: its UNet in float16; the other parts are the teacher's."""
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel.from_pretrained(run / "student" / "unet").half().save_pretrained(to / "student" / "unet")
+    shutil.copytree(run / "student" / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
+    for name in ("sbrush.json", "README.md"):
+        shutil.copyfile(run / "student" / name, to / "student" / name)
+
+
 def drawn_pictures(work: Path) -> tuple[Tensor, Tensor]:
-    """The training pictures, uint8 [80000, 3, 64, 64], and their attributes as indices, int64 [80000, 4]; drawn once."""
+    """The training pictures, uint8 [80000, 3, 64, 64], and their attributes as indices, int64 [80000, 4]."""
     file = work / "pictures.safetensors"
     if not file.exists():
         pictures, labels = torch.empty(PICTURES, 3, 64, 64, dtype=torch.uint8), torch.empty(PICTURES, 4).long()
@@ -184,7 +244,7 @@ def _latents(work: Path, device: torch.device) -> tuple[Tensor, Tensor]:
                 mean = net.encode(_to_network(some, device)).latent_dist.mean.float()
                 parts.append((mean * net.config.scaling_factor).half().cpu())
                 bar.advance(len(some))
-        save_file({"latents": torch.cat(parts)}, file.with_suffix(".partial"))
+        save_file({"latents": torch.cat(parts).contiguous()}, file.with_suffix(".partial"))
         file.with_suffix(".partial").rename(file)
     return load_file(file)["latents"], labels
 

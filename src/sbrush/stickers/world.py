@@ -42,7 +42,7 @@ ATTRIBUTES = {"kind": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKG
 
 PICTURE = 64  # pixels a side
 
-# One combination of kind and colour in ten is never shown in any training: every kind and every colour loses one or two.
+# One combination of kind and colour in ten is never shown in any training; each kind and each colour loses some.
 HELD_OUT = frozenset((kind, tuple(COLOURS)[(3 * i + 1) % 10]) for i, kind in enumerate(KINDS))
 
 
@@ -109,7 +109,7 @@ def all_captions(*, held_out: bool = False) -> Iterator[Caption]:
 
 
 def random_caption(rng: random.Random, truth: Sticker | Caption | None = None, *, drop: float = 0.4) -> Caption:
-    """A caption, true of `truth` if given, that leaves out the kind one time in ten and the others with chance `drop`."""
+    """A caption, true of `truth` if given: leaves out the kind one time in ten, the others with chance `drop`."""
     values = {}
     for name, choices in ATTRIBUTES.items():
         value = getattr(truth, name) if truth else rng.choice(choices)
@@ -144,3 +144,8 @@ def unknown_words(prompt: str) -> list[str]:
 def stream(seed: str, index: int) -> random.Random:
     """The random numbers of item `index` in the stream named `seed`: the same whatever is drawn before or beside it."""
     return random.Random(f"{seed}/{index}")
+
+
+if __name__ == "__main__":  # what prompts/stickers.txt holds
+    for every in all_captions():
+        print(every.text)

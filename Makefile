@@ -1,0 +1,73 @@
+# Everything starts from a bare machine with Python 3.11+ and make: each target makes .venv when there is none.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+RUN    ?= runs/demo
+STEPS  ?=
+LIMIT  ?= 1000
+PROMPT ?= a small red cat on a mint background
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint distill sample eval bench teach wheel clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable . --group dev $(CONSTRAIN)
+	touch $@
+
+setup: $(READY)  ## make .venv and install
+
+demo: $(READY)  ## distil, sample and evaluate on the built-in world; at most 12 minutes on two CPU cores
+	$(BIN)/sbrush distill prompts/stickers.txt --out $(RUN) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/sbrush sample "a cat" "a small red car on a mint background" "a big purple fish" --seed 1-6 --student $(RUN) --compare -o $(RUN)/compare.png
+	$(BIN)/sbrush eval --student $(RUN) --limit $(LIMIT) --report $(RUN)/report.html
+	@echo
+	@echo "Look at:  $(RUN)/compare.png       one step (upper rows) and the teacher's 25 (lower rows)"
+	@echo "          $(RUN)/samples/          the student as it learned"
+	@echo "          $(RUN)/report.html       the figures"
+	@echo "Next:     $(BIN)/sbrush sample \"a big teal bird\" --seed 1-8 --student $(RUN)"
+
+test: $(READY)  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+distill: $(READY)  ## distil the built-in teacher into RUN
+	$(BIN)/sbrush distill prompts/stickers.txt --out $(RUN) $(if $(STEPS),--steps $(STEPS))
+
+sample: $(READY)  ## draw PROMPT with the shipped student
+	$(BIN)/sbrush sample "$(PROMPT)" -o out.png
+
+eval: $(READY)  ## evaluate the shipped student on LIMIT held-out pairs
+	$(BIN)/sbrush eval --limit $(LIMIT)
+
+bench: $(READY)  ## the training step against the plain formulation, side by side
+	$(BIN)/python -m sbrush.bench
+
+teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, student
+	$(BIN)/python -m sbrush.stickers.teach vae
+	$(BIN)/python -m sbrush.stickers.teach judge
+	$(BIN)/python -m sbrush.stickers.teach teacher
+	$(BIN)/python -m sbrush.stickers.teach export
+	$(BIN)/python -m sbrush.stickers.teach guidance
+	$(BIN)/sbrush distill prompts/stickers.txt --out runs/shipped --steps 2500
+	$(BIN)/python -m sbrush.stickers.teach ship runs/shipped
+
+wheel: $(READY)  ## build the wheel, install it into an empty environment and draw a picture with it
+	rm -rf dist
+	$(BIN)/python -m build --wheel
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet dist/*.whl
+	cd dist && venv/bin/sbrush sample "a cat" -o cat.png && test -s cat.png
+
+clean:  ## remove what the targets made, but for runs/
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache

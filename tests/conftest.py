@@ -1,0 +1,69 @@
+"""A tiny Stable Diffusion folder with random weights, and a way to run the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def build_tiny_teacher(folder: Path, *, prediction: str = "epsilon", seed: int = 0) -> Path:
+    """32 x 32 pictures, 4 x 16 x 16 latents, a few thousand parameters."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from sbrush.stickers.models import build_tokenizer
+    from sbrush.weights import MODEL_INDEX, write_json
+
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    ).save_pretrained(folder / "text_encoder")  # fmt: skip
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2,
+        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, sample_size=32,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    # What Stable Diffusion's own folders carry: steps_offset 1, "leading" spacing, alpha_0 at the end.
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
+        steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+    ).save_pretrained(folder / "scheduler")  # fmt: skip
+    write_json(folder / "model_index.json", MODEL_INDEX)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_teacher(tmp_path_factory.mktemp("tiny-teacher"))
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a cat\na red dog\n\na fish\na cat\na blue car on a mint background\n", encoding="utf-8")
+    return file
+
+
+def sbrush(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`sbrush ARGUMENTS` as its own process."""
+    return subprocess.run(
+        [sys.executable, "-m", "sbrush", *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, encoding="utf-8",
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""Checkpoints: what goes in comes out; damage is seen and passed over; nothing is removed too early."""
+
+import json
+
+import pytest
+import torch
+
+from sbrush import checkpoint
+from sbrush.console import SbrushError
+
+
+def trained(steps, saved=None):
+    """A small Adam run, from `saved` on if given."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    first = 0
+    if saved:
+        net.load_state_dict(saved.part("net"))
+        checkpoint.load_optimizer(optimizer, saved.part("optimizer"))
+        first = saved.step
+    for step in range(first, steps):
+        loss = net(torch.full((1, 3), float(step + 1))).pow(2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net, optimizer
+
+
+def save(folder, step):
+    net, optimizer = trained(step)
+    parts = {"net": net.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+    checkpoint.save(folder, step, parts, note="kept")
+
+
+def test_a_resumed_optimiser_goes_on_bit_for_bit(tmp_path):
+    save(tmp_path, 3)
+    saved = checkpoint.newest(tmp_path)
+    assert saved.step == 3 and saved.extra["note"] == "kept"
+    resumed, whole = trained(7, saved)[0], trained(7)[0]
+    assert torch.equal(resumed.weight, whole.weight) and torch.equal(resumed.bias, whole.bias)
+
+
+def test_the_newest_two_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+def flip_byte(file):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: flip_byte(f / "state.safetensors"),
+        lambda f: (f / "state.safetensors").write_bytes((f / "state.safetensors").read_bytes()[:-9]),
+        lambda f: (f / "state.safetensors").unlink(),
+        lambda f: (f / "state.json").write_text("{"),
+        lambda f: (f / "state.json").write_text("[]"),
+        lambda f: (f / "state.json").unlink(),
+    ],
+)
+def test_a_damaged_newest_one_is_passed_over_with_a_word(tmp_path, capsys, damage):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    damage(tmp_path / "step-000002")
+    assert checkpoint.newest(tmp_path).step == 1
+    assert "step-000002 is damaged" in capsys.readouterr().err
+
+
+def test_a_half_written_one_does_not_count_and_is_written_over(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step-000002.partial").mkdir()
+    (tmp_path / "step-000002.partial" / "state.safetensors").write_bytes(b"half")
+    assert checkpoint.newest(tmp_path).step == 1
+    save(tmp_path, 2)
+    assert checkpoint.newest(tmp_path).step == 2
+
+
+def test_another_format_version_gets_a_message_that_helps(tmp_path):
+    save(tmp_path, 1)
+    file = tmp_path / "step-000001" / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(SbrushError, match="format 99"):
+        checkpoint.newest(tmp_path)
+
+
+def test_an_empty_or_missing_folder_holds_none(tmp_path):
+    assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "none") is None

