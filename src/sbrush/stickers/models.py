@@ -27,14 +27,16 @@ JUDGE = {
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level BPE, its merges learnt from the world's captions, so that each word of theirs is one token.
+    """CLIP's byte-level BPE, its merges learnt from the words of the world's captions, so that each word of theirs is one token.
 
     Any other text falls to smaller pieces, bytes at the smallest. The end token has the highest id, as CLIP needs.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator((c.text for c in all_captions(held_out=True)), trainer)
+    words = sorted({word for c in all_captions(held_out=True) for word in c.text.split()})
+    # Each word in another number: the trainer breaks ties by chance, and token ids must be the same in every training.
+    bpe.train_from_iterator((word for i, word in enumerate(words) for _ in range(1000 + 7 * i)), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *dict.fromkeys("".join(pair) for pair in merges)]

@@ -81,9 +81,13 @@ def vae(work: Work = WORK, steps: Steps = 1700, batch: Batch = 32, lr: float = 3
 
 @app.command()
 def judge(work: Work = WORK, steps: Steps = 2200, batch: Batch = 64, lr: float = 2e-3, threads: Threads = 0) -> None:
-    """Judge: a sigmoid loss on every pair of picture and caption, whose truth is known."""
+    """Judge: a sigmoid loss on every pair of picture and caption, whose truth is known.
+
+    It sees the held-out combinations too. One that had not took green hearts for trees, and the measure of other
+    models' generalisation must not depend on the judge's own.
+    """
     device = _device(threads)
-    pictures, labels = drawn_pictures(work)
+    pictures, labels = drawn_pictures(work, held_out=True)
     tokenizer = models.build_tokenizer(work / "tokenizer")
     torch.manual_seed(SEED)
     net, config = models.build_judge(tokenizer)
@@ -168,6 +172,9 @@ def export(
     AutoencoderKL.from_pretrained(work / "vae").half().save_pretrained(folder / "vae")
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(work / part, folder / part, dirs_exist_ok=True)
+    file = folder / "text_encoder" / "model.safetensors"  # transformers 5.6 dropped a prefix that other readers expect
+    words = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in load_file(file).items()}
+    save_file(words, file, metadata={"format": "pt"})
     shutil.copytree(work / "judge", to / "judge", dirs_exist_ok=True)
     models.build_scheduler().save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", MODEL_INDEX)
@@ -211,19 +218,23 @@ def ship(
         shutil.copyfile(run / "student" / name, to / "student" / name)
 
 
-def drawn_pictures(work: Path) -> tuple[Tensor, Tensor]:
-    """The training pictures, uint8 [80000, 3, 64, 64], and their attributes as indices, int64 [80000, 4]."""
-    file = work / "pictures.safetensors"
+def drawn_pictures(work: Path, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+    """Training pictures, uint8 [80000, 3, 64, 64], and their attributes as indices, int64 [80000, 4].
+
+    With `held_out`, for the judge alone, of all combinations of kind and colour.
+    """
+    name = "judge" if held_out else "train"
+    file = work / f"pictures-{name}.safetensors"
     if not file.exists():
         pictures, labels = torch.empty(PICTURES, 3, 64, 64, dtype=torch.uint8), torch.empty(PICTURES, 4).long()
         with progress("drawing pictures", PICTURES, unit="pictures") as bar:
             for i in range(PICTURES):
-                sticker = random_sticker(stream("train", i))
+                sticker = random_sticker(stream(name, i), held_out=held_out)
                 pictures[i] = _tensor(sticker)
                 labels[i] = torch.tensor([v.index(getattr(sticker, name)) for name, v in ATTRIBUTES.items()])
                 bar.advance()
         work.mkdir(parents=True, exist_ok=True)
-        partial = work / f"pictures.partial-{os.getpid()}"
+        partial = work / f"{file.name}.partial-{os.getpid()}"
         save_file({"pictures": pictures, "labels": labels}, partial)
         partial.rename(file)
     loaded = load_file(file)
