@@ -59,7 +59,7 @@ teach: $(READY)  ## train the built-in world again from nothing: autoencoder, ju
 	$(BIN)/python -m sbrush.stickers.teach teacher
 	$(BIN)/python -m sbrush.stickers.teach export
 	$(BIN)/python -m sbrush.stickers.teach guidance
-	$(BIN)/sbrush distill prompts/stickers.txt --out runs/shipped --steps 2500
+	$(BIN)/sbrush distill prompts/stickers.txt --out runs/shipped --steps 900
 	$(BIN)/python -m sbrush.stickers.teach ship runs/shipped
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw a picture with it

@@ -102,4 +102,4 @@ if __name__ == "__main__":
         panel.set(xlim=(-14.5, 14.5), ylim=(-14.5, 14.5), aspect="equal")
         panel.set_title(title, fontsize=10, color=colour)
         panel.axis("off")
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150, bbox_inches="tight", pad_inches=0.1)

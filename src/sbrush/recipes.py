@@ -63,8 +63,8 @@ RECIPES = {
             lora_snr_cap=None, null_chance=0.1, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
-            name="stickers", gap="dmd", guidance=3.0, guide_lora=False, steps=700, batch=16,
-            student_lr=3e-4, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all", lora_updates=1,
+            name="stickers", gap="dmd", guidance=2.0, guide_lora=False, steps=500, batch=16,
+            student_lr=1e-4, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all", lora_updates=1,
             lora_snr_cap=5.0, null_chance=0.1, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
         ),
     )
