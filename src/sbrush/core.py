@@ -150,7 +150,7 @@ def vsd_gap(eps_teacher: Tensor, eps_lora: Tensor, t: Tensor, schedule: NoiseSch
 
 
 def dmd_gap(eps_teacher: Tensor, eps_lora: Tensor, noise: Tensor) -> Tensor:
-    """g = (eps_phi - eps_psi) / mean|eps_phi - eps|, the mean taken per sample (DMD, arXiv 2311.18828, eq. 8).
+    """g = (eps_phi - eps_psi) / mean|eps_phi - eps|, the mean taken per sample (DMD, arXiv 2311.18828, as in its code).
 
     DMD writes it with x0 predictions; there sigma_t / alpha_t stands above and below and cancels. Float32 [B, C, H, W].
     """
@@ -180,4 +180,6 @@ def lora_loss(
     if snr_cap is None:
         return (alpha.pow(2) * error).mean()
     snr = (alpha / sigma).pow(2)
-    return (snr.clamp(max=snr_cap) / (snr + 1) / alpha.pow(2) * error).mean()
+    return (
+        snr.clamp(max=snr_cap) / snr * error
+    ).mean()  # (error in v) = (error in eps) / alpha_t^2, snr + 1 = snr / alpha_t^2

@@ -27,7 +27,7 @@ JUDGE = {
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level BPE, its merges learnt from the words of the world's captions, so that each word of theirs is one token.
+    """CLIP's byte-level BPE, its merges learnt from the world's words, so that each of them is one token.
 
     Any other text falls to smaller pieces, bytes at the smallest. The end token has the highest id, as CLIP needs.
     """
