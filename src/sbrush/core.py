@@ -180,6 +180,5 @@ def lora_loss(
     if snr_cap is None:
         return (alpha.pow(2) * error).mean()
     snr = (alpha / sigma).pow(2)
-    return (
-        snr.clamp(max=snr_cap) / snr * error
-    ).mean()  # (error in v) = (error in eps) / alpha_t^2, snr + 1 = snr / alpha_t^2
+    # The squared error in v is the one in eps over alpha_t^2, and (snr_t + 1) alpha_t^2 = snr_t.
+    return (snr.clamp(max=snr_cap) / snr * error).mean()
