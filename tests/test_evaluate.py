@@ -75,14 +75,9 @@ class TestPrecisionRecall:
     @staticmethod
     def brute_force(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
         def inside(region: np.ndarray, points: np.ndarray) -> float:
-            hits = 0
-            for p in points:
-                for i, centre in enumerate(region):
-                    others = sorted(np.linalg.norm(centre - o) for j, o in enumerate(region) if j != i)
-                    if np.linalg.norm(p - centre) <= others[k - 1]:
-                        hits += 1
-                        break
-            return hits / len(points)
+            reach = [sorted(np.linalg.norm(c - other) for other in region)[k] for c in region]  # the first is itself
+            hits = [any(np.linalg.norm(p - c) <= r for c, r in zip(region, reach, strict=True)) for p in points]
+            return sum(hits) / len(points)
 
         r, f = real.double().numpy(), fake.double().numpy()
         return inside(r, f), inside(f, r)

@@ -42,7 +42,7 @@ ATTRIBUTES = {"kind": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKG
 
 PICTURE = 64  # pixels a side
 
-# One combination of kind and colour in ten is never shown in any training; each kind and each colour loses some.
+# One combination of kind and colour in ten is never shown to teacher or student (the judge sees all).
 HELD_OUT = frozenset((kind, tuple(COLOURS)[(3 * i + 1) % 10]) for i, kind in enumerate(KINDS))
 
 
