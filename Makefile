@@ -34,7 +34,7 @@ demo: $(READY)  ## distil, sample and evaluate on the built-in world; at most 12
 	@echo "Next:     $(BIN)/sbrush sample \"a big teal bird\" --seed 1-8 --student $(RUN)"
 
 test: $(READY)  ## the test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
