@@ -105,6 +105,7 @@ def build_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,  # as in every Stable Diffusion folder; without effect on trailing steps
         clip_sample=False,
         set_alpha_to_one=True,
     )
