@@ -11,7 +11,7 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -31,8 +31,24 @@ app = typer.Typer(
 )
 
 RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
-Precision = StrEnum("Precision", {name: name for name in ("auto", "float32", "bfloat16")})  # type: ignore[misc]
-Dtype = StrEnum("Dtype", {name: name for name in ("auto", "float32", "bfloat16", "float16")})  # type: ignore[misc]
+
+
+class Precision(StrEnum):
+    """Of matrix products in training."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Dtype(StrEnum):
+    """Of the networks in sampling."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 MACHINE, ABLATIONS, OVERRIDES, REPORT = "Machine", "The paper's ablations", "Instead of the recipe's", "Output"
 DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)]
@@ -93,7 +109,7 @@ def distill(
 ) -> None:
     """Distil a teacher into a one-step student, from prompts alone."""
     chosen = RECIPES[recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"]
-    given = {
+    given: dict[str, Any] = {
         "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
         "lora_updates": lora_updates, "reparameterised": reparameterisation, "gap": None if lora_teacher else "sds",
     }  # fmt: skip
@@ -110,7 +126,7 @@ def distill(
     texts = read_prompts(prompts)
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
-        device=pick_device(device), precision=precision.value,
+        device=pick_device(device), precision=cast("Any", precision.value),
         every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every),
     )  # fmt: skip
     if dry_run:

@@ -56,7 +56,8 @@ def teacher_pictures(
                 output = teacher.denoise(x, t, cond)
             else:
                 both = teacher.denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null.expand_as(cond)]))
-                output = guide(*both.float().chunk(2), guidance)  # eps and v are both linear in it
+                cond_output, null_output = both.float().chunk(2)
+                output = guide(cond_output, null_output, guidance)  # eps and v are both linear in it
             x = scheduler.step(output.float(), int(step), x).prev_sample
         yield teacher.decode(x)
 
