@@ -36,6 +36,8 @@ class Distiller:
     The teacher and the LoRA teacher are one frozen UNet: with its adapter off and on. The student is a full copy.
     """
 
+    memory_format = torch.channels_last  # in which convolutions are fastest
+
     def __init__(
         self, teacher: Model, recipe: Recipe, *, seed: int, accelerator: Accelerator, init: Model | None = None
     ) -> None:
@@ -51,12 +53,12 @@ class Distiller:
         self._mine = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
         for part in (teacher.text_encoder, teacher.vae, teacher.unet):
             part.to(device)
-        student = copy.deepcopy((init or teacher).unet).to(device, memory_format=torch.channels_last)
+        student = copy.deepcopy((init or teacher).unet).to(device, memory_format=self.memory_format)
         self.student = student.float().requires_grad_(True).train()
         self.ema = EMA(self.student, recipe.ema)
         if accelerator.mixed_precision == "bf16":
             teacher.unet.to(torch.bfloat16)
-        teacher.unet.to(memory_format=torch.channels_last)
+        teacher.unet.to(memory_format=self.memory_format)
         self.lora = add_lora(
             teacher.unet, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets, seed=seed
         )
@@ -81,7 +83,7 @@ class Distiller:
         T = schedule.last(len(z))
 
         x0 = core.student_x0(
-            self._student(_laid_out(z), T, cond).sample.float(),
+            self._student(self._laid_out(z), T, cond).sample.float(),
             z, T, schedule, self.prediction, reparameterised=recipe.reparameterised,
         )  # fmt: skip
         t = draw.timesteps(recipe.t_low, recipe.t_high)
@@ -103,7 +105,7 @@ class Distiller:
             noise_lora = draw.normal(self.teacher.latent_shape)
             words = self._null.expand_as(cond) if draw.chance(recipe.null_chance) else cond
             x_t_lora = core.add_noise(x0, noise_lora, t_lora, schedule)
-            output = self._lora_teacher(_laid_out(x_t_lora), t_lora, words).sample
+            output = self._lora_teacher(self._laid_out(x_t_lora), t_lora, words).sample
             eps = core.to_epsilon(output, x_t_lora, t_lora, schedule, self.prediction)
             lora_loss = core.lora_loss(eps, noise_lora, t_lora, schedule, snr_cap=recipe.lora_snr_cap)
             lora_grad = self._update(lora_loss, self.lora_optimizer, self.lora)
@@ -119,7 +121,7 @@ class Distiller:
         recipe, unet, null = self.recipe, self.teacher.unet, self._null.expand_as(cond)
 
         def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-            return unet(_laid_out(x), t, words).sample
+            return unet(self._laid_out(x), t, words).sample
 
         with self.accelerator.autocast():
             unet.disable_adapters()
@@ -131,6 +133,9 @@ class Distiller:
                 return eps_teacher, noise
             scale = recipe.guidance if recipe.guide_lora else 1.0
             return eps_teacher, core.guided_epsilon(denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self.memory_format)
 
     def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Any) -> Tensor:
         """Backward, clip, step; the gradient's norm before clipping."""
@@ -293,11 +298,6 @@ def stop_requests() -> Iterator[Stop]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """The memory layout in which convolutions are fastest."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _advance(bar: Progress, main: bool, note: str) -> None:
