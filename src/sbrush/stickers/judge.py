@@ -155,3 +155,25 @@ def _check(pictures: Tensor) -> None:
     if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[1:] != (3, PICTURE, PICTURE):
         shape = list(pictures.shape)
         raise ValueError(f"pictures must be uint8 [B, 3, {PICTURE}, {PICTURE}], not {pictures.dtype} {shape}")
+
+
+if __name__ == "__main__":  # how often the shipped judge, and the check on pixels, are right on unseen renders
+    from torchvision.transforms.functional import pil_to_tensor
+
+    from sbrush.console import out
+    from sbrush.stickers.draw import draw
+    from sbrush.stickers.world import random_sticker, stream
+
+    total, judge = 10_000, Judge.load()
+    right = dict.fromkeys([*ATTRIBUTES, "colour by pixels", "background by pixels"], 0)
+    for first in range(0, total, 250):
+        stickers = [random_sticker(stream("judge-10k", i), held_out=True) for i in range(first, first + 250)]
+        seen = torch.stack([pil_to_tensor(draw(sticker)) for sticker in stickers])
+        judged = judge.classify(judge.features(seen))
+        judged |= {f"{name} by pixels": values for name, values in pixel_attributes(seen).items()}
+        for name, values in judged.items():
+            attribute = name.split()[0]
+            true = [ATTRIBUTES[attribute].index(getattr(sticker, attribute)) for sticker in stickers]
+            right[name] += int((values == torch.tensor(true)).sum())
+    for name, count in right.items():
+        out(f"{name}: right on {count} of {total}")
