@@ -66,7 +66,7 @@ def distil(method, steps=1500, batch=512):
     student_step, lora_step = descent(student, 2e-3, steps), descent(lora_teacher, 4e-3, 2 * steps)
 
     def draw(count):
-        z, t = torch.randn(count, 2, 1, 1), SCHEDULE.last(count)
+        z, t = torch.randn(count, 2, 1, 1), SCHEDULE.start(count)
         return student_x0(student(z, t), z, t, SCHEDULE, "epsilon")
 
     for _ in range(steps):

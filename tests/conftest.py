@@ -18,8 +18,9 @@ def build_tiny_teacher(folder: Path, *, prediction: str = "epsilon", seed: int =
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from sbrush.files import write_json
     from sbrush.stickers.models import build_tokenizer
-    from sbrush.weights import MODEL_INDEX, write_json
+    from sbrush.weights import MODEL_INDEX
 
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(folder / "tokenizer")

@@ -72,13 +72,13 @@ def test_at_and_last_give_one_value_a_sample():
     assert alpha.shape == sigma.shape == (len(TIMES), 1, 1, 1)
     assert alpha.flatten().tolist() == SCHEDULE.alpha[TIMES].tolist()
     assert sigma.flatten().tolist() == SCHEDULE.sigma[TIMES].tolist()
-    assert SCHEDULE.last(3).tolist() == [999, 999, 999]
-    assert SCHEDULE.last(3).dtype == torch.int64
+    assert SCHEDULE.start(3).tolist() == [999, 999, 999]
+    assert SCHEDULE.start(3).dtype == torch.int64
 
 
 def test_to_moves_both_halves_and_last_follows():
     moved = SCHEDULE.to("meta")
-    assert {moved.alpha.device.type, moved.sigma.device.type, moved.last(2).device.type} == {"meta"}
+    assert {moved.alpha.device.type, moved.sigma.device.type, moved.start(2).device.type} == {"meta"}
     stayed = SCHEDULE.to("cpu")
     assert torch.equal(stayed.alpha, SCHEDULE.alpha) and torch.equal(stayed.sigma, SCHEDULE.sigma)
 
@@ -118,9 +118,9 @@ def test_student_is_one_trailing_ddim_step_to_alpha_one(prediction):
     )
     ddim.set_timesteps(1)
     output, z = normal(2, 4, 5, 3, seed=7), normal(2, 4, 5, 3, seed=8)
-    assert SCHEDULE.last(2).tolist() == ddim.timesteps.tolist() * 2
+    assert SCHEDULE.start(2).tolist() == ddim.timesteps.tolist() * 2
     expected = ddim.step(output, ddim.timesteps[0], z).prev_sample
-    close(student_x0(output, z, SCHEDULE.last(2), SCHEDULE, prediction), expected, atol=1e-5)
+    close(student_x0(output, z, SCHEDULE.start(2), SCHEDULE, prediction), expected, atol=1e-5)
 
 
 def test_a_v_student_and_an_epsilon_student_of_one_function_give_one_x0():

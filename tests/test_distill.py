@@ -126,6 +126,16 @@ def test_without_the_reparameterisation_x0_is_the_unets_output(tiny_teacher):
     assert torch.allclose(ours.step(1, order)["x0"], output, atol=1e-5)
 
 
+def test_an_earlier_start_takes_the_noise_for_x_t_there(tiny_teacher):
+    ours = distiller(tiny_teacher, dataclasses.replace(SMALL, t_init=700))
+    draw, order = StepNoise(3, 1, range(4), torch.device("cpu")), ShuffledPrompts(PROMPTS, 3)
+    words = ours.teacher.encode([order[i] for i in range(4)])
+    z, abar = draw.normal((4, 16, 16)), ours.teacher.scheduler.alphas_cumprod[700]
+    with torch.no_grad():
+        output = ours.student(z, torch.full((4,), 700), words).sample
+    assert torch.allclose(ours.step(1, order)["x0"], (z - (1 - abar).sqrt() * output) / abar.sqrt(), atol=1e-4)
+
+
 def student_weights(out):
     return load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
 

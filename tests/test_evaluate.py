@@ -19,8 +19,9 @@ from sbrush.evaluate import diversity, stickers
 from sbrush.evaluate.accuracy import accuracy, attribute_accuracy
 from sbrush.evaluate.fid import FID, fid
 from sbrush.evaluate.precision_recall import coverage, precision_recall, radii
-from sbrush.evaluate.report import Figures, Report, finite, from_png, png, write_whole
+from sbrush.evaluate.report import Figures, Report, finite, from_png, png
 from sbrush.evaluate.stickers import Candidate, Pair, diversity_pairs, evaluate_stickers, pairs, real_pictures
+from sbrush.files import write_text
 from sbrush.stickers.draw import draw
 from sbrush.stickers.judge import foreground, pixel_attributes
 from sbrush.stickers.world import ATTRIBUTES, COLOURS, PICTURE, Caption, Sticker, random_sticker, stream
@@ -469,7 +470,7 @@ class TestReport:
         old = tmp_path / "old.html"
         old.write_text("old")
         with pytest.raises(UnicodeEncodeError):
-            write_whole(old, "\ud800")
+            write_text(old, "\ud800")
         assert old.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["old.html"]
 
     def test_png_goes_there_and_back(self) -> None:

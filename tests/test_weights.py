@@ -23,12 +23,13 @@ def exported(teacher, folder, about=ABOUT):
     return folder
 
 
+@pytest.mark.parametrize("t_init", [None, 750, 1])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_student_folder_gives_the_same_picture_in_plain_diffusers(tmp_path, prediction):
+def test_a_student_folder_gives_the_same_picture_in_plain_diffusers(tmp_path, prediction, t_init):
     from diffusers import StableDiffusionPipeline
 
     teacher = load_teacher(str(build_tiny_teacher(tmp_path / "teacher", prediction=prediction)))
-    folder = exported(teacher, tmp_path / "student")
+    folder = exported(teacher, tmp_path / "student", ABOUT | {"t_init": t_init})
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
@@ -80,6 +81,14 @@ def test_a_student_of_a_newer_format_is_refused(tmp_path, tiny_teacher):
     folder = exported(load_teacher(str(tiny_teacher)), tmp_path / "student")
     (folder / "sbrush.json").write_text(json.dumps(ABOUT | {"format": 2}))
     with pytest.raises(SbrushError, match="format 2"):
+        load_student(str(folder))
+
+
+@pytest.mark.parametrize("t_init", [0, 1000, -1, 7.5, "750", True, [750]])
+def test_a_student_that_starts_outside_its_schedule_is_refused(tmp_path, tiny_teacher, t_init):
+    folder = exported(load_teacher(str(tiny_teacher)), tmp_path / "student")
+    (folder / "sbrush.json").write_text(json.dumps(ABOUT | {"format": 1, "t_init": t_init}))
+    with pytest.raises(SbrushError, match="starts at timestep"):
         load_student(str(folder))
 
 

@@ -1,8 +1,9 @@
 """The training step against the plain formulation, side by side in one run.  `make bench`
 
 The plain formulation is the official script's structure: four separate score calls (teacher and LoRA teacher, prompt
-and empty prompt), autocast over float32 weights, default memory layout. Both train the same networks on the same
-prompts; they take turns, so that a noisy machine slows both. Printed: pictures/s, UNet forwards a picture, the ratio.
+and empty prompt), autocast over float32 weights, default memory layout, torch's fused attention. Both train the same
+networks on the same prompts; they take turns, so that a noisy machine slows both. Printed: pictures/s, UNet forwards a
+picture, the ratio.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from accelerate import Accelerator
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from sbrush import core
@@ -68,6 +70,8 @@ def main(
     }
     plain = contenders["plain (four score calls)"]
     plain.teacher.unet.float()
+    for unet in (plain.student, plain.teacher.unet):
+        unet.set_attn_processor(AttnProcessor2_0())
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-1, TURNS):  # the first turn warms up
         for name, distiller in contenders.items():

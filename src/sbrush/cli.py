@@ -90,6 +90,9 @@ def distill(
     lora_updates: Annotated[
         int | None, typer.Option(help="LoRA-teacher updates a student update.", min=1, rich_help_panel=OVERRIDES)
     ] = None,
+    t_init: Annotated[
+        int | None, typer.Option(help="The student's timestep, below T.", min=1, rich_help_panel=OVERRIDES)
+    ] = None,
     lora_teacher: Annotated[
         bool, typer.Option(" /--no-lora-teacher", help="Score Distillation Sampling.", rich_help_panel=ABLATIONS)
     ] = True,
@@ -111,7 +114,8 @@ def distill(
     chosen = RECIPES[recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"]
     given: dict[str, Any] = {
         "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
-        "lora_updates": lora_updates, "reparameterised": reparameterisation, "gap": None if lora_teacher else "sds",
+        "lora_updates": lora_updates, "t_init": t_init,
+        "reparameterised": reparameterisation, "gap": None if lora_teacher else "sds",
     }  # fmt: skip
     chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
     if not prompts.is_file():  # before torch is imported

@@ -63,9 +63,9 @@ class NoiseSchedule:
         """alpha_t and sigma_t, each float32 [B, 1, 1, 1]."""
         return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
 
-    def last(self, batch: int) -> Tensor:
-        """T, the student's timestep, for each of `batch` samples: int64 [B]."""
-        return torch.full((batch,), len(self) - 1, device=self.alpha.device)
+    def start(self, batch: int, t_init: int | None = None) -> Tensor:
+        """The student's timestep, T or the earlier `t_init`, for each of `batch` samples: int64 [B]."""
+        return torch.full((batch,), len(self) - 1 if t_init is None else t_init, device=self.alpha.device)
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -106,7 +106,8 @@ def student_x0(
 
         f_theta(z, y) = (z - sigma_T eps_theta(z, T, y)) / alpha_T
 
-    so that a student that starts as a copy of the teacher starts as the teacher's own one-step guess. Without
+    so that a student that starts as a copy of the teacher starts as the teacher's own one-step guess. An earlier `t`
+    than T (SiD's t_init, arXiv 2404.04057) takes pure noise for x_t: that guess then depends more on z. Without
     `reparameterised` (the paper's ablation) the UNet's output is the picture itself. Float32 [B, C, H, W].
     """
     return to_x0(output, z, t, schedule, prediction) if reparameterised else output.float()

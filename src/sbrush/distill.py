@@ -27,7 +27,7 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import Prompts, ShuffledPrompts
 from sbrush.recipes import Recipe
 from sbrush.run import METRICS, Intervals, Run, make_config
-from sbrush.weights import Model, add_lora, digest, load_student, load_teacher, lora_state
+from sbrush.weights import Model, add_lora, attend_explicitly, digest, load_student, load_teacher, lora_state
 
 
 class Distiller:
@@ -56,6 +56,8 @@ class Distiller:
         student = copy.deepcopy((init or teacher).unet).to(device, memory_format=self.memory_format)
         self.student = student.float().requires_grad_(True).train()
         self.ema = EMA(self.student, recipe.ema)
+        for unet in (teacher.unet, self.student):
+            attend_explicitly(unet)
         if accelerator.mixed_precision == "bf16":
             teacher.unet.to(torch.bfloat16)
         teacher.unet.to(memory_format=self.memory_format)
@@ -80,11 +82,11 @@ class Distiller:
         draw = StepNoise(self.seed, step, self._mine, self.accelerator.device)
         cond = self.teacher.encode([prompts[(step - 1) * recipe.batch + i] for i in self._mine])
         z = draw.normal(self.teacher.latent_shape)
-        T = schedule.last(len(z))
+        t_init = schedule.start(len(z), recipe.t_init)
 
         x0 = core.student_x0(
-            self._student(self._laid_out(z), T, cond).sample.float(),
-            z, T, schedule, self.prediction, reparameterised=recipe.reparameterised,
+            self._student(self._laid_out(z), t_init, cond).sample.float(),
+            z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised,
         )  # fmt: skip
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
@@ -207,6 +209,11 @@ def prepare(
             f"--init {printable(init)} is of another architecture than the teacher",
             "start from a student of this teacher",
             code=2,
+        )
+    T = len(guide.schedule) - 1
+    if recipe.t_init is not None and recipe.t_init > T:
+        raise SbrushError(
+            f"--t-init {recipe.t_init} is beyond the teacher's last timestep, {T}", f"take 1 to {T}", code=2
         )
     config = make_config(
         recipe, prompts, teacher=teacher, teacher_sha256=digest(guide), init=init,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
+
+from sbrush.files import whole
 
 PAPER, TEXT = (255, 255, 255), (70, 70, 80)
 
@@ -45,7 +46,7 @@ def sheet(
 
 
 def save_png(path: Path, image: Image.Image, metadata: dict[str, Any] | None = None) -> None:
-    """Writes a PNG aside and renames it; `metadata` goes into A1111's `parameters` chunk and, as JSON, into `sbrush`.
+    """Writes a PNG, whole; `metadata` goes into A1111's `parameters` chunk and, as JSON, into `sbrush`.
 
     `metadata` has the keys prompt, negative ones none; the rest is listed behind it as "Key: value".
     """
@@ -54,12 +55,8 @@ def save_png(path: Path, image: Image.Image, metadata: dict[str, Any] | None = N
         chunks.add_itxt("parameters", parameters(metadata))
         chunks.add_itxt("sbrush", json.dumps(metadata, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(path) as partial:
         image.save(partial, format="PNG", pnginfo=chunks)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def parameters(metadata: dict[str, Any]) -> str:

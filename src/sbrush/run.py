@@ -23,10 +23,11 @@ from torch import Tensor, nn
 import sbrush
 from sbrush import pictures
 from sbrush.console import SbrushError, printable, progress
+from sbrush.files import write_json, write_text
 from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
 from sbrush.sample import student_pictures, teacher_pictures
-from sbrush.weights import Model, export_student, write_json
+from sbrush.weights import Model, export_student
 
 FORMAT = 1
 METRICS = ("gap", "student_loss", "lora_loss", "x0_mean", "x0_std", "student_grad", "lora_grad")
@@ -104,9 +105,7 @@ class Run:
         log = self.out / "log.jsonl"
         if log.is_file():
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= after_step]
-            partial = log.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            partial.replace(log)
+            write_text(log, "".join(line + "\n" for line in lines))
         if not (self.out / "samples" / "teacher.png").is_file():
             texts, seeds = self._sheet()
             unet = teacher.unet
@@ -137,7 +136,7 @@ class Run:
     def sheets(self, step: int, teacher: Model, unet: nn.Module, result: dict[str, Tensor]) -> None:
         """Draws the student's contact sheet, and the three views of x0 of the step's own batch."""
         texts, seeds = self._sheet()
-        student = dataclasses.replace(teacher, unet=unet, about={"reparameterised": self.recipe.reparameterised})
+        student = dataclasses.replace(teacher, unet=unet, about=self._student_map())
         self._save_sheet(f"step-{step:06d}.png", torch.cat(list(student_pictures(student, texts, seeds))))
         views = {"student x0": "x0", "teacher x0": "teacher_x0", "LoRA x0": "lora_x0"}
         rows = [list(teacher.decode(result[name][:8].float())) for name in views.values()]
@@ -148,13 +147,17 @@ class Run:
         about = {
             "version": sbrush.__version__,
             "teacher": self.config["teacher"],
-            "reparameterised": self.recipe.reparameterised,
+            **self._student_map(),
             "recipe": dataclasses.asdict(self.recipe),
             "seed": self.config["seed"],
             "prompts": self.config["prompts"],
         }
         about |= {key: teacher.about[key] for key in ("world", "license") if key in teacher.about}
         export_student(self.student, teacher, unet, about=about, card=model_card(about))  # type: ignore[arg-type]
+
+    def _student_map(self) -> dict[str, Any]:
+        """What core.student_x0 must know of this student."""
+        return {"reparameterised": self.recipe.reparameterised, "t_init": self.recipe.t_init}
 
     def _sheet(self) -> tuple[list[str], list[int]]:
         """Prompts and seeds of the contact sheets: a column a prompt, a row a seed."""

@@ -19,12 +19,14 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sbrush.console import SbrushError, printable
 from sbrush.core import NoiseSchedule, Prediction
+from sbrush.files import write_json
 
 FORMAT = 1  # of sbrush.json
 BUILT_IN = Path(__file__).parent / "stickers" / "weights"
@@ -61,6 +63,11 @@ class Model:
     def schedule(self) -> NoiseSchedule:
         """alpha_t and sigma_t, on the UNet's device."""
         return NoiseSchedule.from_alphas_cumprod(self.scheduler.alphas_cumprod).to(self.device)
+
+    @property
+    def t_init(self) -> int | None:
+        """The timestep at which a student takes its noise for x_t; None is T."""
+        return self.about.get("t_init")
 
     @property
     def device(self) -> torch.device:
@@ -153,16 +160,28 @@ def add_lora(unet: UNet2DConditionModel, *, rank: int, alpha: int, targets: str,
     return trainable
 
 
+def attend_explicitly(unet: UNet2DConditionModel) -> None:
+    """On the CPU, computes attention over few tokens as two plain matrix products.
+
+    The backward of torch's fused attention took 36 % of a training step of the built-in UNet on a CPU (docs/log.md).
+    Over many tokens, as at Stable Diffusion's size, the fused one stays: the products would need gigabytes.
+    """
+    size = unet.config.sample_size
+    if unet.device.type == "cpu" and (size if isinstance(size, int) else max(size)) <= 32:
+        unet.set_attn_processor(AttnProcessor())
+
+
 def lora_state(unet: torch.nn.Module) -> dict[str, Tensor]:
     """The LoRA's tensors by parameter name."""
     return {name: p.detach() for name, p in unet.named_parameters() if ".lora_" in name}
 
 
-def one_step_scheduler(teacher: Model) -> DDIMScheduler:
-    """The scheduler with which plain diffusers' single step is core.student_x0: from T straight to alpha = 1."""
+def one_step_scheduler(teacher: Model, t_init: int | None) -> DDIMScheduler:
+    """The scheduler with which plain diffusers' single step is core.student_x0: from t_init straight to alpha = 1."""
     return DDIMScheduler.from_config(
         teacher.scheduler.config,
-        timestep_spacing="trailing",
+        timestep_spacing="leading",  # a single step begins at steps_offset
+        steps_offset=len(teacher.schedule) - 1 if t_init is None else t_init,
         set_alpha_to_one=True,
         clip_sample=False,
         thresholding=False,
@@ -181,7 +200,7 @@ def export_student(
         for file in _files(teacher.folders[part] / part):
             shutil.copyfile(file, partial / part / file.name)
     unet.save_pretrained(partial / "unet")
-    one_step_scheduler(teacher).save_pretrained(partial / "scheduler")
+    one_step_scheduler(teacher, about.get("t_init")).save_pretrained(partial / "scheduler")
     write_json(partial / "model_index.json", MODEL_INDEX)
     write_json(partial / "sbrush.json", {"format": FORMAT, **about})
     (partial / "README.md").write_text(card, encoding="utf-8")
@@ -205,13 +224,6 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON aside and renames it, so that a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) -> Model:
@@ -254,6 +266,12 @@ def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) 
     if about.get("format", FORMAT) != FORMAT:
         raise SbrushError(
             f"{printable(name)} has student format {about['format']}, this version reads {FORMAT}", "upgrade sbrush"
+        )
+    T = len(model.schedule) - 1
+    if model.t_init is not None and not (type(model.t_init) is int and 0 < model.t_init <= T):
+        raise SbrushError(
+            f"{printable(name)} starts at timestep {printable(model.t_init)}, its schedule has 1 to {T}",
+            "its sbrush.json is damaged; fetch or export it again",
         )
     if model.unet.config.cross_attention_dim != model.text_encoder.config.hidden_size:
         raise SbrushError(

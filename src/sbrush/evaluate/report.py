@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
@@ -15,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from sbrush.console import SbrushError, printable
+from sbrush.files import write_text
 
 Shares = dict[str, float | None]
 Pictures = Mapping[str, Sequence[tuple[str, Image.Image]]]
@@ -94,20 +94,10 @@ class Report:
         Written aside and renamed. Raises SbrushError if it cannot be written.
         """
         try:
-            write_whole(path, _page(self, self.pictures if pictures is None else pictures))
+            write_text(path, _page(self, self.pictures if pictures is None else pictures))
         except OSError as problem:
             hint = "name a file in a folder that you may write to"
             raise SbrushError(f"cannot write {path}: {problem.strerror or problem}", hint) from problem
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that no one ever sees half of it: aside first, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def png(picture: Image.Image) -> str:

@@ -11,34 +11,28 @@ Pictures pass by in batches; features, what the judge sees in them and where it 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sbrush import __version__
-from sbrush.console import Progress, SbrushError, progress, say
+from sbrush.console import Progress, SbrushError, progress
 from sbrush.evaluate import diversity
 from sbrush.evaluate.accuracy import accuracy
 from sbrush.evaluate.fid import fid
+from sbrush.evaluate.memory import Memory, Result, versions
 from sbrush.evaluate.precision_recall import NEIGHBOURS, precision_recall
-from sbrush.evaluate.report import Figures, Report, finite, from_png, png, write_whole
+from sbrush.evaluate.report import Figures, Report, finite
 from sbrush.pictures import to_image
 from sbrush.stickers.draw import draw
 from sbrush.stickers.judge import Judge
 from sbrush.stickers.world import PICTURE, Caption, random_caption, random_sticker, stream
 
-SHIPPED = Path(__file__).parent.parent / "stickers" / "weights" / "figures"
 PROTOCOL = 1  # raised whenever the same pictures would get other figures
 FIRST_SEED, FIRST_DIVERSITY_SEED = 1_000_000, 2_000_000
 BATCH = 100
@@ -70,13 +64,6 @@ class Reference:
 
     features: Tensor
     varieties: list[diversity.Variety]
-
-
-class Result(NamedTuple):
-    """A candidate's figures, and some of its pictures, each with its caption."""
-
-    figures: Figures
-    shown: list[tuple[str, Image.Image]]
 
 
 def pairs(n: int) -> list[Pair]:
@@ -128,11 +115,15 @@ def evaluate_stickers(
 
     results, notes = {}, []
     for candidate in (*candidates, floor):
-        memory = _memory_file(candidate, judge, n, per_caption, cache)
-        result = None if fresh else _recall(memory, n, per_caption) or _recall(shipped(memory), n, per_caption)
+        memory = None
+        if candidate.cache_key is not None:
+            key = [PROTOCOL, __version__, judge.digest, n, per_caption, [c.text for c in diversity.CAPTIONS]]
+            memory = Memory.of([*key, candidate.cache_key, candidate.steps, candidate.guidance], cache)
+        result = memory.recall(n, per_caption) if memory and not fresh else None
         if result is None:
             result = _try(candidate, measured, varied, judge, reference)
-            _remember(memory, result)
+            if memory:
+                memory.keep(result)
         elif result.figures.versions != versions():
             notes.append(f"{candidate.name} was measured with {_listed(result.figures.versions)}")
         results[candidate.name] = result
@@ -251,66 +242,5 @@ def _protocol(n: int, per_caption: int, judge: Judge) -> dict[str, str]:
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of what takes part in measuring."""
-    found = {"sbrush": __version__, "python": platform.python_version()}
-    for package in ("torch", "torchmetrics", "open_clip_torch", "pillow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def _listed(found: dict[str, str]) -> str:
     return ", ".join(f"{package} {number}" for package, number in found.items())
-
-
-def _memory_file(candidate: Candidate, judge: Judge, n: int, per_caption: int, folder: Path | None) -> Path | None:
-    """Where a candidate's figures are remembered; None if they are not to be, or there is no such place."""
-    if candidate.cache_key is None:
-        return None
-    if folder is None:
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        try:
-            folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sbrush"
-        except RuntimeError:  # no home
-            return None
-    captions = [caption.text for caption in diversity.CAPTIONS]
-    key = [PROTOCOL, __version__, judge.digest, n, per_caption, captions]
-    key += [candidate.cache_key, candidate.steps, candidate.guidance]
-    return folder / f"eval-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-
-
-def shipped(memory: Path | None) -> Path | None:
-    """Where the package itself remembers the same figures: those of its own teacher, whose making takes minutes."""
-    return memory and SHIPPED / memory.name
-
-
-def _recall(file: Path | None, n: int, per_caption: int) -> Result | None:
-    """What is remembered in the file; None if nothing is, or it is damaged."""
-    if file is None or not file.is_file():
-        return None
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        figures = Figures.from_json(data["figures"])
-        shown = [(str(text), from_png(code)) for text, code in data["pictures"]]
-        if (figures.n, figures.per_caption) != (n, per_caption):
-            raise ValueError("measured on other numbers")
-    except Exception as problem:  # whatever is wrong with it, it can be made again
-        say(f"remembered figures in {file} are damaged ({problem}); measuring anew")
-        return None
-    say(f"{figures.name}: measured before, remembered in {file}")
-    return Result(figures, shown)
-
-
-def _remember(file: Path | None, result: Result) -> None:
-    """Writes what `_recall` reads; that it cannot be written is said, and no more."""
-    if file is None:
-        return
-    data = {"figures": asdict(result.figures), "pictures": [(text, png(picture)) for text, picture in result.shown]}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(data, allow_nan=False))
-    except OSError as problem:
-        say(f"{result.figures.name}: figures could not be remembered in {file.parent} ({problem.strerror or problem})")

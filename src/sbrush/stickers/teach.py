@@ -3,9 +3,8 @@
     python -m sbrush.stickers.teach vae       pictures -> latents
     python -m sbrush.stickers.teach judge     pictures and captions -> one space, only for measuring
     python -m sbrush.stickers.teach teacher   captions -> latents, with the text encoder
-    python -m sbrush.stickers.teach export    teacher and judge into the package
-    python -m sbrush.stickers.teach guidance  the teacher's guidance scale, on validation captions
-    python -m sbrush.stickers.teach ship RUN  a run's student into the package
+
+ship.py puts what comes out into the package.
 
 Seeded and checkpointed: the same command goes on where it stopped. Training pictures are drawn once and kept in
 `--work`; what step s sees depends on the seed and s alone.
@@ -14,8 +13,6 @@ Seeded and checkpointed: the same command goes on where it stopped. Training pic
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +27,10 @@ from sbrush import checkpoint
 from sbrush.console import progress, say
 from sbrush.core import NoiseSchedule
 from sbrush.ema import EMA
+from sbrush.files import whole
 from sbrush.stickers import models
 from sbrush.stickers.world import ATTRIBUTES, Caption, random_caption, random_sticker, stream
-from sbrush.weights import BUILT_IN, FORMAT, MODEL_INDEX, write_json
+from sbrush.weights import attend_explicitly
 
 SEED = 1
 PICTURES = 80_000
@@ -130,6 +128,8 @@ def teacher(work: Work = WORK, steps: Steps = 2800, batch: Batch = 64, lr: float
     torch.manual_seed(SEED)
     unet = models.build_unet().to(device, memory_format=torch.channels_last)
     text = models.build_text_encoder(tokenizer).to(device)
+    attend_explicitly(unet)
+    text.set_attn_implementation("eager")
     both = nn.ModuleDict({"unet": unet, "text": text})
     average = EMA(both, 0.999)
     schedule = NoiseSchedule.from_alphas_cumprod(models.build_scheduler().alphas_cumprod).to(device)
@@ -160,64 +160,6 @@ def teacher(work: Work = WORK, steps: Steps = 2800, batch: Batch = 64, lr: float
     text.save_pretrained(work / "text_encoder")
 
 
-@app.command()
-def export(
-    work: Work = WORK, to: Annotated[Path, typer.Option(help="Where the package keeps them.")] = BUILT_IN
-) -> None:
-    """Teacher and judge as shipped: UNet, VAE and judge in float16, the small text encoder in float32."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    folder = to / "teacher"
-    UNet2DConditionModel.from_pretrained(work / "unet").half().save_pretrained(folder / "unet")
-    AutoencoderKL.from_pretrained(work / "vae").half().save_pretrained(folder / "vae")
-    for part in ("text_encoder", "tokenizer"):
-        shutil.copytree(work / part, folder / part, dirs_exist_ok=True)
-    file = folder / "text_encoder" / "model.safetensors"  # transformers 5.6 dropped a prefix that other readers expect
-    words = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in load_file(file).items()}
-    save_file(words, file, metadata={"format": "pt"})
-    shutil.copytree(work / "judge", to / "judge", dirs_exist_ok=True)
-    models.build_scheduler().save_pretrained(folder / "scheduler")
-    write_json(folder / "model_index.json", MODEL_INDEX)
-    write_json(folder / "sbrush.json", {"format": FORMAT, "world": "stickers", "license": "apache-2.0"})
-
-
-@app.command()
-def guidance(
-    scales: Annotated[str, typer.Option(help="Guidance scales to try.")] = "1.5,2,3,4,5",
-    pictures: Annotated[int, typer.Option(help="Validation captions.")] = 400,
-) -> None:
-    """Chooses the teacher's guidance scale on validation captions: the best mean accuracy, and records it."""
-    from sbrush.evaluate.accuracy import attribute_accuracy
-    from sbrush.sample import teacher_pictures
-    from sbrush.stickers.judge import Judge
-    from sbrush.weights import load_teacher
-
-    built_in, looking = load_teacher(), Judge.load()
-    captions = [random_caption(stream("validation", i)) for i in range(pictures)]
-    texts, seeds, best = [c.text for c in captions], list(range(500_000, 500_000 + pictures)), (0.0, 0.0)
-    for scale in map(float, scales.split(",")):
-        drawn = torch.cat(list(teacher_pictures(built_in, texts, seeds, steps=25, guidance=scale, batch=50)))
-        score = attribute_accuracy(captions, looking.classify(looking.features(drawn)))
-        mean = sum(score.values()) / len(score)
-        say(f"guidance {scale}: mean accuracy {mean:.4f}  {score}")
-        best = max(best, (mean, scale))
-    file = BUILT_IN / "teacher" / "sbrush.json"
-    write_json(file, json.loads(file.read_text()) | {"guidance": best[1]})
-
-
-@app.command()
-def ship(
-    run: Annotated[Path, typer.Argument(help="Folder of the run whose student is to be shipped.")], to: Path = BUILT_IN
-) -> None:
-    """A run's student as shipped: its UNet in float16; the other parts are the teacher's."""
-    from diffusers import UNet2DConditionModel
-
-    UNet2DConditionModel.from_pretrained(run / "student" / "unet").half().save_pretrained(to / "student" / "unet")
-    shutil.copytree(run / "student" / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
-    for name in ("sbrush.json", "README.md"):
-        shutil.copyfile(run / "student" / name, to / "student" / name)
-
-
 def drawn_pictures(work: Path, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
     """Training pictures, uint8 [80000, 3, 64, 64], and their attributes as indices, int64 [80000, 4].
 
@@ -234,9 +176,8 @@ def drawn_pictures(work: Path, *, held_out: bool = False) -> tuple[Tensor, Tenso
                 labels[i] = torch.tensor([v.index(getattr(sticker, name)) for name, v in ATTRIBUTES.items()])
                 bar.advance()
         work.mkdir(parents=True, exist_ok=True)
-        partial = work / f"{file.name}.partial-{os.getpid()}"
-        save_file({"pictures": pictures, "labels": labels}, partial)
-        partial.rename(file)
+        with whole(file) as partial:
+            save_file({"pictures": pictures, "labels": labels}, partial)
     loaded = load_file(file)
     return loaded["pictures"], loaded["labels"]
 
@@ -255,8 +196,8 @@ def _latents(work: Path, device: torch.device) -> tuple[Tensor, Tensor]:
                 mean = net.encode(_to_network(some, device)).latent_dist.mean.float()
                 parts.append((mean * net.config.scaling_factor).half().cpu())
                 bar.advance(len(some))
-        save_file({"latents": torch.cat(parts).contiguous()}, file.with_suffix(".partial"))
-        file.with_suffix(".partial").rename(file)
+        with whole(file) as partial:
+            save_file({"latents": torch.cat(parts).contiguous()}, partial)
     return load_file(file)["latents"], labels
 
 

@@ -1,0 +1,83 @@
+"""Puts what was trained into the package, which says under which guidance scale the teacher is used.  `make teach`:
+
+python -m sbrush.stickers.ship teacher       teacher and judge, as teach.py left them
+python -m sbrush.stickers.ship guidance      the teacher's guidance scale, chosen on validation captions
+python -m sbrush.stickers.ship student RUN   a run's student
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from sbrush.console import say
+from sbrush.evaluate.accuracy import attribute_accuracy
+from sbrush.files import write_json
+from sbrush.sample import teacher_pictures
+from sbrush.stickers import models
+from sbrush.stickers.judge import Judge
+from sbrush.stickers.teach import WORK, Work
+from sbrush.stickers.world import random_caption, stream
+from sbrush.weights import BUILT_IN, FORMAT, MODEL_INDEX, load_teacher
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+
+
+@app.command()
+def teacher(
+    work: Work = WORK, to: Annotated[Path, typer.Option(help="Where the package keeps them.")] = BUILT_IN
+) -> None:
+    """Teacher and judge as shipped: UNet, VAE and judge in float16, the small text encoder in float32."""
+    folder = to / "teacher"
+    UNet2DConditionModel.from_pretrained(work / "unet").half().save_pretrained(folder / "unet")
+    AutoencoderKL.from_pretrained(work / "vae").half().save_pretrained(folder / "vae")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(work / part, folder / part, dirs_exist_ok=True)
+    file = folder / "text_encoder" / "model.safetensors"  # transformers 5.6 dropped a prefix that other readers expect
+    words = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in load_file(file).items()}
+    save_file(words, file, metadata={"format": "pt"})
+    shutil.copytree(work / "judge", to / "judge", dirs_exist_ok=True)
+    models.build_scheduler().save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "sbrush.json", {"format": FORMAT, "world": "stickers", "license": "apache-2.0"})
+
+
+@app.command()
+def guidance(
+    scales: Annotated[str, typer.Option(help="Guidance scales to try.")] = "1.5,2,3,4,5",
+    pictures: Annotated[int, typer.Option(help="Validation captions.")] = 400,
+) -> None:
+    """Chooses the teacher's guidance scale on validation captions: the best mean accuracy, and records it."""
+    built_in, looking = load_teacher(), Judge.load()
+    captions = [random_caption(stream("validation", i)) for i in range(pictures)]
+    texts, seeds, best = [c.text for c in captions], list(range(500_000, 500_000 + pictures)), (0.0, 0.0)
+    for scale in map(float, scales.split(",")):
+        drawn = torch.cat(list(teacher_pictures(built_in, texts, seeds, steps=25, guidance=scale, batch=50)))
+        score = attribute_accuracy(captions, looking.classify(looking.features(drawn)))
+        mean = sum(score.values()) / len(score)
+        say(f"guidance {scale}: mean accuracy {mean:.4f}  {score}")
+        best = max(best, (mean, scale))
+    file = BUILT_IN / "teacher" / "sbrush.json"
+    write_json(file, json.loads(file.read_text()) | {"guidance": best[1]})
+
+
+@app.command()
+def student(
+    run: Annotated[Path, typer.Argument(help="Folder of the run whose student is to be shipped.")], to: Path = BUILT_IN
+) -> None:
+    """A run's student as shipped: its UNet in float16; the other parts are the teacher's."""
+    UNet2DConditionModel.from_pretrained(run / "student" / "unet").half().save_pretrained(to / "student" / "unet")
+    shutil.copytree(run / "student" / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
+    for name in ("sbrush.json", "README.md"):
+        shutil.copyfile(run / "student" / name, to / "student" / name)
+
+
+if __name__ == "__main__":
+    app()
