@@ -57,10 +57,10 @@ teach: $(READY)  ## train the built-in world again from nothing: autoencoder, ju
 	$(BIN)/python -m sbrush.stickers.teach vae
 	$(BIN)/python -m sbrush.stickers.teach judge
 	$(BIN)/python -m sbrush.stickers.teach teacher
-	$(BIN)/python -m sbrush.stickers.teach export
-	$(BIN)/python -m sbrush.stickers.teach guidance
+	$(BIN)/python -m sbrush.stickers.ship teacher
+	$(BIN)/python -m sbrush.stickers.ship guidance
 	$(BIN)/sbrush distill prompts/stickers.txt --out runs/shipped --steps 900
-	$(BIN)/python -m sbrush.stickers.teach ship runs/shipped
+	$(BIN)/python -m sbrush.stickers.ship student runs/shipped
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw a picture with it
 	rm -rf dist

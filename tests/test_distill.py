@@ -136,6 +136,25 @@ def test_an_earlier_start_takes_the_noise_for_x_t_there(tiny_teacher):
     assert torch.allclose(ours.step(1, order)["x0"], (z - (1 - abar).sqrt() * output) / abar.sqrt(), atol=1e-4)
 
 
+def test_the_students_learning_rate_rises_while_the_lora_teacher_learns_at_full_rate(tiny_teacher):
+    def first_change(warmup):
+        ours, order = (
+            distiller(tiny_teacher, dataclasses.replace(SMALL, warmup=warmup, guide_lora=False)),
+            ShuffledPrompts(PROMPTS, 3),
+        )
+        before = [p.detach().clone() for p in ours.student.parameters()]
+        lora = [p.detach().clone() for p in ours.lora]
+        ours.step(1, order)
+        change = [(p - b).abs().max() for p, b in zip(ours.student.parameters(), before, strict=True)]
+        return max(change), max((p - b).abs().max() for p, b in zip(ours.lora, lora, strict=True))
+
+    (full, lora), (tenth, same) = first_change(0), first_change(10)
+    assert (
+        abs(tenth / full - 0.1) < 1e-3 and abs(full - SMALL.student_lr) < 1e-5
+    )  # Adam's first step is the rate itself
+    assert same == lora > SMALL.lora_lr / 2
+
+
 def student_weights(out):
     return load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
 

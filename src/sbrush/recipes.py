@@ -23,6 +23,7 @@ class Recipe:
     steps: int  # updates of the student
     batch: int  # samples an update, over all processes
     student_lr: float
+    warmup: int  # steps in which student_lr rises from zero, while the LoRA teacher gets to know the student's pictures
     lora_lr: float
     lora_rank: int
     lora_alpha: int
@@ -55,17 +56,18 @@ RECIPES = {
     for recipe in (
         Recipe(
             name="swiftbrush", gap="vsd", guidance=4.5, guide_lora=True, steps=244_000, batch=16,
-            student_lr=1e-6, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="to_q to_v", lora_updates=1,
-            lora_snr_cap=None, null_chance=0.1, t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+            student_lr=1e-6, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="to_q to_v",
+            lora_updates=1, lora_snr_cap=None, null_chance=0.1, t_init=None, t_low=20, t_high=980, ema=0.9999,
+            beta2=0.999, clip=1.0,
         ),
         Recipe(
             name="dmd", gap="dmd", guidance=3.0, guide_lora=False, steps=100_000, batch=16,
-            student_lr=1e-5, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all", lora_updates=1,
+            student_lr=1e-5, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all", lora_updates=1,
             lora_snr_cap=None, null_chance=0.1, t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
             name="stickers", gap="dmd", guidance=2.0, guide_lora=False, steps=500, batch=16,
-            student_lr=1e-4, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all", lora_updates=1,
+            student_lr=1e-4, warmup=0, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all", lora_updates=1,
             lora_snr_cap=5.0, null_chance=0.1, t_init=None, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
         ),
     )

@@ -27,7 +27,7 @@ from sbrush.files import write_json, write_text
 from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
 from sbrush.sample import student_pictures, teacher_pictures
-from sbrush.weights import Model, export_student
+from sbrush.weights import Model, export_student, one_step_scheduler
 
 FORMAT = 1
 METRICS = ("gap", "student_loss", "lora_loss", "x0_mean", "x0_std", "student_grad", "lora_grad")
@@ -136,7 +136,10 @@ class Run:
     def sheets(self, step: int, teacher: Model, unet: nn.Module, result: dict[str, Tensor]) -> None:
         """Draws the student's contact sheet, and the three views of x0 of the step's own batch."""
         texts, seeds = self._sheet()
-        student = dataclasses.replace(teacher, unet=unet, about=self._student_map())
+        cut = one_step_scheduler(teacher, self.recipe.t_init)
+        student = dataclasses.replace(
+            teacher, unet=unet, about={"reparameterised": self.recipe.reparameterised}, scheduler=cut
+        )
         self._save_sheet(f"step-{step:06d}.png", torch.cat(list(student_pictures(student, texts, seeds))))
         views = {"student x0": "x0", "teacher x0": "teacher_x0", "LoRA x0": "lora_x0"}
         rows = [list(teacher.decode(result[name][:8].float())) for name in views.values()]
@@ -147,17 +150,13 @@ class Run:
         about = {
             "version": sbrush.__version__,
             "teacher": self.config["teacher"],
-            **self._student_map(),
+            "reparameterised": self.recipe.reparameterised,
             "recipe": dataclasses.asdict(self.recipe),
             "seed": self.config["seed"],
             "prompts": self.config["prompts"],
         }
         about |= {key: teacher.about[key] for key in ("world", "license") if key in teacher.about}
-        export_student(self.student, teacher, unet, about=about, card=model_card(about))  # type: ignore[arg-type]
-
-    def _student_map(self) -> dict[str, Any]:
-        """What core.student_x0 must know of this student."""
-        return {"reparameterised": self.recipe.reparameterised, "t_init": self.recipe.t_init}
+        export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)  # type: ignore[arg-type]
 
     def _sheet(self) -> tuple[list[str], list[int]]:
         """Prompts and seeds of the contact sheets: a column a prompt, a row a seed."""

@@ -33,7 +33,7 @@ def student_pictures(
     reparameterised = student.about.get("reparameterised", True)
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
         z = picture_noise(some_seeds, student.latent_shape).to(student.device)
-        t = student.schedule.start(len(z), student.t_init)
+        t = student.schedule.start(len(z))
         output = student.denoise(z, t, _embed(student, some_prompts))
         x0 = student_x0(output, z, t, student.schedule, student.prediction, reparameterised=reparameterised)
         yield student.decode(x0)

@@ -65,11 +65,6 @@ class Model:
         return NoiseSchedule.from_alphas_cumprod(self.scheduler.alphas_cumprod).to(self.device)
 
     @property
-    def t_init(self) -> int | None:
-        """The timestep at which a student takes its noise for x_t; None is T."""
-        return self.about.get("t_init")
-
-    @property
     def device(self) -> torch.device:
         return self.unet.device
 
@@ -176,22 +171,38 @@ def lora_state(unet: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in unet.named_parameters() if ".lora_" in name}
 
 
-def one_step_scheduler(teacher: Model, t_init: int | None) -> DDIMScheduler:
-    """The scheduler with which plain diffusers' single step is core.student_x0: from t_init straight to alpha = 1."""
+def one_step_scheduler(teacher: Model, t_init: int | None = None) -> DDIMScheduler:
+    """The scheduler with which plain diffusers' single step is core.student_x0: from T straight to alpha = 1.
+
+    With `t_init` the schedule ends there, so that the student's T is `t_init`.
+    """
+    cut: dict[str, Any] = {}
+    if t_init is not None:
+        betas = teacher.scheduler.betas[: t_init + 1].tolist()
+        cut = {"num_train_timesteps": len(betas), "trained_betas": betas, "rescale_betas_zero_snr": False}
     return DDIMScheduler.from_config(
         teacher.scheduler.config,
-        timestep_spacing="leading",  # a single step begins at steps_offset
-        steps_offset=len(teacher.schedule) - 1 if t_init is None else t_init,
+        timestep_spacing="trailing",
         set_alpha_to_one=True,
         clip_sample=False,
         thresholding=False,
+        **cut,
     )
 
 
 def export_student(
-    folder: Path, teacher: Model, unet: UNet2DConditionModel, *, about: dict[str, Any], card: str
+    folder: Path,
+    teacher: Model,
+    unet: UNet2DConditionModel,
+    *,
+    about: dict[str, Any],
+    card: str,
+    t_init: int | None = None,
 ) -> None:
-    """Writes a student folder, complete or not at all; an older one at the same place is replaced."""
+    """Writes a student folder, complete or not at all; an older one at the same place is replaced.
+
+    `t_init`: the timestep at which the student takes its noise for x_t; None is T.
+    """
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -200,7 +211,7 @@ def export_student(
         for file in _files(teacher.folders[part] / part):
             shutil.copyfile(file, partial / part / file.name)
     unet.save_pretrained(partial / "unet")
-    one_step_scheduler(teacher, about.get("t_init")).save_pretrained(partial / "scheduler")
+    one_step_scheduler(teacher, t_init).save_pretrained(partial / "scheduler")
     write_json(partial / "model_index.json", MODEL_INDEX)
     write_json(partial / "sbrush.json", {"format": FORMAT, **about})
     (partial / "README.md").write_text(card, encoding="utf-8")
@@ -266,12 +277,6 @@ def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) 
     if about.get("format", FORMAT) != FORMAT:
         raise SbrushError(
             f"{printable(name)} has student format {about['format']}, this version reads {FORMAT}", "upgrade sbrush"
-        )
-    T = len(model.schedule) - 1
-    if model.t_init is not None and not (type(model.t_init) is int and 0 < model.t_init <= T):
-        raise SbrushError(
-            f"{printable(name)} starts at timestep {printable(model.t_init)}, its schedule has 1 to {T}",
-            "its sbrush.json is damaged; fetch or export it again",
         )
     if model.unet.config.cross_attention_dim != model.text_encoder.config.hidden_size:
         raise SbrushError(
