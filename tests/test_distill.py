@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -254,6 +256,22 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):
     assert distill(plan(tiny_teacher, tmp_path / "whole"))
     whole, parts = student_weights(tmp_path / "whole"), student_weights(out)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_make_the_student_of_one(tmp_path, tiny_teacher):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        command = [*start, "-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", name]
+        command += ["--recipe", "swiftbrush", "--steps", "4", "--batch", "4", "--student-lr", "1e-3", "--device", "cpu"]
+        ran = subprocess.run([*command, "--precision", "float32"], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+    start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
+    one, two = (student_weights(tmp_path / name) for name in ("one", "two"))
+    learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, two)]
+    assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
+    gap_one, gap_two = (json.loads((tmp_path / n / "log.jsonl").read_text())["gap"] for n in ("one", "two"))
+    assert gap_one == pytest.approx(gap_two, rel=1e-3)  # the mean over both processes
 
 
 def test_the_shipped_prompt_file_holds_no_held_out_combination():

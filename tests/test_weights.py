@@ -134,6 +134,19 @@ def test_the_digest_knows_one_weight_from_another(tmp_path, tiny_teacher):
     assert digest(load_teacher(str(other))) != digest(load_teacher(str(tiny_teacher)))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_schedule_that_ends_in_pure_noise_is_for_v_prediction_only(tmp_path, prediction):
+    folder = build_tiny_teacher(tmp_path / "teacher", prediction=prediction)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    if prediction == "epsilon":
+        with pytest.raises(SbrushError, match="ends in pure noise"):
+            load_teacher(str(folder))
+    else:
+        (picture,) = sample.student_pictures(load_student(str(folder)), ["a cat"], [5])
+        assert picture.float().std() > 5
+
+
 def remove_part(folder):
     shutil.rmtree(folder / "vae")
 

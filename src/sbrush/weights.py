@@ -278,6 +278,11 @@ def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) 
         raise SbrushError(
             f"{printable(name)} has student format {about['format']}, this version reads {FORMAT}", "upgrade sbrush"
         )
+    if model.prediction == "epsilon" and model.schedule.alpha[-1] == 0:
+        raise SbrushError(
+            f"{printable(name)} predicts epsilon and its schedule ends in pure noise, from which no picture follows",
+            "set 'rescale_betas_zero_snr' to false in its scheduler's configuration, or take a v-prediction model",
+        )
     if model.unet.config.cross_attention_dim != model.text_encoder.config.hidden_size:
         raise SbrushError(
             f"{printable(name)}: the UNet takes text embeddings of width {model.unet.config.cross_attention_dim}, "
