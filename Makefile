@@ -10,7 +10,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint distill sample eval bench teach wheel clean
+.PHONY: help setup demo test lint distill sample eval mutate bench teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -49,6 +49,9 @@ sample: $(READY)  ## draw PROMPT with the shipped student
 
 eval: $(READY)  ## evaluate the shipped student on LIMIT held-out pairs
 	$(BIN)/sbrush eval --limit $(LIMIT)
+
+mutate: $(READY)  ## break core.py in every small way; the tests must notice each
+	$(BIN)/python tests/mutate.py
 
 bench: $(READY)  ## the training step against the plain formulation, side by side
 	$(BIN)/python -m sbrush.bench

@@ -36,18 +36,12 @@ class PlainDistiller(Distiller):
 
     memory_format = torch.contiguous_format
 
-    @torch.no_grad()
-    def _scores(self, x_t: Tensor, t: Tensor, cond: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        recipe, unet, null = self.recipe, self.teacher.unet, self._null.expand_as(cond)
-
+    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
         def eps(words: Tensor) -> Tensor:
-            return core.to_epsilon(unet(x_t, t, words).sample, x_t, t, self.schedule, self.prediction)
+            return core.to_epsilon(self.teacher.unet(x_t, t, words).sample, x_t, t, self.schedule, self.prediction)
 
         with self.accelerator.autocast():
-            unet.disable_adapters()
-            teacher = core.guide(eps(cond), eps(null), recipe.guidance)
-            unet.enable_adapters()
-            return teacher, core.guide(eps(cond), eps(null), recipe.guidance)
+            return core.guide(eps(cond), eps(self._null.expand_as(cond)), scale)
 
 
 def main(

@@ -91,11 +91,17 @@ class Distiller:
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
         x_t = core.add_noise(x0.detach(), noise, t, schedule)
-        eps_teacher, eps_lora = self._scores(x_t, t, cond, noise)
-        if recipe.gap == "dmd":
-            gap = core.dmd_gap(eps_teacher, eps_lora, noise)
+        eps_teacher = self._teacher_score(x_t, t, cond)
+        if recipe.gap == "sds":
+            eps_lora = noise
+        elif recipe.shared_forward:
+            eps_lora = self._lora_epsilon(x_t, t, cond)
         else:
-            gap = core.vsd_gap(eps_teacher, eps_lora, t, schedule)
+            eps_lora = self._lora_score(x_t, t, cond)
+        if recipe.gap == "dmd":
+            gap = core.dmd_gap(eps_teacher, eps_lora.detach(), noise)
+        else:
+            gap = core.vsd_gap(eps_teacher, eps_lora.detach(), t, schedule)
         student_loss = core.vsd_loss(x0, gap)
         for group in self.student_optimizer.param_groups:
             group["lr"] = recipe.student_lr * min(1.0, step / max(1, recipe.warmup))
@@ -104,39 +110,47 @@ class Distiller:
 
         x0 = x0.detach()
         lora_loss = lora_grad = torch.zeros((), device=x0.device)
-        for _ in range(recipe.lora_updates if recipe.gap != "sds" else 0):
-            t_lora = draw.timesteps(0, len(schedule) - 1)
-            noise_lora = draw.normal(self.teacher.latent_shape)
-            words = self._null.expand_as(cond) if draw.chance(recipe.null_chance) else cond
-            x_t_lora = core.add_noise(x0, noise_lora, t_lora, schedule)
-            output = self._lora_teacher(self._laid_out(x_t_lora), t_lora, words).sample
-            eps = core.to_epsilon(output, x_t_lora, t_lora, schedule, self.prediction)
+        for update in range(recipe.lora_updates if recipe.gap != "sds" else 0):
+            if recipe.shared_forward and update == 0:
+                eps, noise_lora, t_lora = eps_lora, noise, t
+            else:
+                t_lora = draw.timesteps(0, len(schedule) - 1)
+                noise_lora = draw.normal(self.teacher.latent_shape)
+                words = self._null.expand_as(cond) if draw.chance(recipe.null_chance) else cond
+                eps = self._lora_epsilon(core.add_noise(x0, noise_lora, t_lora, schedule), t_lora, words)
             lora_loss = core.lora_loss(eps, noise_lora, t_lora, schedule, snr_cap=recipe.lora_snr_cap)
             lora_grad = self._update(lora_loss, self.lora_optimizer, self.lora)
 
-        guesses = (core.to_x0(eps, x_t, t, schedule, "epsilon") for eps in (eps_teacher, eps_lora))
+        guesses = (core.to_x0(eps, x_t, t, schedule, "epsilon") for eps in (eps_teacher, eps_lora.detach()))
         values = (gap.abs().mean(), student_loss, lora_loss, x0.mean(), x0.std(), student_grad, lora_grad)
         metrics = dict(zip(METRICS, (v.detach() for v in values), strict=True))
         return metrics | dict(zip(("x0", "teacher_x0", "lora_x0"), (x0, *guesses), strict=True))
 
+    def _lora_epsilon(self, x_t: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        """The LoRA teacher's noise prediction, through which it can be trained."""
+        output = self._lora_teacher(self._laid_out(x_t), t, words).sample
+        return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
+
     @torch.no_grad()
-    def _scores(self, x_t: Tensor, t: Tensor, cond: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Both teachers' noise predictions at x_t, guided as the recipe says."""
-        recipe, unet, null = self.recipe, self.teacher.unet, self._null.expand_as(cond)
+    def _teacher_score(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The teacher's noise prediction, guided."""
+        self.teacher.unet.disable_adapters()
+        eps = self._guided(x_t, t, cond, self.recipe.guidance)
+        self.teacher.unet.enable_adapters()  # also lets the LoRA's parameters require gradients again
+        return eps
 
+    @torch.no_grad()
+    def _lora_score(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The LoRA teacher's noise prediction, guided if the recipe says so."""
+        return self._guided(x_t, t, cond, self.recipe.guidance if self.recipe.guide_lora else 1.0)
+
+    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
         def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-            return unet(self._laid_out(x), t, words).sample
+            return self.teacher.unet(self._laid_out(x), t, words).sample
 
+        null = self._null.expand_as(cond)
         with self.accelerator.autocast():
-            unet.disable_adapters()
-            eps_teacher = core.guided_epsilon(
-                denoise, x_t, t, cond, null, recipe.guidance, self.schedule, self.prediction
-            )
-            unet.enable_adapters()  # also lets the LoRA's parameters require gradients again
-            if recipe.gap == "sds":
-                return eps_teacher, noise
-            scale = recipe.guidance if recipe.guide_lora else 1.0
-            return eps_teacher, core.guided_epsilon(denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
+            return core.guided_epsilon(denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=self.memory_format)

@@ -29,6 +29,7 @@ class Recipe:
     lora_alpha: int
     lora_targets: str  # "to_q to_v", or "all" linear and convolution layers
     lora_updates: int  # per update of the student
+    shared_forward: bool  # one forward of the LoRA teacher is its score and its first update's; needs guide_lora off
     lora_snr_cap: float | None  # None: the paper's weight alpha_t^2; a number: see core.lora_loss
     null_chance: float  # that a LoRA update sees the empty prompt, the whole batch at once
     t_init: int | None  # the timestep at which the student takes its noise for x_t; None: T, as in the paper
@@ -39,6 +40,10 @@ class Recipe:
     clip: float  # gradient norm
     reparameterised: bool = True  # False: the paper's ablation
 
+    def __post_init__(self) -> None:
+        if self.shared_forward and self.guide_lora:
+            raise ValueError("a guided score is no output that the LoRA teacher could be trained through")
+
     @property
     def forwards(self) -> int:
         """What an update costs for each picture, in UNet forwards; a backward counts as two, through a LoRA as one.
@@ -48,7 +53,8 @@ class Recipe:
         teacher = 1 if self.guidance == 1 else 2
         if self.gap == "sds":
             return 3 + teacher
-        return 3 + teacher + (teacher if self.guide_lora else 1) + 2 * self.lora_updates
+        score = teacher if self.guide_lora else 0 if self.shared_forward else 1
+        return 3 + teacher + score + 2 * self.lora_updates
 
 
 RECIPES = {
@@ -57,18 +63,20 @@ RECIPES = {
         Recipe(
             name="swiftbrush", gap="vsd", guidance=4.5, guide_lora=True, steps=244_000, batch=16,
             student_lr=1e-6, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="to_q to_v",
-            lora_updates=1, lora_snr_cap=None, null_chance=0.1, t_init=None, t_low=20, t_high=980, ema=0.9999,
-            beta2=0.999, clip=1.0,
+            lora_updates=1, shared_forward=False, lora_snr_cap=None, null_chance=0.1,
+            t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
             name="dmd", gap="dmd", guidance=3.0, guide_lora=False, steps=100_000, batch=16,
-            student_lr=1e-5, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all", lora_updates=1,
-            lora_snr_cap=None, null_chance=0.1, t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+            student_lr=1e-5, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
+            lora_updates=1, shared_forward=False, lora_snr_cap=None, null_chance=0.1,
+            t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
             name="stickers", gap="dmd", guidance=2.0, guide_lora=False, steps=500, batch=16,
-            student_lr=1e-4, warmup=0, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all", lora_updates=1,
-            lora_snr_cap=5.0, null_chance=0.1, t_init=None, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
+            student_lr=1e-4, warmup=0, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
+            lora_updates=1, shared_forward=False, lora_snr_cap=5.0, null_chance=0.1,
+            t_init=None, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
         ),
     )
 }  # fmt: skip

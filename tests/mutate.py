@@ -1,0 +1,116 @@
+"""Breaks core.py in every small way that there is and says which breakages the tests let pass.  `make mutate`
+
+A sign, a factor, a swapped network, a wrong alpha, an off-by-one timestep, a missing detach: one change at a time, each
+in a process of its own that has torch already, against tests/test_core.py. Exit code 1 if any change survives.
+"""
+
+import ast
+import contextlib
+import copy
+import multiprocessing
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch  # before the fork, so that mutants need not import it
+
+import sbrush
+
+CORE = Path(__file__).parent.parent / "src" / "sbrush" / "core.py"
+TESTS = Path(__file__).parent / "test_core.py"
+SECONDS = 120  # for one mutant; one that hangs counts as caught
+
+SWAPPED = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
+}  # fmt: skip
+TWINS = [
+    ("alpha", "sigma"), ("eps_teacher", "eps_lora"), ("eps_cond", "eps_null"), ("cond", "null"), ("x0", "gap"),
+    ("noise", "x0"), ("output", "x_t"), ("eps_lora", "noise"),
+]  # fmt: skip
+
+
+def mutants(tree):
+    """Each mutated tree with a line that says what was done to it."""
+    for index, node in enumerate(ast.walk(tree)):
+        for what, change in changes(node):
+            mutated = copy.deepcopy(tree)
+            twin = next(n for i, n in enumerate(ast.walk(mutated)) if i == index)
+            change(twin)
+            yield f"line {getattr(node, 'lineno', '?')}: {what}", ast.unparse(ast.fix_missing_locations(mutated))
+
+
+def changes(node):
+    """The ways to break one node: (what, function that does it to the node's copy)."""
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPPED:
+        yield f"{ast.unparse(node)}: another operator", lambda n: setattr(n, "op", SWAPPED[type(n.op)]())
+        if isinstance(node.op, ast.Sub | ast.Div):
+
+            def exchange(n):
+                n.left, n.right = n.right, n.left
+
+            yield f"{ast.unparse(node)}: the other way round", exchange
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPPED:
+        yield f"{ast.unparse(node)}: negated", lambda n: n.ops.__setitem__(0, SWAPPED[type(n.ops[0])]())
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        yield f"{node.value}: one more", lambda n: setattr(n, "value", n.value + 1)
+        if node.value not in (0, 1e-6):
+            yield f"{node.value}: twice", lambda n: setattr(n, "value", n.value * 2)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if node.func.attr in ("detach", "pow", "sqrt", "abs", "clamp"):
+            yield f"{ast.unparse(node)}: without {node.func.attr}", without_call
+        if node.func.attr == "mean":
+            yield f"{ast.unparse(node)}: sum for mean", lambda n: setattr(n.func, "attr", "sum")
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.expr):
+        for twins in TWINS:
+            for one, other in (twins, twins[::-1]):
+                if any(isinstance(n, ast.Name) and n.id == one for n in ast.walk(node.value)):
+                    yield f"{ast.unparse(node)}: {other} for {one}", lambda n, a=one, b=other: rename(n, a, b)
+
+
+def without_call(node):
+    inner = node.func.value
+    node.func, node.args, node.keywords = ast.Name("_same", ast.Load()), [inner], []
+
+
+def rename(node, one, other):
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name) and n.id == one:
+            n.id = other
+
+
+def survives(source):
+    """Whether the tests pass with core.py replaced by this source. Runs in a process of its own."""
+    torch.set_num_threads(1)
+    module = types.ModuleType("sbrush.core")
+    module._same = lambda x: x
+    sys.modules["sbrush.core"] = sbrush.core = module
+    try:
+        exec(compile(source, str(CORE), "exec"), module.__dict__)
+    except Exception:
+        return False
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return pytest.main([str(TESTS), "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]) == 0
+
+
+def main():
+    cases = list(mutants(ast.parse(CORE.read_text(encoding="utf-8"))))
+    alive = []
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        running = [(what, pool.apply_async(survives, [source])) for what, source in cases]
+        for done, (what, result) in enumerate(running, 1):
+            try:
+                passed = result.get(SECONDS * len(cases))
+            except multiprocessing.TimeoutError:
+                passed = False
+            print(f"{done}/{len(cases)}  {'SURVIVES' if passed else 'caught  '}  {what}", flush=True)
+            alive += [what] * passed
+    print(f"\n{len(cases) - len(alive)} of {len(cases)} breakages of core.py are caught")
+    for what in alive:
+        print(f"  survives: {what}")
+    return bool(alive)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
