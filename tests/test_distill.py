@@ -110,6 +110,31 @@ def test_only_student_and_lora_change(tiny_teacher):
     assert all(p.requires_grad for p in ours.lora) and any(p.abs().sum() > 0 for p in ours.lora)
 
 
+def test_a_shared_forward_gives_the_same_gap_and_trains_the_lora_teacher_on_it(tiny_teacher):
+    apart = dataclasses.replace(SMALL, guidance=1.0, guide_lora=False)
+    one, two, fresh = (
+        distiller(tiny_teacher, recipe)
+        for recipe in (apart, dataclasses.replace(apart, shared_forward=True), apart)
+    )  # fmt: skip
+    for each in (one, two, fresh):
+        shake_lora(each)
+    before = [p.detach().clone() for p in two.lora]
+    order = ShuffledPrompts(PROMPTS, 3)
+    first, second = one.step(1, order), two.step(1, order)
+    assert second["gap"] == first["gap"] > 0 and second["student_grad"] == first["student_grad"]
+    draw, abar = StepNoise(3, 1, range(4), torch.device("cpu")), fresh.teacher.scheduler.alphas_cumprod
+    draw.normal((4, 16, 16))
+    t, noise = draw.timesteps(20, 980), draw.normal((4, 16, 16))
+    a = abar[t].view(-1, 1, 1, 1)
+    words = fresh.teacher.encode([order[i] for i in range(4)])
+    with torch.no_grad():
+        psi = fresh.teacher.unet(a.sqrt() * second["x0"] + (1 - a).sqrt() * noise, t, words).sample
+    assert torch.isclose(second["lora_loss"], (a * (psi - noise).pow(2)).mean(), rtol=1e-4)
+    assert second["lora_grad"] > 0 and not all(torch.equal(p, b) for p, b in zip(two.lora, before, strict=True))
+    with pytest.raises(ValueError, match="guided"):
+        dataclasses.replace(SMALL, shared_forward=True)
+
+
 def test_without_a_lora_teacher_the_gap_is_score_distillation_sampling(tiny_teacher):
     ours = distiller(tiny_teacher, dataclasses.replace(SMALL, gap="sds"))
     lora = [p.detach().clone() for p in ours.lora]

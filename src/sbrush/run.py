@@ -26,7 +26,7 @@ from sbrush.console import SbrushError, printable, progress
 from sbrush.files import write_json, write_text
 from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
-from sbrush.sample import student_pictures, teacher_pictures
+from sbrush.sample import scale_for, student_pictures, teacher_pictures
 from sbrush.weights import Model, export_student, one_step_scheduler
 
 FORMAT = 1
@@ -112,9 +112,8 @@ class Run:
             unet.disable_adapters()
             parts = []
             with progress(f"teacher's pictures, {self.teacher_steps} steps", len(texts), unit="pictures") as bar:
-                for part in teacher_pictures(
-                    teacher, texts, seeds, steps=self.teacher_steps, guidance=self.recipe.guidance, batch=8
-                ):
+                scale = scale_for(teacher, None)
+                for part in teacher_pictures(teacher, texts, seeds, steps=self.teacher_steps, guidance=scale, batch=8):
                     parts.append(part)
                     bar.advance(len(part))
             unet.enable_adapters()
