@@ -191,7 +191,8 @@ def values_at(dtype):
     yield dmd_gap(output, x, noise)
     yield vsd_loss(x, output.float())
     yield lora_loss(output, noise, TIMES, SCHEDULE)
-    yield lora_loss(output, noise, TIMES, SCHEDULE, snr_cap=5)
+    yield lora_loss(output, noise, TIMES, SCHEDULE, weight="min-snr")
+    yield lora_loss(output, noise, TIMES, SCHEDULE, weight="v")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -402,29 +403,31 @@ def test_lora_loss_is_the_papers_and_reaches_the_lora_teacher():
     close(eps_lora.grad * error.numel(), 2 * alpha**2 * error, atol=1e-5)
 
 
-@pytest.mark.parametrize("cap", [1, 5])
-def test_capped_lora_loss_is_the_min_snr_weighted_error_in_v(cap):
+@pytest.mark.parametrize("weight, cap", [("min-snr", 5), ("v", None)])
+def test_lora_loss_in_v_is_the_plain_or_min_snr_weighted_error_in_v(weight, cap):
     t = torch.arange(0, 1000, 37)
     x0, noise, v = (normal(len(t), 2, 3, 3, seed=seed) for seed in (35, 36, 37))
     ddpm = DDPMScheduler(**BETAS)
     x_t = ddpm.add_noise(x0, noise, t)
     snr = compute_snr(ddpm, t).double()
-    assert snr.min() < cap < snr.max()
-    weight = torch.minimum(snr, torch.tensor(cap)) / (snr + 1)  # as in diffusers' training scripts
-    expected = (weight.view(-1, 1, 1, 1) * (v - ddpm.get_velocity(x0, noise, t)) ** 2).mean()
+    factor = torch.ones_like(snr)
+    if cap:
+        assert snr.min() < cap < snr.max()
+        factor = torch.minimum(snr, torch.tensor(cap)) / (snr + 1)  # as in diffusers' training scripts
+    expected = (factor.view(-1, 1, 1, 1) * (v - ddpm.get_velocity(x0, noise, t)) ** 2).mean()
     alpha, sigma = by_hand(t)
-    close(lora_loss(alpha * v + sigma * x_t, noise, t, SCHEDULE, snr_cap=cap), expected, rtol=1e-4)
+    close(lora_loss(alpha * v + sigma * x_t, noise, t, SCHEDULE, weight=weight), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("snr_cap", [None, 5])
-def test_lora_loss_is_least_at_the_noise_and_in_expectation_at_the_students_score(snr_cap):
+@pytest.mark.parametrize("weight", ["alpha", "v", "min-snr"])
+def test_lora_loss_is_least_at_the_noise_and_in_expectation_at_the_students_score(weight):
     noise = normal(*SHAPE, seed=38)
-    assert lora_loss(noise, noise, TIMES, SCHEDULE, snr_cap=snr_cap) == 0
+    assert lora_loss(noise, noise, TIMES, SCHEDULE, weight=weight) == 0
 
     student, t = Gaussian([0.0, 0.0], [[1.0, 0.6], [0.6, 0.5]]), torch.full((8,), 500)
     x_t = add_noise((Z @ torch.linalg.cholesky(student.cov).float().T)[:, :, None, None], NOISE, t, SCHEDULE)
     k = torch.ones(8, 2, 1, 1, requires_grad=True)
-    lora_loss(student.epsilon(x_t, t) * k, NOISE, t, SCHEDULE, snr_cap=snr_cap).backward()
+    lora_loss(student.epsilon(x_t, t) * k, NOISE, t, SCHEDULE, weight=weight).backward()
     assert k.grad.abs().max() > 1e-3
     assert k.grad.sum(dim=0).abs().max() < 1e-6
 

@@ -35,6 +35,9 @@ from torch import Tensor
 Prediction = Literal["epsilon", "v_prediction"]
 """What a UNet's output means: the noise eps, or v = alpha_t eps - sigma_t x0 (named as in diffusers' schedulers)."""
 
+LoraWeight = Literal["alpha", "v", "min-snr"]
+"""What the LoRA teacher's squared error in epsilon is weighted by, see lora_loss."""
+
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, C, H, W], t [B], text embedding [B, L, D]) -> output [B, C, H, W]."""
 
@@ -169,17 +172,20 @@ def vsd_loss(x0: Tensor, gap: Tensor) -> Tensor:
 
 
 def lora_loss(
-    eps_lora: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule, *, snr_cap: float | None = None
+    eps_lora: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule, *, weight: LoraWeight = "alpha"
 ) -> Tensor:
-    """The LoRA teacher's loss: mean (alpha_t' eps_psi - alpha_t' eps)^2 (SwiftBrush eq. 7 and the official weight).
+    """The LoRA teacher's loss: a weighted mean of (eps_psi - eps)^2 (SwiftBrush eq. 7).
 
-    With `snr_cap` c the squared error in v is weighted by min(snr_t, c) / (snr_t + 1) instead (arXiv 2303.09556), which
-    does not vanish at high noise as alpha_t^2 does: for v-prediction teachers that were trained this way themselves.
+    `weight` "alpha" is the official one, alpha_t'^2. "v" is 1 / alpha_t'^2, which makes it the plain squared error in
+    v: at high noise, where layout and background are decided, the other two all but vanish. "min-snr" is
+    min(snr_t', 5) / (snr_t' + 1) of the squared error in v (arXiv 2303.09556).
     """
     alpha, sigma = schedule.at(t)
     error = (eps_lora.float() - noise.float()).pow(2)
-    if snr_cap is None:
+    if weight == "alpha":
         return (alpha.pow(2) * error).mean()
+    if weight == "v":
+        return (error / alpha.pow(2)).mean()
     snr = (alpha / sigma).pow(2)
     # The squared error in v is the one in eps over alpha_t^2, and (snr_t + 1) alpha_t^2 = snr_t.
-    return (snr.clamp(max=snr_cap) / snr * error).mean()
+    return (snr.clamp(max=5) / snr * error).mean()

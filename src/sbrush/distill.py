@@ -118,7 +118,7 @@ class Distiller:
                 noise_lora = draw.normal(self.teacher.latent_shape)
                 words = self._null.expand_as(cond) if draw.chance(recipe.null_chance) else cond
                 eps = self._lora_epsilon(core.add_noise(x0, noise_lora, t_lora, schedule), t_lora, words)
-            lora_loss = core.lora_loss(eps, noise_lora, t_lora, schedule, snr_cap=recipe.lora_snr_cap)
+            lora_loss = core.lora_loss(eps, noise_lora, t_lora, schedule, weight=recipe.lora_weight)
             lora_grad = self._update(lora_loss, self.lora_optimizer, self.lora)
 
         guesses = (core.to_x0(eps, x_t, t, schedule, "epsilon") for eps in (eps_teacher, eps_lora.detach()))

@@ -30,7 +30,7 @@ class Recipe:
     lora_targets: str  # "to_q to_v", or "all" linear and convolution layers
     lora_updates: int  # per update of the student
     shared_forward: bool  # one forward of the LoRA teacher is its score and its first update's; needs guide_lora off
-    lora_snr_cap: float | None  # None: the paper's weight alpha_t^2; a number: see core.lora_loss
+    lora_weight: Literal["alpha", "v", "min-snr"]  # see core.lora_loss; "alpha" is the paper's
     null_chance: float  # that a LoRA update sees the empty prompt, the whole batch at once
     t_init: int | None  # the timestep at which the student takes its noise for x_t; None: T, as in the paper
     t_low: int  # the scores are compared at t in t_low .. t_high
@@ -63,19 +63,19 @@ RECIPES = {
         Recipe(
             name="swiftbrush", gap="vsd", guidance=4.5, guide_lora=True, steps=244_000, batch=16,
             student_lr=1e-6, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="to_q to_v",
-            lora_updates=1, shared_forward=False, lora_snr_cap=None, null_chance=0.1,
+            lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
             name="dmd", gap="dmd", guidance=3.0, guide_lora=False, steps=100_000, batch=16,
             student_lr=1e-5, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
-            lora_updates=1, shared_forward=False, lora_snr_cap=None, null_chance=0.1,
+            lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
             name="stickers", gap="dmd", guidance=1.0, guide_lora=False, steps=500, batch=32,
             student_lr=1.5e-4, warmup=50, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
-            lora_updates=1, shared_forward=True, lora_snr_cap=5.0, null_chance=0.0,
+            lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
             t_init=625, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
         ),
     )
