@@ -182,6 +182,13 @@ def test_the_students_learning_rate_rises_while_the_lora_teacher_learns_at_full_
     assert same == lora > SMALL.lora_lr / 2
 
 
+def test_the_students_learning_rate_rises_stays_and_falls_to_the_end():
+    recipe = dataclasses.replace(SMALL, steps=100, warmup=10, cooldown=0.5, student_lr=1.0)
+    assert [recipe.student_lr_at(s) for s in (1, 10, 50, 51, 76, 100)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.02])
+    constant = dataclasses.replace(recipe, warmup=0, cooldown=0.0)
+    assert {constant.student_lr_at(s) for s in (1, 50, 100)} == {1.0}
+
+
 def student_weights(out):
     return load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
 

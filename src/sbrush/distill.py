@@ -104,7 +104,7 @@ class Distiller:
             gap = core.vsd_gap(eps_teacher, eps_lora.detach(), t, schedule)
         student_loss = core.vsd_loss(x0, gap)
         for group in self.student_optimizer.param_groups:
-            group["lr"] = recipe.student_lr * min(1.0, step / max(1, recipe.warmup))
+            group["lr"] = recipe.student_lr_at(step)
         student_grad = self._update(student_loss, self.student_optimizer, self.student.parameters())
         self.ema.update(self.student, step)
 

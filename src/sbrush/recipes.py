@@ -24,6 +24,7 @@ class Recipe:
     batch: int  # samples an update, over all processes
     student_lr: float
     warmup: int  # steps in which student_lr rises from zero, while the LoRA teacher gets to know the student's pictures
+    cooldown: float  # share of the run, its end, in which student_lr falls to zero, so that the LoRA teacher catches up
     lora_lr: float
     lora_rank: int
     lora_alpha: int
@@ -44,6 +45,12 @@ class Recipe:
         if self.shared_forward and self.guide_lora:
             raise ValueError("a guided score is no output that the LoRA teacher could be trained through")
 
+    def student_lr_at(self, step: int) -> float:
+        """The student's learning rate in a step, counted from 1."""
+        rising = step / max(1, self.warmup)
+        falling = (self.steps - step + 1) / max(1.0, self.cooldown * self.steps)
+        return self.student_lr * min(1.0, rising, falling)
+
     @property
     def forwards(self) -> int:
         """What an update costs for each picture, in UNet forwards; a backward counts as two, through a LoRA as one.
@@ -62,19 +69,19 @@ RECIPES = {
     for recipe in (
         Recipe(
             name="swiftbrush", gap="vsd", guidance=4.5, guide_lora=True, steps=244_000, batch=16,
-            student_lr=1e-6, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="to_q to_v",
-            lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
+            student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
+            lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
             name="dmd", gap="dmd", guidance=3.0, guide_lora=False, steps=100_000, batch=16,
-            student_lr=1e-5, warmup=0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
+            student_lr=1e-5, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
             lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
-            name="stickers", gap="dmd", guidance=1.0, guide_lora=False, steps=500, batch=32,
-            student_lr=1.5e-4, warmup=50, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
+            name="stickers", gap="dmd", guidance=1.0, guide_lora=False, steps=600, batch=32,
+            student_lr=1.5e-4, warmup=50, cooldown=0.8, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
             lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
             t_init=625, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
         ),
