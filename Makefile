@@ -62,7 +62,7 @@ teach: $(READY)  ## train the built-in world again from nothing: autoencoder, ju
 	$(BIN)/python -m sbrush.stickers.teach teacher
 	$(BIN)/python -m sbrush.stickers.ship teacher
 	$(BIN)/python -m sbrush.stickers.ship guidance
-	$(BIN)/sbrush distill prompts/stickers.txt --out runs/shipped --steps 900
+	$(BIN)/sbrush distill prompts/stickers.txt --out runs/shipped
 	$(BIN)/python -m sbrush.stickers.ship student runs/shipped
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw a picture with it
