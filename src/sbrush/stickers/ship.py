@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from sbrush.console import say
@@ -36,8 +36,8 @@ def teacher(
 ) -> None:
     """Teacher and judge as shipped: UNet, VAE and judge in float16, the small text encoder in float32."""
     folder = to / "teacher"
-    UNet2DConditionModel.from_pretrained(work / "unet").half().save_pretrained(folder / "unet")
-    AutoencoderKL.from_pretrained(work / "vae").half().save_pretrained(folder / "vae")
+    _save_half(UNet2DConditionModel.from_pretrained(work / "unet"), folder / "unet")
+    _save_half(AutoencoderKL.from_pretrained(work / "vae"), folder / "vae")
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(work / part, folder / part, dirs_exist_ok=True)
     file = folder / "text_encoder" / "model.safetensors"  # transformers 5.6 dropped a prefix that other readers expect
@@ -76,10 +76,16 @@ def student(
     run: Annotated[Path, typer.Argument(help="Folder of the run whose student is to be shipped.")], to: Path = BUILT_IN
 ) -> None:
     """A run's student as shipped: its UNet in float16; the other parts are the teacher's."""
-    UNet2DConditionModel.from_pretrained(run / "student" / "unet").half().save_pretrained(to / "student" / "unet")
+    _save_half(UNet2DConditionModel.from_pretrained(run / "student" / "unet"), to / "student" / "unet")
     shutil.copytree(run / "student" / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
     for name in ("sbrush.json", "README.md"):
         shutil.copyfile(run / "student" / name, to / "student" / name)
+
+
+def _save_half(net: ModelMixin, folder: Path) -> None:
+    """A network in float16, its configuration without the folder that it came from."""
+    net.register_to_config(_name_or_path="")
+    net.half().save_pretrained(folder)
 
 
 if __name__ == "__main__":
