@@ -59,7 +59,7 @@ class Distiller:
         for unet in (teacher.unet, self.student):
             attend_explicitly(unet)
         if accelerator.mixed_precision == "bf16":
-            teacher.unet.to(torch.bfloat16)
+            nn.Module.to(teacher.unet, torch.bfloat16)  # diffusers' own `to` warns, of nothing that concerns this
         teacher.unet.to(memory_format=self.memory_format)
         self.lora = add_lora(
             teacher.unet, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets, seed=seed
