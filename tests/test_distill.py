@@ -163,6 +163,12 @@ def test_an_earlier_start_takes_the_noise_for_x_t_there(tiny_teacher):
     assert torch.allclose(ours.step(1, order)["x0"], (z - (1 - abar).sqrt() * output) / abar.sqrt(), atol=1e-4)
 
 
+def test_a_start_beyond_the_schedule_is_refused(tmp_path, tiny_teacher):
+    with pytest.raises(SbrushError, match="beyond the teacher's last timestep, 999") as refused:
+        plan(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, t_init=1000))
+    assert refused.value.code == 2 and not (tmp_path / "run").exists()
+
+
 def test_the_students_learning_rate_rises_while_the_lora_teacher_learns_at_full_rate(tiny_teacher):
     def first_change(warmup):
         ours, order = (

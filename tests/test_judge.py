@@ -158,3 +158,15 @@ def test_the_shipped_judge_gives_the_true_caption_the_highest_score() -> None:
     features = judge.features(pictures[:200])
     true, other = judge.clip_score(features, captions[:200]), judge.clip_score(features, captions[200:400])
     assert (true > other).float().mean() >= 0.97
+
+
+def test_the_shipped_judge_is_right_on_pictures_that_the_autoencoder_has_softened() -> None:
+    from sbrush.weights import load_teacher
+
+    judge, teacher, pictures = Judge.load(), load_teacher(), unseen()[1][:500]
+    with torch.no_grad():
+        latents = teacher.vae.encode(pictures.float() / 127.5 - 1).latent_dist.mean
+    softened = teacher.decode(latents * teacher.vae.config.scaling_factor)
+    judged = judge.classify(judge.features(softened))
+    right = {name: (labels == truth(name)[:500]).float().mean().item() for name, labels in judged.items()}
+    assert min(right.values()) >= 0.98, right
