@@ -226,10 +226,12 @@ def test_a_run_leaves_what_it_promises(tmp_path, tiny_teacher):
     out = tmp_path / "run"
     assert distill(plan(tiny_teacher, out))
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in entries] == [2, 4, 6]
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 6]
     assert {"gap", "student_loss", "lora_loss", "x0_mean", "x0_std", "pictures_per_second"} <= entries[0].keys()
     names = {p.name for p in (out / "samples").iterdir()}
-    assert names == {"teacher.png"} | {f"{kind}-{step:06d}.png" for kind in ("step", "x0") for step in (1, 3, 6)}
+    assert names == {"teacher.png", "teacher.json"} | {
+        f"{kind}-{step:06d}.png" for kind in ("step", "x0") for step in (1, 3, 6)
+    }
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"]["batch"] == 4 and config["prompts"]["count"] == 4 and config["format"] == 1
     about = json.loads((out / "student" / "sbrush.json").read_text())
@@ -269,13 +271,13 @@ def test_init_starts_from_another_student(tmp_path, tiny_teacher):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_handlers_come_back(number, capsys):
+def test_the_first_signal_asks_and_the_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
     with stop_requests() as stop:
         assert not stop.asked
         os.kill(os.getpid(), number)
         assert stop.asked and signal.getsignal(number) == signal.SIG_DFL  # the second one ends the program
-    assert signal.getsignal(number) == before and "stopping after this step" in capsys.readouterr().err
+    assert signal.getsignal(number) == before and "stopping after this step" in capfd.readouterr().err
 
 
 def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):

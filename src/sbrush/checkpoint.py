@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sbrush.console import SbrushError, say
+from sbrush.console import SbrushError, printable, say
 
 FORMAT = 1
 
@@ -43,13 +44,18 @@ def save(
     """Writes the state after `step` steps; then removes all but the newest `keep`.
 
     `parts` maps a part's name to its tensors. Nothing is removed before the new checkpoint is complete.
+    Raises SbrushError if the disk has no room for it, OSError as any writing may.
     """
     target = folder / f"step-{step:06d}"
     partial = folder / f"{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
+    _check_room(folder, sum(v.nbytes for part in parts.values() for v in part.values()))
     tensors = {f"{part}.{k}": v.detach().cpu().contiguous().clone() for part, d in parts.items() for k, v in d.items()}
-    save_file(tensors, partial / "state.safetensors")
+    try:
+        save_file(tensors, partial / "state.safetensors")
+    except SafetensorError as problem:  # its name for whatever went wrong in writing
+        raise OSError(str(problem)) from problem
     about = {"format": FORMAT, "step": step, "sha256": _digest(partial / "state.safetensors"), **extra}
     (partial / "state.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     for file in partial.iterdir():
@@ -58,28 +64,37 @@ def save(
         shutil.rmtree(target)
     partial.rename(target)
     _flush_to_disk(folder)
-    for old in _complete(folder)[keep:]:
+    for old in paths(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest state that is whole, or None if there is none; damaged ones are passed over, which is said.
+    """The newest state that is whole, or None if there never was one; damaged ones are passed over, which is said.
 
-    Raises SbrushError if a checkpoint was written in another format version.
+    Raises SbrushError if all are damaged, or one was written in another format version.
     """
-    for path in _complete(folder):
+    kept = paths(folder)
+    for path in kept:
         try:
             extra = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if extra["format"] != FORMAT:
+                theirs = printable(extra["format"])
                 raise SbrushError(
-                    f"checkpoint {path} has format {extra['format']}, this version reads {FORMAT}",
+                    f"checkpoint {printable(path)} has format {theirs}, this version reads {FORMAT}",
                     "finish the run with the version that began it, or start anew in another --out",
                 )
             if extra.pop("sha256") != _digest(path / "state.safetensors"):
                 raise ValueError("its checksum does not match")
-            return Checkpoint(extra.pop("step"), load_file(path / "state.safetensors"), extra)
+            if extra.pop("step") != _step(path):
+                raise ValueError("it is of another step than its name says")
+            return Checkpoint(_step(path), load_file(path / "state.safetensors"), extra)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
-            say(f"checkpoint {path} is damaged ({problem}); trying the one before")
+            say(f"checkpoint {printable(path)} is damaged ({printable(problem)}); trying the one before")
+    if kept:
+        raise SbrushError(
+            f"every checkpoint in {printable(folder)} is damaged",
+            "put a good copy there, or start anew in another --out",
+        )
     return None
 
 
@@ -102,9 +117,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _complete(folder: Path) -> list[Path]:
+def paths(folder: Path) -> list[Path]:
     """The finished checkpoint folders, newest first."""
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".partial"), reverse=True) if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name)] if folder.is_dir() else []
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """SbrushError if the disk has less room than a checkpoint of `size` bytes takes."""
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.01 + 2**20:
+        raise SbrushError(
+            f"no room for a checkpoint in {printable(folder)}: it takes {size / 2**20:.0f} MiB, "
+            f"{free / 2**20:.0f} MiB are free",
+            "make room and give the same command again: it goes on after the last checkpoint",
+        )
 
 
 def _digest(path: Path) -> str:

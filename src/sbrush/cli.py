@@ -82,6 +82,7 @@ def distill(
         typer.Option(help="Row of hyper-parameters. Default: stickers for the built-in teacher, else swiftbrush."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the run.", min=0)] = 0,
+    extend: Annotated[int, typer.Option(help="Steps to add to the complete run in --out; 0: none.", min=0)] = 0,
     steps: Annotated[int | None, typer.Option(help="Student updates.", min=1, rich_help_panel=OVERRIDES)] = None,
     batch: Annotated[int | None, typer.Option(help="Samples an update.", min=1, rich_help_panel=OVERRIDES)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", min=0, rich_help_panel=OVERRIDES)] = None,
@@ -117,6 +118,8 @@ def distill(
         "lora_updates": lora_updates, "t_init": t_init,
         "reparameterised": reparameterisation, "gap": None if lora_teacher else "sds",
     }  # fmt: skip
+    if guidance is not None:
+        chosen = dataclasses.replace(chosen, guidance_to=None)
     chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
     if not prompts.is_file():  # before torch is imported
         _no_prompts(prompts)
@@ -131,10 +134,10 @@ def distill(
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
-        every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every),
+        every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every), extend=extend,
     )  # fmt: skip
     if dry_run:
-        _print_plan(chosen, plan.run.config, texts.describe())
+        _print_plan(plan.run.recipe, plan.run.config, texts.describe())
         return
     shown = printable(plan.run.out)
     if not train(plan):
@@ -142,7 +145,7 @@ def distill(
             say(f"stopped; the same command goes on:\n  {_same_command()}")
         raise typer.Exit(130)
     if plan.main_process:
-        say(f'pictures: {shown}/samples   next: sbrush sample "a cat" --student {shown}')
+        say(f'pictures: {shown}/samples   curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
         console.out(plan.run.student)
 
 

@@ -6,10 +6,11 @@ What is trained is core.py; what is kept in `--out` is run.py.
 from __future__ import annotations
 
 import copy
+import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,9 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sbrush import checkpoint, core
-from sbrush.console import Progress, SbrushError, printable, progress, say
+from sbrush.console import SbrushError, printable, progress, say
 from sbrush.device import Precision, trains_in_bf16
 from sbrush.ema import EMA
+from sbrush.health import MOST_SKIPPED
 from sbrush.noise import StepNoise
 from sbrush.prompts import Prompts, ShuffledPrompts
 from sbrush.recipes import Recipe
@@ -91,13 +93,16 @@ class Distiller:
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
         x_t = core.add_noise(x0.detach(), noise, t, schedule)
-        eps_teacher = self._teacher_score(x_t, t, cond)
+        scale = recipe.guidance
+        if recipe.guidance_to is not None:
+            scale = draw.uniform(recipe.guidance, recipe.guidance_to)
+        eps_teacher = self._teacher_score(x_t, t, cond, scale)
         if recipe.gap == "sds":
             eps_lora = noise
         elif recipe.shared_forward:
             eps_lora = self._lora_epsilon(x_t, t, cond)
         else:
-            eps_lora = self._lora_score(x_t, t, cond)
+            eps_lora = self._lora_score(x_t, t, cond, scale if recipe.guide_lora else 1.0)
         if recipe.gap == "dmd":
             gap = core.dmd_gap(eps_teacher, eps_lora.detach(), noise)
         else:
@@ -121,10 +126,18 @@ class Distiller:
             lora_loss = core.lora_loss(eps, noise_lora, t_lora, schedule, weight=recipe.lora_weight)
             lora_grad = self._update(lora_loss, self.lora_optimizer, self.lora)
 
-        guesses = (core.to_x0(eps, x_t, t, schedule, "epsilon") for eps in (eps_teacher, eps_lora.detach()))
-        values = (gap.abs().mean(), student_loss, lora_loss, x0.mean(), x0.std(), student_grad, lora_grad)
-        metrics = dict(zip(METRICS, (v.detach() for v in values), strict=True))
-        return metrics | dict(zip(("x0", "teacher_x0", "lora_x0"), (x0, *guesses), strict=True))
+        eps_lora = eps_lora.detach()
+        error, lora_error = ((eps - noise).abs().mean() for eps in (eps_teacher, eps_lora))
+        skipped = ~(student_grad.isfinite() & lora_grad.isfinite())
+        metrics = {
+            "gap": gap.abs().mean(), "student_loss": student_loss, "lora_loss": lora_loss,
+            "x0_mean": x0.mean(), "x0_std": x0.std(), "student_grad": student_grad, "lora_grad": lora_grad,
+            "skipped": skipped.float(), "gap_share": (eps_teacher - eps_lora).abs().mean() / error,
+            "lora_error": lora_error / error,
+        }  # fmt: skip
+        guesses = (core.to_x0(eps, x_t, t, schedule, "epsilon") for eps in (eps_teacher, eps_lora))
+        pictures = dict(zip(("x0", "teacher_x0", "lora_x0"), (x0, *guesses), strict=True))
+        return {name: value.detach() for name, value in (metrics | pictures).items()}
 
     def _lora_epsilon(self, x_t: Tensor, t: Tensor, words: Tensor) -> Tensor:
         """The LoRA teacher's noise prediction, through which it can be trained."""
@@ -132,17 +145,17 @@ class Distiller:
         return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
 
     @torch.no_grad()
-    def _teacher_score(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def _teacher_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
         """The teacher's noise prediction, guided."""
         self.teacher.unet.disable_adapters()
-        eps = self._guided(x_t, t, cond, self.recipe.guidance)
+        eps = self._guided(x_t, t, cond, scale)
         self.teacher.unet.enable_adapters()  # also lets the LoRA's parameters require gradients again
         return eps
 
     @torch.no_grad()
-    def _lora_score(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """The LoRA teacher's noise prediction, guided if the recipe says so."""
-        return self._guided(x_t, t, cond, self.recipe.guidance if self.recipe.guide_lora else 1.0)
+    def _lora_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
+        """The LoRA teacher's noise prediction, guided."""
+        return self._guided(x_t, t, cond, scale)
 
     def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
         def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
@@ -156,10 +169,15 @@ class Distiller:
         return x.contiguous(memory_format=self.memory_format)
 
     def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Any) -> Tensor:
-        """Backward, clip, step; the gradient's norm before clipping."""
+        """Backward, clip, step; the gradient's norm before clipping. If that is not finite nothing is changed.
+
+        The gradients are already those of all processes, so that all decide alike, and none waits for the device.
+        """
         optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        # Mixed precision's own switch, to be read on the device: the fused step does nothing where it is one.
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
         return norm
 
@@ -175,14 +193,25 @@ class Distiller:
 
     @torch.no_grad()
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Puts back what `state` gave."""
-        for module, part in ((self.student, "student"), (self.teacher.unet, "lora")):
-            own, tensors = dict(module.named_parameters()), saved.part(part)
+        """Puts back what `state` gave. SbrushError if that is not what this run's networks are made of."""
+        own = {part: tensors for part, tensors in self.state().items() if not part.endswith("_optimizer")}
+        for part, tensors in own.items():
+            theirs = saved.part(part)
+            if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in theirs.items()}:
+                raise _misfit(saved.step)
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
-        self.ema.load(saved.part("ema"))
-        checkpoint.load_optimizer(self.student_optimizer, saved.part("student_optimizer"))
-        checkpoint.load_optimizer(self.lora_optimizer, saved.part("lora_optimizer"))
+                tensor.copy_(theirs[name])
+        try:
+            checkpoint.load_optimizer(self.student_optimizer, saved.part("student_optimizer"))
+            checkpoint.load_optimizer(self.lora_optimizer, saved.part("lora_optimizer"))
+        except (ValueError, IndexError, KeyError, RuntimeError) as problem:
+            raise _misfit(saved.step) from problem
+
+
+def _misfit(step: int) -> SbrushError:
+    return SbrushError(
+        f"the checkpoint after step {step} is not of this run's networks", "start anew in another --out", code=1
+    )
 
 
 @dataclass
@@ -212,8 +241,12 @@ def prepare(
     device: str,
     precision: Precision,
     every: Intervals,
+    extend: int = 0,
 ) -> Plan:
-    """Loads the models and resolves the run's configuration. SbrushError if they do not fit together."""
+    """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
+
+    `extend`: steps to add to a run that is complete in `out`.
+    """
     bf16 = trains_in_bf16(precision, device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
@@ -235,18 +268,31 @@ def prepare(
         recipe, prompts, teacher=teacher, teacher_sha256=digest(guide), init=init,
         init_sha256=digest(start) if start else None, seed=seed, bf16=bf16,
     )  # fmt: skip
-    return Plan(Run(out, config, recipe, every), prompts, guide, start, accelerator)
+    return Plan(Run.plan(out, config, recipe, every, extend=extend), prompts, guide, start, accelerator)
 
 
 def distill(plan: Plan) -> bool:
-    """Trains to the recipe's last step, from the run's newest checkpoint on; False if it was stopped before the end."""
+    """Trains to the recipe's last step, from the run's newest checkpoint on; False if it was stopped before the end.
+
+    SbrushError if another run has the folder, if it cannot be written to, or if training has stopped making sense.
+    """
+    run, main = plan.run, plan.main_process
+    try:
+        with run.claim() if main else nullcontext():
+            plan.accelerator.wait_for_everyone()
+            return _train(plan)
+    except OSError as problem:  # no room, no permission, a mount that has gone
+        raise SbrushError(
+            f"cannot write to {printable(run.out)}: {problem.strerror or problem}",
+            "what is in its checkpoints/ is kept: mend that and give the same command again",
+        ) from problem
+
+
+def _train(plan: Plan) -> bool:
     run, recipe, main = plan.run, plan.run.recipe, plan.main_process
-    if main:
-        run.claim()
-    plan.accelerator.wait_for_everyone()
     if run.complete:
         if main:
-            say("this run is complete; it has its student already")
+            say("this run is complete; it has its student already (--extend N adds steps)")
         return True
     if main:
         what = f"{plan.prompts.describe()}; recipe {recipe.name}, {recipe.steps} steps of {recipe.batch}"
@@ -259,27 +305,37 @@ def distill(plan: Plan) -> bool:
         first = saved.step + 1
         if main:
             say(f"going on after step {saved.step} of {recipe.steps}")
-    if main:
-        run.begin(distiller.teacher, after_step=first - 1)
+    log = run.begin(distiller.teacher, after_step=first - 1) if main else []
+    plan.accelerator.wait_for_everyone()
+    yardstick, every = run.yardstick, run.every
     waiting: list[Tensor] = []
-    since = time.monotonic()
+    since, skipped = time.monotonic(), 0  # the latter: steps in a row, up to now, that were not finite
     with stop_requests() as stop, progress("distilling", recipe.steps, done=first - 1) as bar:
         for step in range(first, recipe.steps + 1):
             result = distiller.step(step, order)
+            result |= yardstick.compare(result["x0"])
             waiting.append(torch.stack([result[name] for name in METRICS]))
             last, stopping = step == recipe.steps, stop.asked_by_any(distiller.accelerator)
+            sheet = step % every.sheet == 0 or last or step == 1
+            save = step % every.checkpoint == 0 or last or stopping
             note = ""
-            if len(waiting) == run.every.log or last or stopping:  # the only place that waits for the device
-                means = distiller.accelerator.reduce(torch.stack(waiting).mean(0), "mean").tolist()
-                rate = len(waiting) * recipe.batch / (time.monotonic() - since)
-                note = run.log(step, dict(zip(METRICS, means, strict=True)), rate) if main else ""
+            if step % every.log == 0 or sheet or save:  # the only place that waits for the device
+                entry = _means(waiting, distiller.accelerator)
+                entry["pictures_per_second"] = round(len(waiting) * recipe.batch / (time.monotonic() - since), 2)
+                skipped = _run_of_skipped(waiting, skipped)
+                if main and sheet:
+                    with distiller.ema.inside(distiller.student):
+                        entry |= run.sheets(step, distiller.teacher, distiller.student, result, yardstick)
+                note = run.log(step, entry, log) if main else ""
+                if main and sheet:
+                    run.curves(log)
                 waiting, since = [], time.monotonic()
-            _advance(bar, main, note)
-            if main and (step % run.every.sheet == 0 or last or step == 1):
-                with distiller.ema.inside(distiller.student):
-                    run.sheets(step, distiller.teacher, distiller.student, result)
-            if main and (step % run.every.checkpoint == 0 or last or stopping):
-                checkpoint.save(run.checkpoints, step, distiller.state())
+            if skipped >= MOST_SKIPPED:
+                raise _not_finite(run, skipped)
+            if main:
+                bar.advance(note=note)
+                if save and (skipped == 0 or last or stopping):
+                    checkpoint.save(run.checkpoints, step, distiller.state())
             if stopping and not last:
                 return False
     if main:
@@ -287,6 +343,32 @@ def distill(plan: Plan) -> bool:
             run.export(distiller.teacher, distiller.student)
     distiller.accelerator.wait_for_everyone()
     return True
+
+
+def _means(waiting: list[Tensor], accelerator: Accelerator) -> dict[str, float | None]:
+    """Each metric's mean over steps and processes, of its finite values; None if it had none. `skipped` is a sum."""
+    values = torch.stack(waiting)
+    finite = values.isfinite()
+    sums, counts = accelerator.reduce(torch.stack([values.where(finite, 0).sum(0), finite.sum(0)]), "sum").tolist()
+    means = {k: s / n if n else None for k, s, n in zip(METRICS, sums, counts, strict=True)}
+    means["skipped"] = round(sums[METRICS.index("skipped")] / accelerator.num_processes)
+    return means
+
+
+def _run_of_skipped(waiting: list[Tensor], before: int) -> int:
+    """How many of the newest steps in a row were skipped, `before` those waiting included."""
+    for values in waiting:
+        before = before + 1 if values[METRICS.index("skipped")] else 0
+    return before
+
+
+def _not_finite(run: Run, skipped: int) -> SbrushError:
+    kept = checkpoint.paths(run.checkpoints)
+    last = f"the last good checkpoint is {printable(kept[0])}" if kept else "there is no checkpoint yet"
+    return SbrushError(
+        f"the losses or gradients of {skipped} steps in a row were not finite; {last}",
+        "begin another run with a lower --student-lr or --lora-lr, or with --precision float32",
+    )
 
 
 class Stop:
@@ -310,7 +392,8 @@ def stop_requests() -> Iterator[Stop]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.asked = True
-        say("\nstopping after this step; once more to stop at once (what came after the last checkpoint is lost)")
+        # Not by `say`: the signal may have come in the middle of a print, which must not be entered twice.
+        os.write(2, b"\nstopping after this step; once more to stop at once (work since the last checkpoint is lost)\n")
         for s in before:
             signal.signal(s, signal.SIG_DFL)
 
@@ -321,8 +404,3 @@ def stop_requests() -> Iterator[Stop]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-def _advance(bar: Progress, main: bool, note: str) -> None:
-    if main:
-        bar.advance(note=note)

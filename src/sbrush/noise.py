@@ -41,6 +41,10 @@ class StepNoise:
         some = [torch.randint(low, high + 1, (), generator=g) for g in self._draws]
         return torch.stack(some).to(self._device, non_blocking=True)
 
+    def uniform(self, low: float, high: float) -> float:
+        """One draw from low .. high for the whole global batch."""
+        return low + (high - low) * torch.rand((), generator=self._whole).item()
+
     def chance(self, probability: float) -> bool:
         """One draw for the whole global batch."""
         return torch.rand((), generator=self._whole).item() < probability

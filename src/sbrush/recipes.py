@@ -1,9 +1,13 @@
 """The table of hyper-parameters. `--recipe NAME` takes a row; `--dry-run` prints it.
 
-name        what it is for                                what it gave
-swiftbrush  the paper's own settings, for SD-size teachers  the paper: COCO-30K FID 16.67, CLIP 0.29
-dmd         DMD's normaliser and guidance, without its GAN  see docs/log.md
-stickers    the built-in teacher in minutes on a CPU        see README.md
+name             what it is for                                       what it gave
+swiftbrush       the paper's own settings, for SD-size teachers       the paper: COCO-30K FID 16.67, CLIP 0.29
+proper-guidance  the same with a random guidance scale (PG-SB of      that paper: SD 2.1, FID 8.91 by its own protocol
+                 SNOOPI, arXiv 2412.02687)
+dmd              DMD's normaliser and guidance, without its GAN       see docs/recipes.md
+stickers         the built-in teacher on a CPU                        see README.md
+
+Which one to take: docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ class Recipe:
 
     name: str
     gap: Literal["vsd", "dmd", "sds"]  # the score difference: core.vsd_gap, core.dmd_gap, or no LoRA teacher at all
-    guidance: float  # classifier-free guidance scale s
+    guidance: float  # classifier-free guidance scale s ...
+    guidance_to: float | None  # ... or, if not None, s is drawn anew for each step from guidance .. guidance_to
     guide_lora: bool  # whether the LoRA teacher's score is guided too (SwiftBrush: yes; DMD: no)
     steps: int  # updates of the student
     batch: int  # samples an update, over all processes
@@ -57,7 +62,7 @@ class Recipe:
 
         Student 3, teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own update 2.
         """
-        teacher = 1 if self.guidance == 1 else 2
+        teacher = 1 if self.guidance == 1 and self.guidance_to is None else 2
         if self.gap == "sds":
             return 3 + teacher
         score = teacher if self.guide_lora else 0 if self.shared_forward else 1
@@ -68,19 +73,25 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            name="swiftbrush", gap="vsd", guidance=4.5, guide_lora=True, steps=244_000, batch=16,
+            name="swiftbrush", gap="vsd", guidance=4.5, guidance_to=None, guide_lora=True, steps=244_000, batch=16,
             student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
             lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
-            name="dmd", gap="dmd", guidance=3.0, guide_lora=False, steps=100_000, batch=16,
+            name="proper-guidance", gap="vsd", guidance=0.5, guidance_to=4.0, guide_lora=True, steps=244_000, batch=16,
+            student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
+            lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
+            t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+        ),
+        Recipe(
+            name="dmd", gap="dmd", guidance=3.0, guidance_to=None, guide_lora=False, steps=100_000, batch=16,
             student_lr=1e-5, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
             lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
-            name="stickers", gap="dmd", guidance=1.0, guide_lora=False, steps=600, batch=32,
+            name="stickers", gap="dmd", guidance=1.0, guidance_to=None, guide_lora=False, steps=600, batch=32,
             student_lr=1.5e-4, warmup=50, cooldown=0.8, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
             lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
             t_init=625, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,

@@ -1,11 +1,14 @@
 """A training run's folder: what was asked, what happened, how it looks, what came out.
 
 config.json             everything that decides the result; the same command resumes, a changed one is refused
-log.jsonl               one line every few steps, see METRICS
+log.jsonl               one line every few steps, see METRICS; alarms by name
+curves.png              the same drawn
 samples/step-000200.png the student's pictures, same prompts and seeds each time; samples/teacher.png beside them
+samples/teacher.json    what the teacher's pictures are like, for the alarms
 samples/x0-000200.png   one batch: student x0, the teacher's and the LoRA teacher's guess of it from x_t
 checkpoints/            the newest two states (checkpoint.py)
 student/                the result, a folder for diffusers
+.lock                   held while a run is at work here
 """
 
 from __future__ import annotations
@@ -14,25 +17,43 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import sbrush
 from sbrush import pictures
-from sbrush.console import SbrushError, printable, progress
+from sbrush.console import SbrushError, printable, progress, say
+from sbrush.curves import draw_curves
 from sbrush.files import write_json, write_text
+from sbrush.health import Yardstick, alarms
 from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
-from sbrush.sample import scale_for, student_pictures, teacher_pictures
+from sbrush.sample import scale_for, student_latents, teacher_latents
 from sbrush.weights import Model, export_student, one_step_scheduler
 
 FORMAT = 1
-METRICS = ("gap", "student_loss", "lora_loss", "x0_mean", "x0_std", "student_grad", "lora_grad")
+METRICS = (
+    "gap",  # mean |g|
+    "student_loss",
+    "lora_loss",
+    "x0_mean",  # of the student's latents
+    "x0_std",
+    "student_grad",  # norms before clipping
+    "lora_grad",
+    "skipped",  # steps whose loss or gradient was not finite
+    "gap_share",  # mean |eps_phi - eps_psi| / mean |eps_phi - eps|
+    "lora_error",  # mean |eps_psi - eps| / mean |eps_phi - eps|
+    "drift",  # see health.Yardstick.compare
+    "beyond",
+)
 SHEET_PROMPTS, SHEET_SEEDS = 8, 3
-NOT_COMPARED = ("version",)  # keys of config.json that may change between parts of one run
+NOT_COMPARED = ("version", "extended_by")  # keys of config.json that may change between parts of one run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +67,40 @@ class Intervals:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folder `out` of one run."""
+    """The folder `out` of one run. `recipe.steps` counts the steps that were added to config["recipe"]'s."""
 
     out: Path
     config: dict[str, Any]
     recipe: Recipe
     every: Intervals = Intervals()
     teacher_steps: int = 25
+
+    @classmethod
+    def plan(cls, out: Path, config: dict[str, Any], recipe: Recipe, every: Intervals, *, extend: int = 0) -> Run:
+        """The run that `config` means in `out`: a new one, the rest of one, or one extended by `extend` steps.
+
+        A complete run gets that many more; one that is not must be finished as it was begun. SbrushError otherwise.
+        """
+        before: list[int] = []
+        if (out / "config.json").is_file():
+            before = read_config(out).get("extended_by", [])
+        elif extend:
+            raise SbrushError(f"no run in {printable(out)} to extend", "leave --extend out, or name its --out", code=2)
+
+        def run(added: list[int]) -> Run:
+            longer = dataclasses.replace(recipe, steps=recipe.steps + sum(added))
+            return cls(out, {**config, "extended_by": added}, longer, every)
+
+        now = run(before)
+        if not extend or (not now.complete and before[-1:] == [extend]):
+            return now
+        if not now.complete:
+            raise SbrushError(
+                f"the run in {printable(out)} has not finished its {now.recipe.steps} steps yet",
+                "give the same command without --extend first",
+                code=2,
+            )
+        return run([*before, extend])
 
     @property
     def checkpoints(self) -> Path:
@@ -64,16 +112,26 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has its student; an export is whole or not there at all."""
-        return (self.student / "model_index.json").is_file()
+        """Whether the run has its student, of all its steps; an export is whole or not there at all."""
+        try:
+            about = json.loads((self.student / "sbrush.json").read_text(encoding="utf-8"))
+            return bool(about["recipe"]["steps"] == self.recipe.steps)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
-    def claim(self) -> None:
-        """Makes the folder this run's own.
+    @property
+    def yardstick(self) -> Yardstick:
+        """What the teacher's pictures are like; `begin` has written it."""
+        return Yardstick(**json.loads((self.out / "samples" / "teacher.json").read_text(encoding="utf-8")))
 
-        SbrushError if the folder holds something else, another configuration, or cannot be written.
+    def claim(self) -> AbstractContextManager[object]:
+        """Makes the folder this run's own, for as long as what is returned is held.
+
+        SbrushError if the folder holds something else, another configuration, is at work, or cannot be written.
         """
         shown = printable(self.out)
         file = self.out / "config.json"
+        lock = FileLock(self.out / ".lock")
         try:
             if self.out.exists() and not self.out.is_dir():
                 raise SbrushError(f"{shown} is a file", "name a folder with --out", code=2)
@@ -82,67 +140,112 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             if not os.access(self.out, os.W_OK):
                 raise PermissionError(13, "Permission denied")
+            held = lock.acquire(blocking=False)
             if not file.is_file():
                 write_json(file, self.config)
+        except Timeout:
+            raise SbrushError(
+                f"another run is at work in {shown}", "wait for it, or name another folder with --out", code=2
+            ) from None
         except OSError as problem:
             raise SbrushError(
                 f"cannot write to {shown}: {problem.strerror}", "name another folder with --out"
             ) from None
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-            changed = differences(before, self.config)
-        except (ValueError, AttributeError):
-            raise SbrushError(f"{shown}/config.json is damaged", "name a new folder with --out") from None
-        if changed:
+        before = read_config(self.out)
+        if before.get("format") != FORMAT:
+            raise SbrushError(
+                f"the run in {shown} has format {printable(before.get('format'))}, this version writes {FORMAT}",
+                "finish it with the version that began it, or start anew in another --out",
+            )
+        if changed := differences(before, self.config):
             raise SbrushError(
                 f"{shown} holds a run with another configuration: {'; '.join(changed)}",
                 "give the same options to resume it, or another --out to start a new run",
                 code=2,
             )
+        if before.get("extended_by", []) != self.config["extended_by"]:
+            write_json(file, self.config)
+        return held
 
-    def begin(self, teacher: Model, *, after_step: int) -> None:
-        """Cuts the log back to the step that training goes on from, and draws the teacher's sheet once."""
-        log = self.out / "log.jsonl"
-        if log.is_file():
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= after_step]
-            write_text(log, "".join(line + "\n" for line in lines))
-        if not (self.out / "samples" / "teacher.png").is_file():
-            texts, seeds = self._sheet()
-            unet = teacher.unet
-            unet.disable_adapters()
-            parts = []
-            with progress(f"teacher's pictures, {self.teacher_steps} steps", len(texts), unit="pictures") as bar:
-                scale = scale_for(teacher, None)
-                for part in teacher_pictures(teacher, texts, seeds, steps=self.teacher_steps, guidance=scale, batch=8):
-                    parts.append(part)
-                    bar.advance(len(part))
-            unet.enable_adapters()
-            self._save_sheet("teacher.png", torch.cat(parts))
+    def begin(self, teacher: Model, *, after_step: int) -> list[dict[str, Any]]:
+        """Cuts the log back to the step that training goes on from, and draws the teacher's sheet once.
 
-    def log(self, step: int, means: dict[str, float], rate: float) -> str:
-        """Appends a line to log.jsonl; the note that progress shows."""
-        entry = {"step": step, **{k: round(v, 6) for k, v in means.items()}, "pictures_per_second": round(rate, 2)}
+        Returns the log's entries.
+        """
+        self.checkpoints.mkdir(exist_ok=True)
+        kept = [entry for entry in read_log(self.out) if entry["step"] <= after_step]
+        write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
+        try:
+            assert self.yardstick
+        except (OSError, ValueError, TypeError):
+            self._measure_teacher(teacher)
+        return kept
+
+    def _measure_teacher(self, teacher: Model) -> None:
+        """Draws the teacher's sheet, and writes down what its pictures are like."""
+        texts, seeds = self._sheet()
+        teacher.unet.disable_adapters()
+        latents, drawn = [], []
+        with progress(f"teacher's pictures, {self.teacher_steps} steps", len(texts), unit="pictures") as bar:
+            scale = scale_for(teacher, None)
+            for part in teacher_latents(teacher, texts, seeds, steps=self.teacher_steps, guidance=scale, batch=8):
+                latents.append(part)
+                drawn.append(teacher.decode(part))
+                bar.advance(len(part))
+        teacher.unet.enable_adapters()
+        self._save_sheet("teacher.png", torch.cat(drawn))
+        yardstick = Yardstick.of(torch.cat(latents).unflatten(0, (SHEET_SEEDS, -1)))
+        write_json(self.out / "samples" / "teacher.json", dataclasses.asdict(yardstick))
+
+    def log(self, step: int, values: Mapping[str, float | None], before: list[dict[str, Any]]) -> str:
+        """Appends an entry to log.jsonl and to those `before` it; says which alarms it raises.
+
+        Returns the note that progress shows.
+        """
+        entry: dict[str, Any] = {"step": step}
+        entry |= {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        raised = alarms([*before, entry])
+        if raised:
+            entry["alarms"] = [alarm.name for alarm in raised]
+        new = [alarm for alarm in raised if not before or alarm.name not in before[-1].get("alarms", ())]
+        for alarm in new:
+            say(f"\nalarm: {alarm.name} at step {step}: {alarm.meaning} (README.md, Is my run healthy?)")
         if torch.cuda.is_available():
             entry["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         entry["time"] = round(time.time(), 1)
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        before.append(entry)
+        if entry["gap"] is None or entry["x0_mean"] is None:
+            return f"no finite step of the last ones; {entry['skipped']} skipped"
         return (
-            f"{rate:.3g} pictures/s, gap {means['gap']:.3g}, student loss {means['student_loss']:.3g}, "
-            f"LoRA loss {means['lora_loss']:.3g}, x0 {means['x0_mean']:+.2f} ± {means['x0_std']:.2f}"
+            f"{entry['pictures_per_second']:.3g} pictures/s, gap {entry['gap']:.3g}, "
+            f"LoRA loss {entry['lora_loss']:.3g}, x0 {entry['x0_mean']:+.2f} ± {entry['x0_std']:.2f}"
+            + (f", {entry['skipped']} skipped" if entry["skipped"] else "")
         )
 
-    def sheets(self, step: int, teacher: Model, unet: nn.Module, result: dict[str, Tensor]) -> None:
-        """Draws the student's contact sheet, and the three views of x0 of the step's own batch."""
+    def curves(self, log: list[dict[str, Any]]) -> None:
+        """Draws the log's entries."""
+        draw_curves(log, self.out / "curves.png")
+
+    def sheets(
+        self, step: int, teacher: Model, unet: nn.Module, result: dict[str, Tensor], yardstick: Yardstick
+    ) -> dict[str, float]:
+        """Draws the student's contact sheet, and the three views of x0 of the step's own batch.
+
+        Returns how far the sheet's pictures are apart, as shares of the teacher's.
+        """
         texts, seeds = self._sheet()
         cut = one_step_scheduler(teacher, self.recipe.t_init)
         student = dataclasses.replace(
             teacher, unet=unet, about={"reparameterised": self.recipe.reparameterised}, scheduler=cut
         )
-        self._save_sheet(f"step-{step:06d}.png", torch.cat(list(student_pictures(student, texts, seeds))))
+        latents = list(student_latents(student, texts, seeds, batch=8))
+        self._save_sheet(f"step-{step:06d}.png", torch.cat([teacher.decode(part) for part in latents]))
         views = {"student x0": "x0", "teacher x0": "teacher_x0", "LoRA x0": "lora_x0"}
         rows = [list(teacher.decode(result[name][:8].float())) for name in views.values()]
         pictures.save_png(self.out / "samples" / f"x0-{step:06d}.png", pictures.sheet(rows, row_labels=list(views)))
+        return yardstick.compare_spreads(torch.cat(latents).unflatten(0, (SHEET_SEEDS, -1)))
 
     def export(self, teacher: Model, unet: nn.Module) -> None:
         """Writes `student/`."""
@@ -257,8 +360,25 @@ def _plain(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in printable(text))
 
 
-def _step_of(line: str) -> float:
+def read_config(out: Path) -> dict[str, Any]:
+    """A run's config.json; SbrushError if it is damaged."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a kill is dropped
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict) and isinstance(config.get("extended_by", []), list):
+            return config
+    except (ValueError, RecursionError):
+        pass
+    raise SbrushError(f"{printable(out)}/config.json is damaged", "name a new folder with --out")
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log.jsonl; what is none, such as a line cut short by a kill, is left out."""
+    file, entries = out / "log.jsonl", []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries

@@ -22,7 +22,6 @@ from sbrush.stickers.world import unknown_words
 from sbrush.weights import Model, load_student, load_teacher
 
 
-@torch.inference_mode()
 def student_pictures(
     student: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 32
 ) -> Iterator[Tensor]:
@@ -30,20 +29,34 @@ def student_pictures(
 
     A picture depends on its prompt and seed alone, not on what shares its batch (but for rounding).
     """
+    return map(student.decode, student_latents(student, prompts, seeds, batch=batch))
+
+
+@torch.inference_mode()
+def student_latents(
+    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 32
+) -> Iterator[Tensor]:
+    """The same before decoding: x0, float32 [b, C, H, W] on the student's device."""
     reparameterised = student.about.get("reparameterised", True)
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
         z = picture_noise(some_seeds, student.latent_shape).to(student.device)
         t = student.schedule.start(len(z))
         output = student.denoise(z, t, _embed(student, some_prompts))
-        x0 = student_x0(output, z, t, student.schedule, student.prediction, reparameterised=reparameterised)
-        yield student.decode(x0)
+        yield student_x0(output, z, t, student.schedule, student.prediction, reparameterised=reparameterised)
 
 
-@torch.inference_mode()
 def teacher_pictures(
     teacher: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch: int = 32
 ) -> Iterator[Tensor]:
     """The same from a teacher, in `steps` DDIM steps from T on with classifier-free guidance."""
+    return map(teacher.decode, teacher_latents(teacher, prompts, seeds, steps=steps, guidance=guidance, batch=batch))
+
+
+@torch.inference_mode()
+def teacher_latents(
+    teacher: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch: int = 32
+) -> Iterator[Tensor]:
+    """The same before decoding: x0, float32 [b, C, H, W] on the teacher's device."""
     null = teacher.encode([""])
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
         x = picture_noise(some_seeds, teacher.latent_shape).to(teacher.device)
@@ -59,7 +72,7 @@ def teacher_pictures(
                 cond_output, null_output = both.float().chunk(2)
                 output = guide(cond_output, null_output, guidance)  # eps and v are both linear in it
             x = scheduler.step(output.float(), int(step), x).prev_sample
-        yield teacher.decode(x)
+        yield x
 
 
 def scale_for(teacher: Model, guidance: float | None) -> float:

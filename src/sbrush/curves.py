@@ -1,0 +1,45 @@
+"""curves.png: how a run went, in four panels, from its log.jsonl."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sbrush.files import whole
+
+PANELS = {
+    "score gap": {"gap": "mean |gap|", "gap_share": "as share of the teacher's error"},
+    "losses": {"student_loss": "student", "lora_loss": "LoRA teacher", "lora_error": "LoRA teacher / teacher"},
+    "latents": {"x0_mean": "mean", "x0_std": "deviation", "drift": "drift from the teacher's"},
+    "pictures/s": {"pictures_per_second": "pictures/s"},
+}
+
+
+def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes the PNG, whole. Raised alarms are marked by a red line at their first step."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    raised = {name: entry["step"] for entry in reversed(log) for name in entry.get("alarms", ())}
+    for panel, (title, lines) in zip(panels.flat, PANELS.items(), strict=True):
+        for key, label in lines.items():
+            points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+            panel.plot(*zip(*points, strict=True), label=label, linewidth=1) if points else None
+        for step in raised.values():
+            panel.axvline(step, color="tab:red", linewidth=0.8, linestyle="--")
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3)
+        if len(lines) > 1:
+            panel.legend(fontsize=8, frameon=False)
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
+    if raised:
+        figure.suptitle("alarms: " + ", ".join(f"{n} at {s}" for n, s in raised.items()), color="tab:red", fontsize=9)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(drawn)
+    with whole(path) as partial:
+        partial.write_bytes(drawn.getvalue())

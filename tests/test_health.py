@@ -1,0 +1,232 @@
+"""Each alarm is provoked, and silent in health; steps that are not finite are skipped, and many of them stop a run."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from sbrush import checkpoint, health
+from sbrush.console import SbrushError
+from sbrush.distill import Distiller, distill, prepare
+from sbrush.health import ALARMS, GRACE, LASTING, MOST_SKIPPED, Yardstick, alarms, spreads
+from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
+from sbrush.recipes import RECIPES
+from sbrush.run import Intervals, read_log
+from sbrush.sample import student_latents, teacher_latents
+from sbrush.weights import load_teacher
+
+HEALTHY = Path(__file__).parent.parent / "docs" / "healthy"
+STICKERS = Path(__file__).parent.parent / "prompts" / "stickers.txt"
+PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
+SMALL = dataclasses.replace(
+    RECIPES["swiftbrush"], steps=24, batch=4, student_lr=1e-4, lora_lr=1e-2, lora_rank=4, lora_alpha=4
+)
+FINE = {
+    "drift": 0.2, "beyond": 0.0, "gap_share": 0.1, "lora_error": 0.9, "prompt_spread": 0.8, "seed_spread": 0.8,
+}  # fmt: skip
+BAD = {
+    "latent drift": {"drift": 1.1},
+    "saturation": {"beyond": 0.02},
+    "vanished score gap": {"gap_share": 0.001},
+    "LoRA-teacher divergence": {"lora_error": 1.6},
+    "prompt-independent pictures": {"prompt_spread": 0.2},
+    "seed-independent pictures": {"seed_spread": 0.2},
+}
+
+
+def entries(*, steps=range(10, 201, 10), bad_from=math.inf, **bad):
+    return [{"step": 1, **FINE}, *({"step": s, **FINE, **(bad if s >= bad_from else {})} for s in steps)]
+
+
+def names(log):
+    return [alarm.name for alarm in alarms(log)]
+
+
+def run(teacher, out, recipe, *, prompts=PROMPTS, sheet=1000):
+    every = Intervals(log=2, sheet=sheet, checkpoint=8)
+    plan = prepare(
+        recipe, prompts, out=out, teacher=teacher and str(teacher), init=None, seed=3, device="cpu",
+        precision="float32", every=every,
+    )  # fmt: skip
+    distill(plan)
+    return read_log(out)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Alarms from step 12 on, after a sign of 8 steps."""
+    monkeypatch.setattr(health, "GRACE", 12)
+    monkeypatch.setattr(health, "LASTING", 8)
+
+
+def test_every_alarm_has_a_name_that_the_readme_explains():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert BAD.keys() == {alarm.name for alarm in ALARMS}
+    assert all(f"**{alarm.name}**" in readme for alarm in ALARMS)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_sign_raises_its_own_alarm_and_no_other(name):
+    assert names(entries()) == []
+    assert names(entries(bad_from=10, **BAD[name])) == [name]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_sign_must_last_and_the_first_steps_do_not_count(name):
+    bad = BAD[name]
+    assert names(entries(bad_from=201 - LASTING, **bad)) == [name]
+    assert names(entries(bad_from=201 - LASTING + 10, **bad)) == []
+    assert names(entries(steps=range(10, GRACE, 10), bad_from=0, **bad)) == []
+    assert names(entries(bad_from=10, **bad)[:-1] + entries()[-1:]) == []
+
+
+def test_what_was_not_measured_says_nothing():
+    assert names([{"step": s} for s in range(10, 200, 10)]) == names([]) == []
+    assert names([{"step": s, **dict.fromkeys(FINE)} for s in range(10, 200, 10)]) == []
+    sheets = entries()
+    for entry in sheets[1:-1]:
+        del entry["prompt_spread"]
+    sheets[-1]["prompt_spread"] = 0.1  # measured with the contact sheet only, so one sign is enough
+    assert names(sheets) == ["prompt-independent pictures"]
+
+
+def test_the_reference_run_is_silent():
+    log = [json.loads(line) for line in (HEALTHY / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(log) > 50 and log[-1]["drift"] is not None and "prompt_spread" in log[-1]
+    assert {name for i in range(1, len(log) + 1) for name in names(log[:i])} == set()
+
+
+def test_a_student_that_begins_without_variety_has_time_to_find_it():
+    start = {"step": 1, **FINE, "prompt_spread": 0.1, "seed_spread": 0.2}
+    assert names([start, {"step": 200, **FINE, "prompt_spread": 0.15, "seed_spread": 0.22}]) == []
+    assert names([start, {"step": 200, **FINE, "prompt_spread": 0.05}]) == ["prompt-independent pictures"]
+
+
+def test_a_short_healthy_run_is_silent(tmp_path, impatient, capsys):
+    recipe = dataclasses.replace(RECIPES["stickers"], steps=24, batch=8)
+    log = run(None, tmp_path / "run", recipe, prompts=read_prompts(STICKERS), sheet=8)
+    assert not [e for e in log if e.get("alarms")] and "alarm:" not in capsys.readouterr().err
+    assert all(e["drift"] > 0 and e["skipped"] == 0 for e in log)
+    assert [e["step"] for e in log if "seed_spread" in e] == [1, 8, 16, 24]
+
+
+def provoked(log, name):
+    return [e["step"] for e in log if name in e.get("alarms", ())]
+
+
+def test_a_lora_teacher_that_does_not_learn_leaves_no_gap(tmp_path, tiny_teacher, impatient, capsys):
+    log = run(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, lora_lr=0.0))
+    assert provoked(log, "vanished score gap")[0] == 12 and log[-1]["gap"] == 0
+    said = capsys.readouterr().err
+    assert said.count("alarm: vanished score gap at step 12") == 1 == said.count("alarm: vanished")  # at its onset
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
+
+
+def test_a_lora_teacher_that_learns_too_fast_diverges(tmp_path, impatient):
+    fast = dataclasses.replace(SMALL, lora_lr=0.3, student_lr=1e-5, steps=14, guidance=1.0)
+    log = run(None, tmp_path / "run", fast)  # of the built-in teacher, which has something to lose
+    assert provoked(log, "LoRA-teacher divergence")
+
+
+def test_a_student_that_learns_too_fast_drifts_and_saturates(tmp_path, tiny_teacher, impatient):
+    log = run(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, student_lr=0.1))
+    assert provoked(log, "latent drift") and provoked(log, "saturation")
+
+
+def test_pictures_that_ignore_their_prompt_or_their_seed_are_seen(tiny_teacher):
+    model = load_teacher(str(tiny_teacher))
+    texts, seeds = ["a cat", "a red fish", "a blue car"] * 3, [s for s in (1, 2, 3) for _ in range(3)]
+    latents = torch.cat(list(teacher_latents(model, texts, seeds, steps=5, guidance=7.5))).unflatten(0, (3, 3))
+    yardstick = Yardstick.of(latents)
+    same = yardstick.compare_spreads(latents)
+    assert same["prompt_spread"] == pytest.approx(1) and same["seed_spread"] == pytest.approx(1)
+    for name, parameter in model.unet.named_parameters():
+        if "attn2.to_out" in name:
+            parameter.data.zero_()
+    deaf = torch.cat(list(student_latents(model, texts, seeds))).unflatten(0, (3, 3))
+    shares = yardstick.compare_spreads(deaf)
+    assert shares["prompt_spread"] < 1e-3 < 0.25 < shares["seed_spread"]
+    start = {"step": 1, **FINE}
+    assert names([start, {"step": 200, **FINE, **shares}]) == ["prompt-independent pictures"]
+    one_seed = latents[:1].expand_as(latents)
+    assert names([start, {"step": 200, **FINE, **yardstick.compare_spreads(one_seed)}]) == ["seed-independent pictures"]
+    assert yardstick.compare_spreads(latents[:1, :1]) == {}
+
+
+def test_the_yardstick_measures_what_it_says():
+    torch.manual_seed(0)
+    latents = torch.randn(3, 4, 2, 8, 8) * torch.tensor([1.0, 5.0]).view(2, 1, 1) + torch.tensor([0.0, 10.0]).view(
+        2, 1, 1
+    )
+    yardstick = Yardstick.of(latents)
+    assert yardstick.mean[1] == pytest.approx(10, abs=0.5) and yardstick.deviation[1] == pytest.approx(5, rel=0.1)
+    shifted = yardstick.compare(latents.flatten(0, 1) + torch.tensor([0.0, 10.0]).view(2, 1, 1))
+    assert shifted["drift"].item() == pytest.approx(2, rel=0.1)  # ten in a channel whose deviation is five
+    assert yardstick.compare(latents.flatten(0, 1)) == {"drift": pytest.approx(0, abs=1e-5), "beyond": 0}
+    assert yardstick.compare(latents.flatten(0, 1) * 100)["beyond"] > 0.9
+    checkers = torch.tensor([[1.0, -1.0], [1.0, -1.0]]).view(2, 2, 1, 1, 1)  # each column a prompt, each row a seed
+    assert spreads(checkers) == (1.0, 0.0)
+
+
+def not_finite_in(steps, teacher, monkeypatch, network="student"):
+    """A distiller whose student or LoRA teacher gives NaN in these steps."""
+    real = Distiller.step
+    now = []
+
+    def step(self, number, prompts):
+        now[:] = [number]
+        return real(self, number, prompts)
+
+    def build(self, *arguments, **options):
+        init(self, *arguments, **options)
+        layers = (self.student if network == "student" else self.teacher.unet).named_modules()
+        first = next(m for n, m in layers if n.endswith("conv_out" if network == "student" else "lora_B.default"))
+        first.register_forward_hook(lambda module, given, out: out * math.nan if now[0] in steps else out)
+
+    init = Distiller.__init__
+    monkeypatch.setattr(Distiller, "__init__", build)
+    monkeypatch.setattr(Distiller, "step", step)
+
+
+@pytest.mark.parametrize("network", ["student", "lora"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_teacher, monkeypatch, network):
+    not_finite_in({2}, tiny_teacher, monkeypatch, network)
+    ours = Distiller(load_teacher(str(tiny_teacher)), SMALL, seed=3, accelerator=Accelerator(cpu=True))
+    order = ShuffledPrompts(PROMPTS, 3)
+
+    def everything():
+        return {f"{part}.{k}": v.clone() for part, tensors in ours.state().items() for k, v in tensors.items()}
+
+    assert ours.step(1, order)["skipped"] == 0
+    before = everything()
+    assert ours.step(2, order)["skipped"] == 1
+    after = everything()
+    student = [k for k in before if k.startswith("student")]
+    assert student and all(torch.equal(before[k], after[k]) for k in student)
+    if network == "student":  # whose pictures the LoRA teacher cannot learn from
+        assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("lora"))
+    assert ours.step(3, order)["skipped"] == 0
+    third = everything()
+    assert any(not torch.equal(third[k], after[k]) for k in student)
+    assert all(v.isfinite().all() for v in third.values())
+
+
+def test_skipped_steps_are_logged_and_the_means_are_of_the_others(tmp_path, tiny_teacher, monkeypatch):
+    not_finite_in({3, 4, 6}, tiny_teacher, monkeypatch)
+    log = run(tiny_teacher, tmp_path / "run", SMALL)
+    skipped = {entry["step"]: entry["skipped"] for entry in log}
+    assert (skipped[2], skipped[4], skipped[6], skipped[8]) == (0, 2, 1, 0)
+    gaps = {entry["step"]: entry["gap"] for entry in log}
+    assert gaps[4] is None and gaps[6] is not None
+
+
+def test_many_of_them_in_a_row_stop_the_run_with_its_last_good_checkpoint(tmp_path, tiny_teacher, monkeypatch):
+    not_finite_in(range(10, 1000), tiny_teacher, monkeypatch)
+    with pytest.raises(SbrushError, match=rf"{MOST_SKIPPED} steps in a row.*step-000008") as stopped:
+        run(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, steps=100))
+    assert "--student-lr" in stopped.value.hint
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 8  # none since was kept
