@@ -105,7 +105,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts back what `optimizer_tensors` took; the parameter groups keep the optimiser's own settings."""
+    """Puts back what `optimizer_tensors` took from an Adam; the parameter groups keep the optimiser's own settings.
+
+    ValueError if that is no state of an Adam over these parameters: of all of them, or of none.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -114,6 +117,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch
         if tensor.shape == like.shape:  # fused Adam walks memory: moments must be laid out as their parameter is
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[key] = tensor
+    expected = [{"step": torch.Size(()), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in parameters]
+    if state and [{k: v.shape for k, v in state.get(i, {}).items()} for i in range(len(parameters))] != expected:
+        raise ValueError("not the state of an Adam over these parameters")
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise ValueError("values that are no numbers")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -199,6 +199,8 @@ class Distiller:
             theirs = saved.part(part)
             if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in theirs.items()}:
                 raise _misfit(saved.step)
+            if not all(v.isfinite().all() for v in theirs.values()):
+                raise _misfit(saved.step)
             for name, tensor in tensors.items():
                 tensor.copy_(theirs[name])
         try:
@@ -210,7 +212,8 @@ class Distiller:
 
 def _misfit(step: int) -> SbrushError:
     return SbrushError(
-        f"the checkpoint after step {step} is not of this run's networks", "start anew in another --out", code=1
+        f"the checkpoint after step {step} is no state of this run's networks",
+        "it was changed by something else; start anew in another --out",
     )
 
 

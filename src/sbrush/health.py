@@ -99,6 +99,11 @@ class Yardstick:
     prompt_spread: float
     seed_spread: float
 
+    def __post_init__(self) -> None:
+        numbers = torch.tensor([*self.mean, *self.deviation, *self.furthest, self.prompt_spread, self.seed_spread])
+        if not len(self.mean) == len(self.deviation) == len(self.furthest) or not numbers.isfinite().all():
+            raise ValueError("three lists of one length and two numbers, all finite")
+
     @classmethod
     def of(cls, latents: Tensor) -> Yardstick:
         """From the teacher's latents [seeds, prompts, C, H, W]."""

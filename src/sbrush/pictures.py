@@ -74,8 +74,8 @@ def parameters(metadata: dict[str, Any]) -> str:
 
 
 def _fit(text: str, width: int, font: Any) -> str:
-    """The text, cut so that it is at most `width` pixels wide."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    """The text, cut so that it is at most `width` pixels wide; at once to about that, for it may be a whole book."""
+    text = "".join(c if c.isprintable() else "?" for c in text[: width + 1])
     while text and font.getlength(text) > width:
         text = text[:-2] + "…" if len(text) > 2 else ""
     return text

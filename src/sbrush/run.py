@@ -176,8 +176,10 @@ class Run:
         kept = [entry for entry in read_log(self.out) if entry["step"] <= after_step]
         write_text(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in kept))
         try:
-            assert self.yardstick
-        except (OSError, ValueError, TypeError):
+            known = len(self.yardstick.mean) == teacher.latent_shape[0]
+        except (OSError, ValueError, TypeError, RuntimeError):  # none yet, or damaged
+            known = False
+        if not known:
             self._measure_teacher(teacher)
         return kept
 
@@ -371,6 +373,11 @@ def read_config(out: Path) -> dict[str, Any]:
     raise SbrushError(f"{printable(out)}/config.json is damaged", "name a new folder with --out")
 
 
+def _loggable(value: object) -> bool:
+    named = isinstance(value, list) and all(isinstance(name, str) for name in value)  # alarms
+    return named or value is None or (isinstance(value, int | float) and abs(value) < 1e15)
+
+
 def read_log(out: Path) -> list[dict[str, Any]]:
     """The entries of a run's log.jsonl; what is none, such as a line cut short by a kill, is left out."""
     file, entries = out / "log.jsonl", []
@@ -379,6 +386,6 @@ def read_log(out: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and all(map(_loggable, entry.values())):
             entries.append(entry)
     return entries

@@ -29,7 +29,7 @@ def student_pictures(
 
     A picture depends on its prompt and seed alone, not on what shares its batch (but for rounding).
     """
-    return map(student.decode, student_latents(student, prompts, seeds, batch=batch))
+    return _decoded(student, student_latents(student, prompts, seeds, batch=batch))
 
 
 @torch.inference_mode()
@@ -49,7 +49,8 @@ def teacher_pictures(
     teacher: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch: int = 32
 ) -> Iterator[Tensor]:
     """The same from a teacher, in `steps` DDIM steps from T on with classifier-free guidance."""
-    return map(teacher.decode, teacher_latents(teacher, prompts, seeds, steps=steps, guidance=guidance, batch=batch))
+    latents = teacher_latents(teacher, prompts, seeds, steps=steps, guidance=guidance, batch=batch)
+    return _decoded(teacher, latents)
 
 
 @torch.inference_mode()
@@ -142,6 +143,17 @@ def sample_to_files(
     columns = [f"seed {seed}" for seed in seeds]
     save_png(out, sheet(rows, row_labels=labels, column_labels=columns), whole if metadata else None)
     return [out]
+
+
+def _decoded(model: Model, latents: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The latents' pictures; SbrushError if a latent is not finite, of which no picture follows."""
+    for x0 in latents:
+        if not x0.isfinite().all():
+            raise SbrushError(
+                f"{printable(model.name)} draws what is no picture: its numbers overflow",
+                "try --dtype float32; if that does not help its weights are damaged",
+            )
+        yield model.decode(x0)
 
 
 def _gather(what: str, batches: Iterator[Tensor], total: int) -> Tensor:

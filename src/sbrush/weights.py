@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -242,6 +242,8 @@ def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) 
         _check_part(folder, part)
     transformers_logging.disable_progress_bar()  # its bars say nothing that ours do not
     try:
+        for part, folder in folders.items():
+            _check_configuration(folder / part)
         config = json.loads((folders["scheduler"] / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         scheduler = DDIMScheduler.from_config(
             config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
@@ -253,19 +255,19 @@ def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) 
             )
         about_file = folders["unet"] / "sbrush.json"
         about = json.loads(about_file.read_text(encoding="utf-8")) if about_file.is_file() else {}
-        kw: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
+        if not isinstance(about, dict):
+            raise ValueError("its sbrush.json is no JSON object")
         model = Model(
             name=name,
             tokenizer=CLIPTokenizer.from_pretrained(folders["tokenizer"] / "tokenizer", local_files_only=True),
-            text_encoder=CLIPTextModel.from_pretrained(
-                folders["text_encoder"] / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
-            ),
-            unet=UNet2DConditionModel.from_pretrained(folders["unet"] / "unet", **kw),
-            vae=AutoencoderKL.from_pretrained(folders["vae"] / "vae", **kw),
+            text_encoder=_read(CLIPTextModel, folders["text_encoder"] / "text_encoder", dtype=dtype),
+            unet=_read(UNet2DConditionModel, folders["unet"] / "unet", torch_dtype=dtype),
+            vae=_read(AutoencoderKL, folders["vae"] / "vae", torch_dtype=dtype),
             scheduler=scheduler,
             folders=folders,
             about=about,
         )
+        _check_fit(model)
     except SbrushError:
         raise
     except Exception as problem:  # whatever diffusers, transformers or safetensors make of a damaged file
@@ -276,7 +278,8 @@ def _load(folders: dict[str, Path], name: str, device: str, dtype: torch.dtype) 
         ) from problem
     if about.get("format", FORMAT) != FORMAT:
         raise SbrushError(
-            f"{printable(name)} has student format {about['format']}, this version reads {FORMAT}", "upgrade sbrush"
+            f"{printable(name)} has student format {printable(about['format'])}, this version reads {FORMAT}",
+            "upgrade sbrush",
         )
     if model.prediction == "epsilon" and model.schedule.alpha[-1] == 0:
         raise SbrushError(
@@ -343,6 +346,78 @@ def _check_part(folder: Path, part: str) -> None:
         )
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    """The files of one part that belong to a model."""
-    return [f for f in folder.iterdir() if f.is_file() and f.suffix in (".json", ".txt", ".safetensors")]
+def _check_configuration(folder: Path) -> None:
+    """ValueError if a part's configuration files hold numbers, lists or kinds that no such model has.
+
+    A folder may come from anywhere: what it says is looked at before anything is built by it.
+    """
+    for file in folder.glob("*config.json"):
+        if file.stat().st_size > 2**20:
+            raise ValueError(f"{file.name} of {folder.name} is larger than 1 MiB")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{file.name} of {folder.name} is no JSON object")
+        if "quantization_config" in config:
+            raise ValueError(f"{folder.name} is quantised")
+        for key, value in config.items():
+            values = value if isinstance(value, list) else [value]
+            numbers = [v for v in values if isinstance(v, int | float)]
+            most = 1000 if "layers" in key else 1_000_000
+            if len(values) > (100_000 if key == "trained_betas" else 100) or any(
+                not abs(n) <= most for n in numbers if key != "model_max_length"
+            ):
+                raise ValueError(f"{printable(key)} of {folder.name} is out of all proportion")
+
+
+def _read(kind: Any, folder: Path, **options: Any) -> Any:
+    """A network from its folder; ValueError if the weights are not all there, or not all numbers."""
+    network, loaded = kind.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    if missing := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise ValueError(
+            f"{folder.name} lacks {len(missing)} of its tensors, or has them in another shape: {missing[0]}"
+        )
+    for name, tensor in network.named_parameters():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} of {folder.name} holds values that are no numbers")
+    return network
+
+
+def _check_fit(model: Model) -> None:
+    """ValueError if a model's parts are not such that they can work together."""
+    unet, vae, words = model.unet.config, model.vae.config, model.text_encoder.config
+    alphas = model.scheduler.alphas_cumprod
+    sizes = model.latent_shape
+    falling = bool((alphas >= 0).all() and (alphas <= 1).all() and (alphas.diff() <= 0).all())  # NaN is none of these
+    if not falling or len(alphas) < 2:
+        raise ValueError("its noise schedule does not go from picture to noise")
+    if not all(isinstance(n, int) and 0 < n <= 1024 for n in sizes):
+        raise ValueError(f"latents of {sizes} are none")
+    if unet.in_channels != vae.latent_channels or unet.out_channels != unet.in_channels:
+        raise ValueError(f"the UNet has {unet.in_channels} channels, the autoencoder {vae.latent_channels}")
+    if not 0 < float(vae.scaling_factor) < 1000:
+        raise ValueError(f"a scaling factor of {vae.scaling_factor}")
+    if max(model.tokenizer.get_vocab().values()) >= words.vocab_size:
+        raise ValueError("the tokenizer has words that the text encoder does not know")
+    if model.tokenizer.model_max_length > words.max_position_embeddings:
+        model.tokenizer.model_max_length = words.max_position_embeddings  # a folder that does not say how long
+    if not 0 <= float(model.about.get("guidance", 0)) < 1000:
+        raise ValueError(f"a guidance scale of {model.about['guidance']}")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of one part that belong to a model. SbrushError if one lies elsewhere: a student is made of copies.
+
+    The Hub's own cache keeps every file elsewhere, within the repository's folder, and links to it.
+    """
+    home = folder.parent.resolve()
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        home = home.parent.parent
+    files = [f for f in folder.iterdir() if f.is_file() and f.suffix in (".json", ".txt", ".safetensors")]
+    for file in files:
+        if not file.resolve().is_relative_to(home):
+            raise SbrushError(
+                f"{printable(file)} is a link to a file outside its model", "put the file itself there", code=2
+            )
+    return files
