@@ -94,6 +94,10 @@ def distill(
     t_init: Annotated[
         int | None, typer.Option(help="The student's timestep, below T.", min=1, rich_help_panel=OVERRIDES)
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting: --set lora_rank=128 --set t_init=null.", rich_help_panel=OVERRIDES),
+    ] = None,
     lora_teacher: Annotated[
         bool, typer.Option(" /--no-lora-teacher", help="Score Distillation Sampling.", rich_help_panel=ABLATIONS)
     ] = True,
@@ -116,11 +120,14 @@ def distill(
     given: dict[str, Any] = {
         "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
         "lora_updates": lora_updates, "t_init": t_init,
-        "reparameterised": reparameterisation, "gap": None if lora_teacher else "sds",
+        "reparameterised": reparameterisation,
     }  # fmt: skip
     if guidance is not None:
-        chosen = dataclasses.replace(chosen, guidance_to=None)
-    chosen = dataclasses.replace(chosen, **{name: value for name, value in given.items() if value is not None})
+        chosen = chosen.with_settings(guidance_to=None)
+    if not lora_teacher:
+        chosen = chosen.with_settings(gap="sds", shared_forward=False)
+    chosen = chosen.with_settings(**{name: value for name, value in given.items() if value is not None})
+    chosen = chosen.but_for(set_ or ())
     if not prompts.is_file():  # before torch is imported
         _no_prompts(prompts)
     say("loading torch and the models ...")

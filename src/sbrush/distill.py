@@ -267,6 +267,8 @@ def prepare(
         raise SbrushError(
             f"--t-init {recipe.t_init} is beyond the teacher's last timestep, {T}", f"take 1 to {T}", code=2
         )
+    if recipe.t_high > T:
+        raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
     config = make_config(
         recipe, prompts, teacher=teacher, teacher_sha256=digest(guide), init=init,
         init_sha256=digest(start) if start else None, seed=seed, bf16=bf16,

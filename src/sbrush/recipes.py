@@ -12,8 +12,15 @@ Which one to take: docs/recipes.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
+
+from sbrush.console import SbrushError, printable
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,51 @@ class Recipe:
     reparameterised: bool = True  # False: the paper's ablation
 
     def __post_init__(self) -> None:
-        if self.shared_forward and self.guide_lora:
-            raise ValueError("a guided score is no output that the LoRA teacher could be trained through")
+        for name, kind in _kinds().items():
+            value = getattr(self, name)
+            allowed = get_args(kind) or (kind,)
+            numeric = float in allowed and type(value) is int
+            if not (value in allowed or type(value) in allowed or (value is None and NoneType in allowed) or numeric):
+                raise ValueError(f"{name} cannot be {value!r}")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} cannot be {value!r}")
+        for name in ("steps", "batch", "lora_rank", "lora_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1")
+        for name in ("cooldown", "null_chance", "ema", "beta2"):
+            if getattr(self, name) > (1 if name in ("cooldown", "null_chance") else 1 - 1e-9):
+                raise ValueError(f"{name} is a share, less than 1")
+        if not 0 <= self.t_low <= self.t_high or (self.t_init is not None and self.t_init < 1) or self.warmup < 0:
+            raise ValueError("timesteps and warmup count from 0, t_init from 1, and t_low is at most t_high")
+        if self.guidance_to is not None and self.guidance_to < self.guidance:
+            raise ValueError("guidance_to is at least guidance")
+        if self.shared_forward and (self.guide_lora or self.gap == "sds"):
+            raise ValueError("shared_forward needs a LoRA teacher whose score is not guided")
+
+    def but_for(self, settings: Iterable[str]) -> Recipe:
+        """This recipe with settings such as "lora_rank=128" or "t_init=null" in place of its own.
+
+        SbrushError if one is no setting, or not with the others.
+        """
+        values: dict[str, Any] = {}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            if name not in _kinds():
+                raise SbrushError(f"no setting {printable(name)}", f"NAME=VALUE, of {', '.join(_kinds())}", code=2)
+            try:
+                values[name] = json.loads(text)
+            except (ValueError, RecursionError):
+                values[name] = text  # a word, such as dmd
+        return self.with_settings(**values)
+
+    def with_settings(self, **values: Any) -> Recipe:
+        """This recipe with these fields in place of its own; SbrushError if they do not go together."""
+        try:
+            return replace(self, **values)
+        except ValueError as problem:
+            raise SbrushError(
+                f"recipe {self.name}: {problem}", "sbrush distill --dry-run shows every setting", code=2
+            ) from None
 
     def student_lr_at(self, step: int) -> float:
         """The student's learning rate in a step, counted from 1."""
@@ -67,6 +117,12 @@ class Recipe:
             return 3 + teacher
         score = teacher if self.guide_lora else 0 if self.shared_forward else 1
         return 3 + teacher + score + 2 * self.lora_updates
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The type of each field that a run may set."""
+    return {name: kind for name, kind in get_type_hints(Recipe).items() if name != "name"}
 
 
 RECIPES = {
