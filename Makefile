@@ -10,7 +10,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint distill sample eval mutate bench teach wheel clean
+.PHONY: help setup demo test lint distill sample eval mutate kill fuzz ablations bench teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -52,6 +52,15 @@ eval: $(READY)  ## evaluate the shipped student on LIMIT held-out pairs
 
 mutate: $(READY)  ## break core.py in every small way; the tests must notice each
 	$(BIN)/python tests/mutate.py
+
+kill: $(READY)  ## kill a run fifty times at random; it must end as one that was not disturbed
+	$(BIN)/python tests/kill.py 50
+
+fuzz: $(READY)  ## damage five hundred folders that sbrush reads; it must refuse or do no harm
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py 500
+
+ablations: $(READY)  ## the paper's ablations on the built-in world, with a picture each
+	$(BIN)/python -m sbrush.stickers.ablations
 
 bench: $(READY)  ## the training step against the plain formulation, side by side
 	$(BIN)/python -m sbrush.bench

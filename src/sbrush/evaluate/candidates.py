@@ -37,24 +37,31 @@ def evaluate(
     one, many = load_student(student, device=device, dtype=dtype), load_teacher(teacher, device=device, dtype=dtype)
     scale = scale_for(many, guidance)
     say(f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, {n} held-out pairs")
-
-    def by_student(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
-        return student_pictures(one, prompts, seeds, batch=batch)
-
-    key = f"{digest(many)} {dtype} {torch.device(device).type}"
     candidates = [
-        Candidate("student, 1 step", by_student, steps=1),
-        _teacher(many, steps, scale, batch, key),
-        _teacher(many, 1, scale, batch, key),
+        student_candidate("student, 1 step", one, batch=batch),
+        teacher_candidate(many, steps, scale, batch=batch),
+        teacher_candidate(many, 1, scale, batch=batch),
     ]
     result = evaluate_stickers(candidates, Judge.load(device=device), n=n, per_caption=per_caption, fresh=fresh)
     result.write_html(report)
     return result
 
 
-def _teacher(model: Model, steps: int, guidance: float, batch: int, key: str) -> Candidate:
+def student_candidate(name: str, model: Model, *, batch: int = 64) -> Candidate:
+    """A student to be measured; nothing of it is remembered, for students change."""
+
+    def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
+        return student_pictures(model, prompts, seeds, batch=batch)
+
+    return Candidate(name, pictures, steps=1)
+
+
+def teacher_candidate(model: Model, steps: int, guidance: float, *, batch: int = 64) -> Candidate:
+    """A teacher in so many steps at a guidance scale; its figures are remembered."""
+
     def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
         return teacher_pictures(model, prompts, seeds, steps=steps, guidance=guidance, batch=batch)
 
     name = f"teacher, {steps} step{'s' if steps > 1 else ''}"
+    key = f"{digest(model)} {model.unet.dtype} {model.device.type}"
     return Candidate(name, pictures, steps=steps, guidance=guidance, cache_key=key)
