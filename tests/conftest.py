@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("here", deadline=None, derandomize=True, max_examples=50)  # the same on any machine
+settings.load_profile("here")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -12,7 +12,6 @@ pictures are drawn:
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
