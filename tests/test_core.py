@@ -443,3 +443,13 @@ def test_core_imports_torch_and_the_standard_library_only():
         elif isinstance(node, ast.ImportFrom):
             imported.add("." * node.level + (node.module or ""))
     assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"torch"}
+
+
+def test_the_pair_loss_pulls_the_student_to_the_teachers_picture_and_not_the_other_way():
+    torch.manual_seed(0)
+    x0, theirs = (torch.randn(2, 4, 3, 3, requires_grad=True) for _ in range(2))
+    loss = core.pair_loss(x0.bfloat16(), theirs.bfloat16())
+    rounded = x0.detach().bfloat16().float() - theirs.detach().bfloat16().float()
+    assert loss.dtype == torch.float32 and torch.isclose(loss, (rounded**2).sum() / (2 * x0.numel()))
+    core.pair_loss(x0, theirs).backward()
+    assert torch.allclose(x0.grad, (x0 - theirs).detach() / x0.numel()) and theirs.grad is None

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from sbrush import checkpoint
+from sbrush import checkpoint, core
 from sbrush.console import SbrushError
 from sbrush.distill import Distiller, distill, prepare, stop_requests
 from sbrush.noise import StepNoise
@@ -151,6 +151,47 @@ def test_without_the_reparameterisation_x0_is_the_unets_output(tiny_teacher):
     with torch.no_grad():
         output = ours.student(draw.normal((4, 16, 16)), torch.full((4,), 999), words).sample
     assert torch.allclose(ours.step(1, order)["x0"], output, atol=1e-5)
+
+
+def test_pairs_hold_some_samples_to_the_teachers_own_pictures_of_their_noise(tiny_teacher):
+    plain = dataclasses.replace(SMALL, student_lr=0.0)
+    paired = dataclasses.replace(plain, pairs=2, pair_steps=4, pair_guidance=2.0, pair_weight=0.7)
+    order = ShuffledPrompts(PROMPTS, 3)
+    without, ours = distiller(tiny_teacher, plain).step(2, order), distiller(tiny_teacher, paired)
+    result = ours.step(2, order)
+    draw, teacher = StepNoise(3, 2, range(4), torch.device("cpu")), load_teacher(str(tiny_teacher))
+    x, words = draw.normal((4, 16, 16))[[0, 2]], teacher.encode([order[4], order[6]])
+    abar = teacher.scheduler.alphas_cumprod
+    for now, then in ((999, 749), (749, 499), (499, 249), (249, None)):  # DDIM, written out
+        with torch.no_grad():
+            t = torch.full((2,), now)
+            cond, null = (teacher.unet(x, t, w).sample for w in (words, teacher.encode(["", ""])))
+        eps = null + 2.0 * (cond - null)
+        x0 = (x - (1 - abar[now]).sqrt() * eps) / abar[now].sqrt()
+        x = x0 if then is None else abar[then].sqrt() * x0 + (1 - abar[then]).sqrt() * eps
+    expected = 0.5 * (result["x0"][[0, 2]] - x).pow(2).mean()
+    assert torch.isclose(result["pair_loss"], expected, rtol=1e-3) and without["pair_loss"] == 0
+    assert torch.isclose(result["student_loss"] - without["student_loss"], 0.7 * 2 / 4 * expected, rtol=1e-3)
+    assert all(p.requires_grad for p in ours.lora)
+    with pytest.raises(ValueError, match="divides"):
+        dataclasses.replace(SMALL, pairs=3)
+
+
+def test_a_random_guidance_scale_is_one_for_the_step_and_for_both_scores(tiny_teacher):
+    ours = distiller(tiny_teacher, dataclasses.replace(RECIPES["proper-guidance"], batch=4, lora_rank=4))
+    scales = []
+    guided = core.guided_epsilon
+
+    def watch(denoise, x_t, t, cond, null, scale, *rest):
+        scales.append(scale)
+        return guided(denoise, x_t, t, cond, null, scale, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "guided_epsilon", watch)
+        for step in range(1, 6):
+            ours.step(step, ShuffledPrompts(PROMPTS, 3))
+    assert scales[::2] == scales[1::2] and len(set(scales)) == 5  # teacher and LoRA teacher alike, each step anew
+    assert all(0.5 <= s <= 4 for s in scales) and max(scales) - min(scales) > 0.5
 
 
 def test_an_earlier_start_takes_the_noise_for_x_t_there(tiny_teacher):

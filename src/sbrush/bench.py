@@ -100,7 +100,7 @@ def main(
     out(f"{where}, batch {batch}, mixed precision {bf16}, torch {torch.__version__}, {threads} threads")
     for name, row in rows.items():
         rate, forwards, ratio = row.values()
-        out(f"{name:26} {rate:8.2f} pictures/s   {forwards} UNet forwards a picture   {ratio:.2f} x plain")
+        out(f"{name:26} {rate:8.2f} pictures/s   {forwards:g} UNet forwards a picture   {ratio:.2f} x plain")
 
 
 if __name__ == "__main__":

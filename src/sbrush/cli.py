@@ -295,7 +295,7 @@ def _print_plan(recipe: Recipe, config: dict[str, Any], prompts: str) -> None:
         )
     Console(markup=False, highlight=False).print(table)
     facts = {"teacher": config["teacher"], "prompts": prompts, "seed": config["seed"], "bfloat16": config["bf16"]}
-    facts["UNet forwards a picture"] = recipe.forwards
+    facts["UNet forwards a picture"] = f"{recipe.forwards:g}"
     facts["pictures in all"] = recipe.steps * recipe.batch
     for name, value in facts.items():
         console.out(f"{name}: {printable(value)}")

@@ -19,7 +19,7 @@ One update of the student theta, then one of the LoRA teacher psi:
 
     x0 = student_x0(output of theta at (z, T, y), z, T)                     f_theta(z, y)
     gap = vsd_gap(guided eps_phi, guided eps_psi at x_t = add_noise(x0))    no gradient through the teachers
-    theta follows vsd_loss(x0, gap)
+    theta follows vsd_loss(x0, gap)                                         and pair_loss, if the recipe has it
     psi follows lora_loss(eps_psi at x_t' = add_noise(x0.detach()), noise, t')
 """
 
@@ -169,6 +169,15 @@ def vsd_loss(x0: Tensor, gap: Tensor) -> Tensor:
     """
     target = (x0.float() - gap).detach()
     return 0.5 * (x0.float() - target).pow(2).mean()
+
+
+def pair_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
+    """1/2 mean (x0 - x0')^2 with x0' the teacher's own picture, in many steps, of the noise that x0 is made of.
+
+    DMD's regression loss (arXiv 2311.18828, eq. 9), in latents and without LPIPS: it ties which noise becomes which
+    picture, so that no mode is lost, while the score difference makes the pictures sharp.
+    """
+    return 0.5 * (x0.float() - teacher_x0.detach().float()).pow(2).mean()
 
 
 def lora_loss(

@@ -29,6 +29,7 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import Prompts, ShuffledPrompts
 from sbrush.recipes import Recipe
 from sbrush.run import METRICS, Intervals, Run, make_config
+from sbrush.sample import ddim
 from sbrush.weights import Model, add_lora, attend_explicitly, digest, load_student, load_teacher, lora_state
 
 
@@ -53,6 +54,12 @@ class Distiller:
             )
         local = recipe.batch // world
         self._mine = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+        every = recipe.batch // recipe.pairs if recipe.pairs else recipe.batch + 1
+        if recipe.pairs and local % every:
+            raise SbrushError(
+                f"{recipe.pairs} pairs cannot be shared by {world} processes", f"choose a multiple of {world}", code=2
+            )
+        self._paired = [place for place, index in enumerate(self._mine) if recipe.pairs and index % every == 0]
         for part in (teacher.text_encoder, teacher.vae, teacher.unet):
             part.to(device)
         student = copy.deepcopy((init or teacher).unet).to(device, memory_format=self.memory_format)
@@ -108,6 +115,10 @@ class Distiller:
         else:
             gap = core.vsd_gap(eps_teacher, eps_lora.detach(), t, schedule)
         student_loss = core.vsd_loss(x0, gap)
+        pair_loss = torch.zeros((), device=x0.device)
+        if paired := self._paired:
+            pair_loss = core.pair_loss(x0[paired], self._teacher_pictures(z[paired], cond[paired]))
+            student_loss = student_loss + recipe.pair_weight * len(paired) / len(z) * pair_loss
         for group in self.student_optimizer.param_groups:
             group["lr"] = recipe.student_lr_at(step)
         student_grad = self._update(student_loss, self.student_optimizer, self.student.parameters())
@@ -130,7 +141,7 @@ class Distiller:
         error, lora_error = ((eps - noise).abs().mean() for eps in (eps_teacher, eps_lora))
         skipped = ~(student_grad.isfinite() & lora_grad.isfinite())
         metrics = {
-            "gap": gap.abs().mean(), "student_loss": student_loss, "lora_loss": lora_loss,
+            "gap": gap.abs().mean(), "student_loss": student_loss, "lora_loss": lora_loss, "pair_loss": pair_loss,
             "x0_mean": x0.mean(), "x0_std": x0.std(), "student_grad": student_grad, "lora_grad": lora_grad,
             "skipped": skipped.float(), "gap_share": (eps_teacher - eps_lora).abs().mean() / error,
             "lora_error": lora_error / error,
@@ -151,6 +162,20 @@ class Distiller:
         eps = self._guided(x_t, t, cond, scale)
         self.teacher.unet.enable_adapters()  # also lets the LoRA's parameters require gradients again
         return eps
+
+    @torch.no_grad()
+    def _teacher_pictures(self, z: Tensor, cond: Tensor) -> Tensor:
+        """The teacher's own pictures of this noise, in the recipe's few steps."""
+
+        def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+            return self.teacher.unet(self._laid_out(x), t, words).sample
+
+        steps, scale = self.recipe.pair_steps, self.recipe.pair_guidance
+        self.teacher.unet.disable_adapters()
+        with self.accelerator.autocast():
+            x0 = ddim(denoise, self.teacher.scheduler, z, cond, self._null, steps=steps, guidance=scale)
+        self.teacher.unet.enable_adapters()
+        return x0
 
     @torch.no_grad()
     def _lora_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:

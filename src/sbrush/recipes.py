@@ -51,6 +51,10 @@ class Recipe:
     ema: float  # decay of the exported average, reached by a ramp
     beta2: float  # of both Adams; beta1 is 0.9
     clip: float  # gradient norm
+    pairs: int  # samples of a batch that are also held to the teacher's own picture of their noise: core.pair_loss
+    pair_steps: int  # that the teacher takes for it
+    pair_guidance: float
+    pair_weight: float  # of that loss, against the score difference's on one sample
     reparameterised: bool = True  # False: the paper's ablation
 
     def __post_init__(self) -> None:
@@ -62,7 +66,7 @@ class Recipe:
                 raise ValueError(f"{name} cannot be {value!r}")
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} cannot be {value!r}")
-        for name in ("steps", "batch", "lora_rank", "lora_updates"):
+        for name in ("steps", "batch", "lora_rank", "lora_updates", "pair_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1")
         for name in ("cooldown", "null_chance", "ema", "beta2"):
@@ -70,6 +74,8 @@ class Recipe:
                 raise ValueError(f"{name} is a share, less than 1")
         if not 0 <= self.t_low <= self.t_high or (self.t_init is not None and self.t_init < 1) or self.warmup < 0:
             raise ValueError("timesteps and warmup count from 0, t_init from 1, and t_low is at most t_high")
+        if self.pairs and self.batch % self.pairs:
+            raise ValueError("pairs divides batch")
         if self.guidance_to is not None and self.guidance_to < self.guidance:
             raise ValueError("guidance_to is at least guidance")
         if self.shared_forward and (self.guide_lora or self.gap == "sds"):
@@ -107,16 +113,18 @@ class Recipe:
         return self.student_lr * min(1.0, rising, falling)
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """What an update costs for each picture, in UNet forwards; a backward counts as two, through a LoRA as one.
 
-        Student 3, teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own update 2.
+        Student 3, teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own update 2; and the
+        teacher's steps for some pictures.
         """
         teacher = 1 if self.guidance == 1 and self.guidance_to is None else 2
+        paired = self.pairs / self.batch * self.pair_steps * (1 if self.pair_guidance == 1 else 2)
         if self.gap == "sds":
-            return 3 + teacher
+            return 3 + teacher + paired
         score = teacher if self.guide_lora else 0 if self.shared_forward else 1
-        return 3 + teacher + score + 2 * self.lora_updates
+        return 3 + teacher + score + 2 * self.lora_updates + paired
 
 
 @cache
@@ -133,24 +141,28 @@ RECIPES = {
             student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
             lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
         Recipe(
             name="proper-guidance", gap="vsd", guidance=0.5, guidance_to=4.0, guide_lora=True, steps=244_000, batch=16,
             student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
             lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
         Recipe(
             name="dmd", gap="dmd", guidance=3.0, guidance_to=None, guide_lora=False, steps=100_000, batch=16,
             student_lr=1e-5, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
             lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
         Recipe(
             name="stickers", gap="dmd", guidance=1.0, guidance_to=None, guide_lora=False, steps=600, batch=32,
             student_lr=1.5e-4, warmup=50, cooldown=0.8, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
             lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
             t_init=625, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
+            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
     )
 }  # fmt: skip

@@ -42,6 +42,7 @@ METRICS = (
     "gap",  # mean |g|
     "student_loss",
     "lora_loss",
+    "pair_loss",
     "x0_mean",  # of the student's latents
     "x0_std",
     "student_grad",  # norms before clipping

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sbrush
 from sbrush.console import SbrushError, printable, progress, say
-from sbrush.core import guide, student_x0
+from sbrush.core import Denoiser, guide, student_x0
 from sbrush.noise import picture_noise
 from sbrush.pictures import save_png, sheet, to_image
 from sbrush.stickers.world import unknown_words
@@ -62,18 +62,26 @@ def teacher_latents(
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
         x = picture_noise(some_seeds, teacher.latent_shape).to(teacher.device)
         cond = _embed(teacher, some_prompts)
-        scheduler = DDIMScheduler.from_config(teacher.scheduler.config)
-        scheduler.set_timesteps(steps)
-        for step in scheduler.timesteps:
-            t = step.to(x.device).expand(len(x))
-            if guidance == 1:
-                output = teacher.denoise(x, t, cond)
-            else:
-                both = teacher.denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null.expand_as(cond)]))
-                cond_output, null_output = both.float().chunk(2)
-                output = guide(cond_output, null_output, guidance)  # eps and v are both linear in it
-            x = scheduler.step(output.float(), int(step), x).prev_sample
-        yield x
+        yield ddim(teacher.denoise, teacher.scheduler, x, cond, null, steps=steps, guidance=guidance)
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoiser, scheduler: DDIMScheduler, z: Tensor, cond: Tensor, null: Tensor, *, steps: int, guidance: float
+) -> Tensor:
+    """The teacher's picture of noise z [B, C, H, W]: from T on in `steps` steps of DDIM, guided. Float32, like z."""
+    scheduler, x = DDIMScheduler.from_config(scheduler.config), z.float()
+    scheduler.set_timesteps(steps)
+    for step in scheduler.timesteps:
+        t = step.to(x.device).expand(len(x))
+        if guidance == 1:
+            output = denoise(x, t, cond)
+        else:
+            both = denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null.expand_as(cond)]))
+            cond_output, null_output = both.float().chunk(2)
+            output = guide(cond_output, null_output, guidance)  # eps and v are both linear in it
+        x = scheduler.step(output.float(), int(step), x).prev_sample
+    return x
 
 
 def scale_for(teacher: Model, guidance: float | None) -> float:
