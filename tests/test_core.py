@@ -241,6 +241,19 @@ def test_guidance_at_scale_one_is_the_conditional_alone_at_half_the_cost(predict
     assert denoise.batches == [len(TIMES)]
 
 
+def test_each_sample_may_have_its_own_guidance_scale():
+    scales = torch.tensor([1.0, 3.0] * len(TIMES))[: len(TIMES)]
+    each = scales.view(-1, 1, 1, 1)
+    actual = guided_epsilon(Denoiser(), X_T, TIMES, COND, NULL, each, SCHEDULE, "v_prediction")
+    for i, scale in enumerate(scales.tolist()):
+        alone = guided_epsilon(Denoiser(), X_T, TIMES, COND, NULL, scale, SCHEDULE, "v_prediction")
+        close(actual[i], alone[i].double(), atol=1e-5)
+    one = torch.ones(len(TIMES), 1, 1, 1)
+    denoise = Denoiser()
+    guided_epsilon(denoise, X_T, TIMES, COND, NULL, one, SCHEDULE, "epsilon")
+    assert denoise.batches == [2 * len(TIMES)]  # looking whether all are one would wait for the device
+
+
 def test_guide_extrapolates_from_null_through_cond():
     cond, null = torch.tensor([3.0, -1.0]), torch.tensor([1.0, 1.0])
     assert guide(cond, null, 0).tolist() == [1, 1]

@@ -194,6 +194,30 @@ def test_a_random_guidance_scale_is_one_for_the_step_and_for_both_scores(tiny_te
     assert all(0.5 <= s <= 4 for s in scales) and max(scales) - min(scales) > 0.5
 
 
+def test_guidance_below_a_timestep_only(tiny_teacher):
+    seen = {}
+
+    def watch(denoise, x_t, t, cond, null, scale, *rest):
+        seen.update(t=t, scale=scale)
+        return x_t
+
+    recipe = dataclasses.replace(SMALL, guide_lora=False, guidance=3.0, guidance_high=500, batch=16)
+    ours = distiller(tiny_teacher, recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "guided_epsilon", watch)
+        ours._lora_score = lambda x_t, *rest: x_t
+        ours.step(1, ShuffledPrompts(PROMPTS, 3))
+    assert seen["scale"].shape == (16, 1, 1, 1)
+    assert [s.item() for s in seen["scale"]] == [3.0 if t <= 500 else 1.0 for t in seen["t"]]
+    assert len(set(seen["scale"].flatten().tolist())) == 2
+
+
+def test_pairs_end_with_their_share_of_the_run(tiny_teacher):
+    recipe = dataclasses.replace(SMALL, steps=4, pairs=4, pair_steps=1, pair_share=0.5)
+    ours, order = distiller(tiny_teacher, recipe), ShuffledPrompts(PROMPTS, 3)
+    assert [ours.step(step, order)["pair_loss"] > 0 for step in (1, 2, 3, 4)] == [True, True, False, False]
+
+
 def test_an_earlier_start_takes_the_noise_for_x_t_there(tiny_teacher):
     ours = distiller(tiny_teacher, dataclasses.replace(SMALL, t_init=700))
     draw, order = StepNoise(3, 1, range(4), torch.device("cpu")), ShuffledPrompts(PROMPTS, 3)

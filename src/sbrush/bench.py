@@ -36,7 +36,7 @@ class PlainDistiller(Distiller):
 
     memory_format = torch.contiguous_format
 
-    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
+    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
         def eps(words: Tensor) -> Tensor:
             return core.to_epsilon(self.teacher.unet(x_t, t, words).sample, x_t, t, self.schedule, self.prediction)
 

@@ -127,15 +127,16 @@ def guided_epsilon(
     t: Tensor,
     cond: Tensor,
     null: Tensor,
-    scale: float,
+    scale: float | Tensor,
     schedule: NoiseSchedule,
     prediction: Prediction,
 ) -> Tensor:
     """eps^cfg(x_t, t, y) with both halves in one batched call of `denoise`; without guidance (s = 1) only one half.
 
-    `cond`, `null`: text embeddings of the prompts and of the empty prompt, [B, L, D]. Float32 [B, C, H, W].
+    `cond`, `null`: text embeddings of the prompts and of the empty prompt, [B, L, D]. `scale`: one number, or one for
+    each sample, [B, 1, 1, 1]. Float32 [B, C, H, W].
     """
-    if scale == 1:
+    if not isinstance(scale, Tensor) and scale == 1:
         return to_epsilon(denoise(x_t, t, cond), x_t, t, schedule, prediction)
     twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
     output = denoise(twice, t_twice, torch.cat([cond, null]))

@@ -14,7 +14,12 @@ from sbrush.files import whole
 
 PANELS = {
     "score gap": {"gap": "mean |gap|", "gap_share": "as share of the teacher's error"},
-    "losses": {"student_loss": "student", "lora_loss": "LoRA teacher", "lora_error": "LoRA teacher / teacher"},
+    "losses": {
+        "student_loss": "student",
+        "lora_loss": "LoRA teacher",
+        "pair_loss": "pairs",
+        "lora_error": "LoRA teacher / teacher",
+    },
     "latents": {"x0_mean": "mean", "x0_std": "deviation", "drift": "drift from the teacher's"},
     "pictures/s": {"pictures_per_second": "pictures/s"},
 }
@@ -33,7 +38,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
             panel.axvline(step, color="tab:red", linewidth=0.8, linestyle="--")
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
-        if len(lines) > 1:
+        if len(panel.lines) > 1:
             panel.legend(fontsize=8, frameon=False)
     for panel in panels[-1]:
         panel.set_xlabel("step")

@@ -100,9 +100,11 @@ class Distiller:
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
         x_t = core.add_noise(x0.detach(), noise, t, schedule)
-        scale = recipe.guidance
+        scale: float | Tensor = recipe.guidance
         if recipe.guidance_to is not None:
             scale = draw.uniform(recipe.guidance, recipe.guidance_to)
+        if recipe.guidance_high is not None:
+            scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
         eps_teacher = self._teacher_score(x_t, t, cond, scale)
         if recipe.gap == "sds":
             eps_lora = noise
@@ -116,7 +118,7 @@ class Distiller:
             gap = core.vsd_gap(eps_teacher, eps_lora.detach(), t, schedule)
         student_loss = core.vsd_loss(x0, gap)
         pair_loss = torch.zeros((), device=x0.device)
-        if paired := self._paired:
+        if (paired := self._paired) and step <= recipe.pair_share * recipe.steps:
             pair_loss = core.pair_loss(x0[paired], self._teacher_pictures(z[paired], cond[paired]))
             student_loss = student_loss + recipe.pair_weight * len(paired) / len(z) * pair_loss
         for group in self.student_optimizer.param_groups:
@@ -156,7 +158,7 @@ class Distiller:
         return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
 
     @torch.no_grad()
-    def _teacher_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
+    def _teacher_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
         """The teacher's noise prediction, guided."""
         self.teacher.unet.disable_adapters()
         eps = self._guided(x_t, t, cond, scale)
@@ -178,11 +180,11 @@ class Distiller:
         return x0
 
     @torch.no_grad()
-    def _lora_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
+    def _lora_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
         """The LoRA teacher's noise prediction, guided."""
         return self._guided(x_t, t, cond, scale)
 
-    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float) -> Tensor:
+    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
         def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
             return self.teacher.unet(self._laid_out(x), t, words).sample
 

@@ -29,8 +29,7 @@ class Recipe:
 
     name: str
     gap: Literal["vsd", "dmd", "sds"]  # the score difference: core.vsd_gap, core.dmd_gap, or no LoRA teacher at all
-    guidance: float  # classifier-free guidance scale s ...
-    guidance_to: float | None  # ... or, if not None, s is drawn anew for each step from guidance .. guidance_to
+    guidance: float  # classifier-free guidance scale s
     guide_lora: bool  # whether the LoRA teacher's score is guided too (SwiftBrush: yes; DMD: no)
     steps: int  # updates of the student
     batch: int  # samples an update, over all processes
@@ -51,11 +50,15 @@ class Recipe:
     ema: float  # decay of the exported average, reached by a ramp
     beta2: float  # of both Adams; beta1 is 0.9
     clip: float  # gradient norm
-    pairs: int  # samples of a batch that are also held to the teacher's own picture of their noise: core.pair_loss
-    pair_steps: int  # that the teacher takes for it
-    pair_guidance: float
-    pair_weight: float  # of that loss, against the score difference's on one sample
     reparameterised: bool = True  # False: the paper's ablation
+    # What the paper has not:
+    guidance_to: float | None = None  # s is drawn anew for each step from guidance .. guidance_to
+    guidance_high: int | None = None  # guidance at timesteps up to this one only (arXiv 2404.07724)
+    pairs: int = 0  # samples of a batch that are also held to the teacher's own picture of their noise: core.pair_loss
+    pair_steps: int = 8  # that the teacher takes for it
+    pair_guidance: float = 3.0
+    pair_share: float = 1.0  # of the run, its beginning, in which there are pairs
+    pair_weight: float = 1.0  # of that loss, against the score difference's on one sample
 
     def __post_init__(self) -> None:
         for name, kind in _kinds().items():
@@ -69,9 +72,9 @@ class Recipe:
         for name in ("steps", "batch", "lora_rank", "lora_updates", "pair_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1")
-        for name in ("cooldown", "null_chance", "ema", "beta2"):
-            if getattr(self, name) > (1 if name in ("cooldown", "null_chance") else 1 - 1e-9):
-                raise ValueError(f"{name} is a share, less than 1")
+        for name in ("cooldown", "null_chance", "pair_share", "ema", "beta2"):
+            if getattr(self, name) > 1 or (name in ("ema", "beta2") and getattr(self, name) == 1):
+                raise ValueError(f"{name} is a share of 1")
         if not 0 <= self.t_low <= self.t_high or (self.t_init is not None and self.t_init < 1) or self.warmup < 0:
             raise ValueError("timesteps and warmup count from 0, t_init from 1, and t_low is at most t_high")
         if self.pairs and self.batch % self.pairs:
@@ -120,7 +123,7 @@ class Recipe:
         teacher's steps for some pictures.
         """
         teacher = 1 if self.guidance == 1 and self.guidance_to is None else 2
-        paired = self.pairs / self.batch * self.pair_steps * (1 if self.pair_guidance == 1 else 2)
+        paired = self.pair_share * self.pairs / self.batch * self.pair_steps * (1 if self.pair_guidance == 1 else 2)
         if self.gap == "sds":
             return 3 + teacher + paired
         score = teacher if self.guide_lora else 0 if self.shared_forward else 1
@@ -137,32 +140,28 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            name="swiftbrush", gap="vsd", guidance=4.5, guidance_to=None, guide_lora=True, steps=244_000, batch=16,
+            name="swiftbrush", gap="vsd", guidance=4.5, guide_lora=True, steps=244_000, batch=16,
             student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
             lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
-            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
         Recipe(
             name="proper-guidance", gap="vsd", guidance=0.5, guidance_to=4.0, guide_lora=True, steps=244_000, batch=16,
             student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
             lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
-            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
         Recipe(
-            name="dmd", gap="dmd", guidance=3.0, guidance_to=None, guide_lora=False, steps=100_000, batch=16,
+            name="dmd", gap="dmd", guidance=3.0, guide_lora=False, steps=100_000, batch=16,
             student_lr=1e-5, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
             lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
-            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
         Recipe(
-            name="stickers", gap="dmd", guidance=1.0, guidance_to=None, guide_lora=False, steps=600, batch=32,
+            name="stickers", gap="dmd", guidance=1.0, guide_lora=False, steps=600, batch=32,
             student_lr=1.5e-4, warmup=50, cooldown=0.8, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
             lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
             t_init=625, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
-            pairs=0, pair_steps=8, pair_guidance=3.0, pair_weight=1.0,
         ),
     )
 }  # fmt: skip
