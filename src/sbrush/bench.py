@@ -52,15 +52,7 @@ def main(
     """Pictures/s of sbrush's step, of the paper's recipe and the built-in one, and of the plain formulation."""
     where = pick_device(device)
     prompts = ShuffledPrompts(make_prompts((c.text for c in all_captions()), "stickers"), 0)
-    paper = dataclasses.replace(
-        RECIPES["stickers"],
-        gap="vsd",
-        guidance=4.5,
-        guide_lora=True,
-        shared_forward=False,
-        null_chance=0.1,
-        batch=batch,
-    )
+    paper = dataclasses.replace(RECIPES["swiftbrush"], lora_targets="all", batch=batch)  # as many LoRA layers as ours
     bf16 = "bf16" if trains_in_bf16("auto", where) else "no"
     accelerator = Accelerator(cpu=where == "cpu", mixed_precision=bf16)
     contenders = {
