@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,3 +232,12 @@ def test_many_of_them_in_a_row_stop_the_run_with_its_last_good_checkpoint(tmp_pa
         run(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, steps=100))
     assert "--student-lr" in stopped.value.hint
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 8  # none since was kept
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tiny_teacher):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = Path(__file__).with_name("one_bad_rank.py")
+    ran = subprocess.run([*launch, script, tiny_teacher], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for process in (0, 1):  # nothing happens to a student in its first step, before the LoRA teacher has learnt
+        assert f"process {process}: [(0.0, True), (1.0, True), (0.0, False)]" in ran.stdout
