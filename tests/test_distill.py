@@ -256,6 +256,9 @@ def test_the_students_learning_rate_rises_while_the_lora_teacher_learns_at_full_
 def test_the_students_learning_rate_rises_stays_and_falls_to_the_end():
     recipe = dataclasses.replace(SMALL, steps=100, warmup=10, cooldown=0.5, student_lr=1.0)
     assert [recipe.student_lr_at(s) for s in (1, 10, 50, 51, 76, 100)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.02])
+    falling = dataclasses.replace(recipe, lora_lr=2.0, lora_lr_end=0.1)
+    assert [falling.lora_lr_at(s) for s in (1, 51, 76, 100)] == pytest.approx([2, 2, 1.1, 2 * (0.1 + 0.9 * 0.02)])
+    assert {recipe.lora_lr_at(s) for s in (1, 76, 100)} == {recipe.lora_lr}
     constant = dataclasses.replace(recipe, warmup=0, cooldown=0.0)
     assert {constant.student_lr_at(s) for s in (1, 50, 100)} == {1.0}
 

@@ -121,8 +121,8 @@ class Distiller:
         if (paired := self._paired) and step <= recipe.pair_share * recipe.steps:
             pair_loss = core.pair_loss(x0[paired], self._teacher_pictures(z[paired], cond[paired]))
             student_loss = student_loss + recipe.pair_weight * len(paired) / len(z) * pair_loss
-        for group in self.student_optimizer.param_groups:
-            group["lr"] = recipe.student_lr_at(step)
+        self.student_optimizer.param_groups[0]["lr"] = recipe.student_lr_at(step)
+        self.lora_optimizer.param_groups[0]["lr"] = recipe.lora_lr_at(step)
         student_grad = self._update(student_loss, self.student_optimizer, self.student.parameters())
         self.ema.update(self.student, step)
 

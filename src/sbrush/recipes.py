@@ -52,6 +52,7 @@ class Recipe:
     clip: float  # gradient norm
     reparameterised: bool = True  # False: the paper's ablation
     # What the paper has not:
+    lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
     guidance_to: float | None = None  # s is drawn anew for each step from guidance .. guidance_to
     guidance_high: int | None = None  # guidance at timesteps up to this one only (arXiv 2404.07724)
     pairs: int = 0  # samples of a batch that are also held to the teacher's own picture of their noise: core.pair_loss
@@ -72,7 +73,7 @@ class Recipe:
         for name in ("steps", "batch", "lora_rank", "lora_updates", "pair_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1")
-        for name in ("cooldown", "null_chance", "pair_share", "ema", "beta2"):
+        for name in ("cooldown", "null_chance", "pair_share", "lora_lr_end", "ema", "beta2"):
             if getattr(self, name) > 1 or (name in ("ema", "beta2") and getattr(self, name) == 1):
                 raise ValueError(f"{name} is a share of 1")
         if not 0 <= self.t_low <= self.t_high or (self.t_init is not None and self.t_init < 1) or self.warmup < 0:
@@ -111,9 +112,14 @@ class Recipe:
 
     def student_lr_at(self, step: int) -> float:
         """The student's learning rate in a step, counted from 1."""
-        rising = step / max(1, self.warmup)
-        falling = (self.steps - step + 1) / max(1.0, self.cooldown * self.steps)
-        return self.student_lr * min(1.0, rising, falling)
+        return self.student_lr * min(step / max(1, self.warmup), self._falling(step))
+
+    def lora_lr_at(self, step: int) -> float:
+        """The LoRA teacher's learning rate in a step, counted from 1."""
+        return self.lora_lr * (self.lora_lr_end + (1 - self.lora_lr_end) * self._falling(step))
+
+    def _falling(self, step: int) -> float:
+        return min(1.0, (self.steps - step + 1) / max(1.0, self.cooldown * self.steps))
 
     @property
     def forwards(self) -> float:
