@@ -23,6 +23,7 @@ $(READY): pyproject.toml
 
 setup: $(READY)  ## make .venv and install
 
+demo: STEPS := $(or $(STEPS),500)
 demo: $(READY)  ## distil, sample and evaluate on the built-in world; at most 12 minutes on two CPU cores
 	$(BIN)/sbrush distill prompts/stickers.txt --out $(RUN) $(if $(STEPS),--steps $(STEPS))
 	$(BIN)/sbrush sample "a cat" "a small red car on a mint background" "a big purple fish" --seed 1-6 --student $(RUN) --compare -o $(RUN)/compare.png

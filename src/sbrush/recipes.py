@@ -164,10 +164,10 @@ RECIPES = {
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
-            name="stickers", gap="dmd", guidance=1.0, guide_lora=False, steps=600, batch=32,
+            name="stickers", gap="dmd", guidance=1.5, guide_lora=False, steps=1000, batch=32,
             student_lr=1.5e-4, warmup=50, cooldown=0.8, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
             lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
-            t_init=625, t_low=20, t_high=980, ema=0.99, beta2=0.99, clip=1.0,
+            t_init=625, t_low=200, t_high=980, ema=0.99, beta2=0.99, clip=1.0, lora_lr_end=0.1,
         ),
     )
 }  # fmt: skip
