@@ -39,7 +39,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
         if len(panel.lines) > 1:
-            panel.legend(fontsize=8, frameon=False)
+            panel.legend(fontsize=8, framealpha=0.7)
     for panel in panels[-1]:
         panel.set_xlabel("step")
     if raised:
