@@ -18,7 +18,7 @@ from sbrush.distill import Distiller, distill, prepare, stop_requests
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.recipes import RECIPES
-from sbrush.run import Intervals
+from sbrush.run import Intervals, read_log
 from sbrush.weights import load_teacher
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
@@ -378,7 +378,7 @@ def test_two_processes_make_the_student_of_one(tmp_path, tiny_teacher):
     one, two = (student_weights(tmp_path / name) for name in ("one", "two"))
     learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, two)]
     assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
-    gap_one, gap_two = (json.loads((tmp_path / n / "log.jsonl").read_text())["gap"] for n in ("one", "two"))
+    gap_one, gap_two = (read_log(tmp_path / name)[-1]["gap"] for name in ("one", "two"))
     assert gap_one == pytest.approx(gap_two, rel=1e-3)  # the mean over both processes
 
 
