@@ -33,8 +33,11 @@ TWINS = [
 
 def mutants(tree):
     """Each mutated tree with a line that says what was done to it."""
+    even = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("pow", "abs")}
     for index, node in enumerate(ast.walk(tree)):
         for what, change in changes(node):
+            if what.endswith("the other way round") and isinstance(node.op, ast.Sub) and id(node) in even:
+                continue  # the sign is lost in a square: the same algebra
             mutated = copy.deepcopy(tree)
             twin = next(n for i, n in enumerate(ast.walk(mutated)) if i == index)
             change(twin)
