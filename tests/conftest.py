@@ -22,8 +22,8 @@ def build_tiny_teacher(folder: Path, *, prediction: str = "epsilon", seed: int =
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from sbrush.files import write_json
+    from sbrush.models.model import Model
     from sbrush.stickers.models import build_tokenizer
-    from sbrush.weights import MODEL_INDEX
 
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(folder / "tokenizer")
@@ -49,7 +49,7 @@ def build_tiny_teacher(folder: Path, *, prediction: str = "epsilon", seed: int =
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
         steps_offset=1, set_alpha_to_one=False, clip_sample=False,
     ).save_pretrained(folder / "scheduler")  # fmt: skip
-    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "model_index.json", Model.student_index())
     return folder
 
 

@@ -33,7 +33,7 @@ RECIPE = dataclasses.replace(
     cooldown=0.5,
 )  # fmt: skip
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish"], "three")
-CRITICAL = ("checkpoint.py", "ema.py", "files.py", "run.py", "weights.py", "adam.py", "clip_grad.py", "shutil.py")
+CRITICAL = ("checkpoint.py", "ema.py", "files.py", "run.py", "export.py", "adam.py", "clip_grad.py", "shutil.py")
 
 
 def run(out: Path, teacher: Path) -> None:

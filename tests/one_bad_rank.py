@@ -7,10 +7,10 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from sbrush.distill import Distiller
+from sbrush.distiller import Distiller
+from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
-from sbrush.weights import load_teacher
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

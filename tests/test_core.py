@@ -143,11 +143,11 @@ def test_gradients_reach_the_networks_undiminished():
     """Every map is linear in the network's output, so its gradient is its coefficient."""
     alpha, sigma = by_hand(TIMES)
     x = normal(*SHAPE, seed=39)
-    text = torch.zeros(len(TIMES), 1, 1), torch.ones(len(TIMES), 1, 1)
+    text = {"tokens": torch.zeros(1, 1, 1)}, {"tokens": torch.ones(len(TIMES), 1, 1)}
 
     def guided(output, scale, prediction):
         def denoise(x_t, t, text):
-            return torch.cat([output] * (len(x_t) // len(output))) * text[:, :, :, None]
+            return torch.cat([output] * (len(x_t) // len(output))) * text["tokens"][:, :, :, None]
 
         return guided_epsilon(denoise, x, TIMES, text[1], text[0], scale, SCHEDULE, prediction)
 
@@ -174,7 +174,7 @@ def test_gradients_reach_the_networks_undiminished():
 def values_at(dtype):
     """Every function of the module on the same numbers, which bfloat16 holds exactly, given in `dtype`."""
     x, output, noise = (normal(*SHAPE, seed=seed).bfloat16().to(dtype) for seed in (13, 14, 15))
-    text = torch.ones(len(TIMES), 2, 3, dtype=dtype)
+    text = {"tokens": torch.ones(len(TIMES), 2, 3, dtype=dtype)}
 
     def denoise(x_t, t, text):
         return torch.cat([output, noise])[: len(x_t)]
@@ -213,10 +213,15 @@ class Denoiser:
 
     def __call__(self, x_t, t, text):
         self.batches.append(len(x_t))
-        return torch.tanh(x_t * text.mean(dim=(1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 500)
+        mean = text["tokens"].mean(dim=(1, 2)) + text["pooled"].mean(dim=1)
+        return torch.tanh(x_t * mean.view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 500)
 
 
-X_T, COND, NULL = normal(*SHAPE, seed=16), normal(len(TIMES), 3, 8, seed=17), normal(len(TIMES), 3, 8, seed=18)
+def words(batch, seed):
+    return {"tokens": normal(batch, 3, 8, seed=seed), "pooled": normal(batch, 5, seed=seed + 100)}
+
+
+X_T, COND, NULL = normal(*SHAPE, seed=16), words(len(TIMES), seed=17), words(1, seed=18)
 
 
 @both_predictions

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 from sbrush import checkpoint, core
 from sbrush.console import SbrushError
-from sbrush.distill import Distiller, distill, prepare, stop_requests
+from sbrush.distill import distill, prepare, stop_requests
+from sbrush.distiller import Distiller
+from sbrush.models.load import load_teacher
+from sbrush.models.unet import answer_as
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, read_log
-from sbrush.weights import load_teacher
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
 SMALL = dataclasses.replace(
@@ -48,26 +50,26 @@ def by_hand(distiller, step):
     abar = teacher.scheduler.alphas_cumprod
     z = draw.normal(teacher.latent_shape)
     T = torch.full((recipe.batch,), 999)
-    x0 = (z - (1 - abar[999]).sqrt() * distiller.student(z, T, words).sample) / abar[999].sqrt()
+    x0 = (z - (1 - abar[999]).sqrt() * distiller.student(z, T, words["tokens"]).sample) / abar[999].sqrt()
     t, noise = draw.timesteps(20, 980), draw.normal(teacher.latent_shape)
     a = abar[t].view(-1, 1, 1, 1)
     x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).detach()
 
     def guided():
-        cond, null = teacher.unet(x_t, t, words).sample, teacher.unet(x_t, t, empty).sample
+        cond, null = teacher.unet(x_t, t, words["tokens"]).sample, teacher.unet(x_t, t, empty["tokens"]).sample
         return null + recipe.guidance * (cond - null)
 
     with torch.no_grad():
-        teacher.unet.disable_adapters()
+        answer_as(teacher.unet, "teacher")
         phi = guided()
-        teacher.unet.enable_adapters()
+        answer_as(teacher.unet, "lora_teacher")
         psi = guided()
     return x0, (1 - a) * (phi - psi)
 
 
 def shake_lora(distiller):
     torch.manual_seed(1)
-    for parameter in distiller.lora:
+    for parameter in distiller.lora.values():
         parameter.data.normal_(std=0.1)
 
 
@@ -107,7 +109,7 @@ def test_only_student_and_lora_change(tiny_teacher):
         ours.step(step, ShuffledPrompts(PROMPTS, 3))
     now = dict(ours.teacher.unet.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
-    assert all(p.requires_grad for p in ours.lora) and any(p.abs().sum() > 0 for p in ours.lora)
+    assert all(p.requires_grad for p in ours.lora.values()) and any(p.abs().sum() > 0 for p in ours.lora.values())
 
 
 def test_a_shared_forward_gives_the_same_gap_and_trains_the_lora_teacher_on_it(tiny_teacher):
@@ -118,7 +120,7 @@ def test_a_shared_forward_gives_the_same_gap_and_trains_the_lora_teacher_on_it(t
     )  # fmt: skip
     for each in (one, two, fresh):
         shake_lora(each)
-    before = [p.detach().clone() for p in two.lora]
+    before = [p.detach().clone() for p in two.lora.values()]
     order = ShuffledPrompts(PROMPTS, 3)
     first, second = one.step(1, order), two.step(1, order)
     assert second["gap"] == first["gap"] > 0 and second["student_grad"] == first["student_grad"]
@@ -128,19 +130,21 @@ def test_a_shared_forward_gives_the_same_gap_and_trains_the_lora_teacher_on_it(t
     a = abar[t].view(-1, 1, 1, 1)
     words = fresh.teacher.encode([order[i] for i in range(4)])
     with torch.no_grad():
-        psi = fresh.teacher.unet(a.sqrt() * second["x0"] + (1 - a).sqrt() * noise, t, words).sample
+        psi = fresh.teacher.unet(a.sqrt() * second["x0"] + (1 - a).sqrt() * noise, t, words["tokens"]).sample
     assert torch.isclose(second["lora_loss"], (a * (psi - noise).pow(2)).mean(), rtol=1e-4)
-    assert second["lora_grad"] > 0 and not all(torch.equal(p, b) for p, b in zip(two.lora, before, strict=True))
+    assert second["lora_grad"] > 0 and not all(
+        torch.equal(p, b) for p, b in zip(two.lora.values(), before, strict=True)
+    )
     with pytest.raises(ValueError, match="guided"):
         dataclasses.replace(SMALL, shared_forward=True)
 
 
 def test_without_a_lora_teacher_the_gap_is_score_distillation_sampling(tiny_teacher):
     ours = distiller(tiny_teacher, dataclasses.replace(SMALL, gap="sds"))
-    lora = [p.detach().clone() for p in ours.lora]
+    lora = [p.detach().clone() for p in ours.lora.values()]
     metrics = ours.step(1, ShuffledPrompts(PROMPTS, 3))
     assert metrics["gap"] > 0.01 and metrics["lora_loss"] == 0
-    assert all(torch.equal(p, b) for p, b in zip(ours.lora, lora, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(ours.lora.values(), lora, strict=True))
 
 
 def test_without_the_reparameterisation_x0_is_the_unets_output(tiny_teacher):
@@ -149,7 +153,7 @@ def test_without_the_reparameterisation_x0_is_the_unets_output(tiny_teacher):
     order = ShuffledPrompts(PROMPTS, 3)
     words = ours.teacher.encode([order[i] for i in range(4)])
     with torch.no_grad():
-        output = ours.student(draw.normal((4, 16, 16)), torch.full((4,), 999), words).sample
+        output = ours.student(draw.normal((4, 16, 16)), torch.full((4,), 999), words["tokens"]).sample
     assert torch.allclose(ours.step(1, order)["x0"], output, atol=1e-5)
 
 
@@ -165,14 +169,14 @@ def test_pairs_hold_some_samples_to_the_teachers_own_pictures_of_their_noise(tin
     for now, then in ((999, 749), (749, 499), (499, 249), (249, None)):  # DDIM, written out
         with torch.no_grad():
             t = torch.full((2,), now)
-            cond, null = (teacher.unet(x, t, w).sample for w in (words, teacher.encode(["", ""])))
+            cond, null = (teacher.unet(x, t, w["tokens"]).sample for w in (words, teacher.encode(["", ""])))
         eps = null + 2.0 * (cond - null)
         x0 = (x - (1 - abar[now]).sqrt() * eps) / abar[now].sqrt()
         x = x0 if then is None else abar[then].sqrt() * x0 + (1 - abar[then]).sqrt() * eps
     expected = 0.5 * (result["x0"][[0, 2]] - x).pow(2).mean()
     assert torch.isclose(result["pair_loss"], expected, rtol=1e-3) and without["pair_loss"] == 0
     assert torch.isclose(result["student_loss"] - without["student_loss"], 0.7 * 2 / 4 * expected, rtol=1e-3)
-    assert all(p.requires_grad for p in ours.lora)
+    assert all(p.requires_grad for p in ours.lora.values())
     with pytest.raises(ValueError, match="divides"):
         dataclasses.replace(SMALL, pairs=3)
 
@@ -198,14 +202,14 @@ def test_guidance_below_a_timestep_only(tiny_teacher):
     seen = {}
 
     def watch(denoise, x_t, t, cond, null, scale, *rest):
-        seen.update(t=t, scale=scale)
+        if isinstance(scale, torch.Tensor):
+            seen.update(t=t, scale=scale)
         return x_t
 
     recipe = dataclasses.replace(SMALL, guide_lora=False, guidance=3.0, guidance_high=500, batch=16)
     ours = distiller(tiny_teacher, recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(core, "guided_epsilon", watch)
-        ours._lora_score = lambda x_t, *rest: x_t
         ours.step(1, ShuffledPrompts(PROMPTS, 3))
     assert seen["scale"].shape == (16, 1, 1, 1)
     assert [s.item() for s in seen["scale"]] == [3.0 if t <= 500 else 1.0 for t in seen["t"]]
@@ -224,7 +228,7 @@ def test_an_earlier_start_takes_the_noise_for_x_t_there(tiny_teacher):
     words = ours.teacher.encode([order[i] for i in range(4)])
     z, abar = draw.normal((4, 16, 16)), ours.teacher.scheduler.alphas_cumprod[700]
     with torch.no_grad():
-        output = ours.student(z, torch.full((4,), 700), words).sample
+        output = ours.student(z, torch.full((4,), 700), words["tokens"]).sample
     assert torch.allclose(ours.step(1, order)["x0"], (z - (1 - abar).sqrt() * output) / abar.sqrt(), atol=1e-4)
 
 
@@ -241,10 +245,10 @@ def test_the_students_learning_rate_rises_while_the_lora_teacher_learns_at_full_
             ShuffledPrompts(PROMPTS, 3),
         )
         before = [p.detach().clone() for p in ours.student.parameters()]
-        lora = [p.detach().clone() for p in ours.lora]
+        lora = [p.detach().clone() for p in ours.lora.values()]
         ours.step(1, order)
         change = [(p - b).abs().max() for p, b in zip(ours.student.parameters(), before, strict=True)]
-        return max(change), max((p - b).abs().max() for p, b in zip(ours.lora, lora, strict=True))
+        return max(change), max((p - b).abs().max() for p, b in zip(ours.lora.values(), lora, strict=True))
 
     (full, lora), (tenth, same) = first_change(0), first_change(10)
     assert (

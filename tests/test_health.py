@@ -13,13 +13,14 @@ from accelerate import Accelerator
 
 from sbrush import checkpoint, health
 from sbrush.console import SbrushError
-from sbrush.distill import Distiller, distill, prepare
+from sbrush.distill import distill, prepare
+from sbrush.distiller import Distiller
 from sbrush.health import ALARMS, GRACE, LASTING, MOST_SKIPPED, Yardstick, alarms, spreads
+from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, read_log
 from sbrush.sample import student_latents, teacher_latents
-from sbrush.weights import load_teacher
 
 HEALTHY = Path(__file__).parent.parent / "docs" / "healthy"
 STICKERS = Path(__file__).parent.parent / "prompts" / "stickers.txt"
@@ -186,7 +187,7 @@ def not_finite_in(steps, teacher, monkeypatch, network="student"):
     def build(self, *arguments, **options):
         init(self, *arguments, **options)
         layers = (self.student if network == "student" else self.teacher.unet).named_modules()
-        first = next(m for n, m in layers if n.endswith("conv_out" if network == "student" else "lora_B.default"))
+        first = next(m for n, m in layers if n.endswith("conv_out" if network == "student" else "lora_B.lora_teacher"))
         first.register_forward_hook(lambda module, given, out: out * math.nan if now[0] in steps else out)
 
     init = Distiller.__init__

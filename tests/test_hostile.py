@@ -19,12 +19,12 @@ from fuzz import fuzz
 from sbrush import checkpoint, run
 from sbrush.console import SbrushError, printable
 from sbrush.distill import distill, prepare
+from sbrush.models.load import digest, load_teacher
 from sbrush.pictures import parameters, save_png, sheet
 from sbrush.prompts import make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, differences
 from sbrush.seeds import parse_seeds
-from sbrush.weights import digest, load_teacher
 
 SMALL = dataclasses.replace(RECIPES["swiftbrush"], steps=4, batch=2, lora_rank=4, lora_alpha=4)
 ABOUT = {

@@ -161,7 +161,7 @@ def test_the_shipped_judge_gives_the_true_caption_the_highest_score() -> None:
 
 
 def test_the_shipped_judge_is_right_on_pictures_that_the_autoencoder_has_softened() -> None:
-    from sbrush.weights import load_teacher
+    from sbrush.models.load import load_teacher
 
     judge, teacher, pictures = Judge.load(), load_teacher(), unseen()[1][:500]
     with torch.no_grad():

@@ -31,7 +31,7 @@ def test_nothing_imports_the_command_line():
 
 def test_distill_sample_and_eval_share_the_core():
     assert "sbrush.core" in " ".join(imports(SOURCE / "sample.py"))
-    assert "sbrush.core" in " ".join(imports(SOURCE / "distill.py"))
+    assert "sbrush.core" in " ".join(imports(SOURCE / "distiller.py"))
     assert "sbrush.sample" in " ".join(imports(SOURCE / "evaluate" / "candidates.py"))
 
 

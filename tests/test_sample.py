@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from sbrush.console import SbrushError
+from sbrush.models.load import load_student, load_teacher
 from sbrush.pictures import parameters, save_png, sheet
 from sbrush.sample import sample_to_files, student_pictures, teacher_pictures
-from sbrush.weights import load_student, load_teacher
 
 OPTIONS = {
     "student": None, "teacher": None, "compare": False, "steps": 3, "guidance": 2.0, "metadata": True, "batch": 8,

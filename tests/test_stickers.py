@@ -8,6 +8,7 @@ import torch
 from PIL import ImageChops
 from torchvision.transforms.functional import pil_to_tensor
 
+from sbrush.models.load import BUILT_IN, load_teacher
 from sbrush.stickers.draw import draw
 from sbrush.stickers.world import (
     ATTRIBUTES,
@@ -23,7 +24,6 @@ from sbrush.stickers.world import (
     random_sticker,
     stream,
 )
-from sbrush.weights import BUILT_IN, load_teacher
 
 
 def test_the_world_is_as_large_as_promised():

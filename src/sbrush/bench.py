@@ -21,12 +21,13 @@ from torch import Tensor
 
 from sbrush import core
 from sbrush.console import out, out_json
+from sbrush.core import Words
 from sbrush.device import pick_device, trains_in_bf16
-from sbrush.distill import Distiller
+from sbrush.distiller import Distiller
+from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
 from sbrush.stickers.world import all_captions
-from sbrush.weights import load_teacher
 
 TURNS, STEPS = 5, 3
 
@@ -36,12 +37,12 @@ class PlainDistiller(Distiller):
 
     memory_format = torch.contiguous_format
 
-    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
-        def eps(words: Tensor) -> Tensor:
-            return core.to_epsilon(self.teacher.unet(x_t, t, words).sample, x_t, t, self.schedule, self.prediction)
+    def _guided(self, x_t: Tensor, t: Tensor, cond: Words, scale: float | Tensor) -> Tensor:
+        def eps(words: Words) -> Tensor:
+            return core.to_epsilon(self._denoise(x_t, t, words), x_t, t, self.schedule, self.prediction)
 
-        with self.accelerator.autocast():
-            return core.guide(eps(cond), eps(self._null.expand_as(cond)), scale)
+        null = {name: value.expand_as(cond[name]) for name, value in self._null.items()}
+        return core.guide(eps(cond), eps(null), scale)
 
 
 def main(

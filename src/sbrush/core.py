@@ -38,8 +38,11 @@ Prediction = Literal["epsilon", "v_prediction"]
 LoraWeight = Literal["alpha", "v", "min-snr"]
 """What the LoRA teacher's squared error in epsilon is weighted by, see lora_loss."""
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, C, H, W], t [B], text embedding [B, L, D]) -> output [B, C, H, W]."""
+Words = dict[str, Tensor]
+"""What a UNet is told of the prompts: tensors by name, the batch first; "tokens" [B, L, D], the text embedding."""
+
+Denoiser = Callable[[Tensor, Tensor, Words], Tensor]
+"""(x_t [B, C, H, W], t [B], words) -> output [B, C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -121,25 +124,30 @@ def guide(eps_cond: Tensor, eps_null: Tensor, scale: float | Tensor) -> Tensor:
     return eps_null + scale * (eps_cond - eps_null)
 
 
+def with_null(cond: Words, null: Words) -> Words:
+    """The prompts and after them, as often, what stands for no prompt: of `null` a batch of one will do."""
+    return {name: torch.cat([value, null[name].expand_as(value)]) for name, value in cond.items()}
+
+
 def guided_epsilon(
     denoise: Denoiser,
     x_t: Tensor,
     t: Tensor,
-    cond: Tensor,
-    null: Tensor,
+    cond: Words,
+    null: Words,
     scale: float | Tensor,
     schedule: NoiseSchedule,
     prediction: Prediction,
 ) -> Tensor:
     """eps^cfg(x_t, t, y) with both halves in one batched call of `denoise`; without guidance (s = 1) only one half.
 
-    `cond`, `null`: text embeddings of the prompts and of the empty prompt, [B, L, D]. `scale`: one number, or one for
-    each sample, [B, 1, 1, 1]. Float32 [B, C, H, W].
+    `cond`, `null`: of the prompts and of no prompt, see with_null. `scale`: one number, or one for each sample,
+    [B, 1, 1, 1]. Float32 [B, C, H, W].
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return to_epsilon(denoise(x_t, t, cond), x_t, t, schedule, prediction)
     twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
-    output = denoise(twice, t_twice, torch.cat([cond, null]))
+    output = denoise(twice, t_twice, with_null(cond, null))
     eps_cond, eps_null = to_epsilon(output, twice, t_twice, schedule, prediction).chunk(2)
     return guide(eps_cond, eps_null, scale)
 

@@ -1,11 +1,10 @@
-"""The training loop: student and LoRA teacher in turn, logged, checkpointed, resumable, stoppable.
+"""The training loop: step after step, logged, checkpointed, resumable, stoppable.
 
-What is trained is core.py; what is kept in `--out` is run.py.
+What a step is stands in distiller.py and core.py; what is kept in `--out` in run.py.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import time
@@ -14,234 +13,21 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from sbrush import checkpoint, core
+from sbrush import checkpoint
 from sbrush.console import SbrushError, printable, progress, say
 from sbrush.device import Precision, trains_in_bf16
-from sbrush.ema import EMA
+from sbrush.distiller import Distiller, Fit
 from sbrush.health import MOST_SKIPPED
-from sbrush.noise import StepNoise
+from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.model import Model
 from sbrush.prompts import Prompts, ShuffledPrompts
 from sbrush.recipes import Recipe
 from sbrush.run import METRICS, Intervals, Run, make_config
-from sbrush.sample import ddim
-from sbrush.weights import Model, add_lora, attend_explicitly, digest, load_student, load_teacher, lora_state
-
-
-class Distiller:
-    """A student and its two teachers, and one training step of theirs.
-
-    The teacher and the LoRA teacher are one frozen UNet: with its adapter off and on. The student is a full copy.
-    """
-
-    memory_format = torch.channels_last  # in which convolutions are fastest
-
-    def __init__(
-        self, teacher: Model, recipe: Recipe, *, seed: int, accelerator: Accelerator, init: Model | None = None
-    ) -> None:
-        self.teacher, self.recipe, self.seed, self.accelerator = teacher, recipe, seed, accelerator
-        device, world = accelerator.device, accelerator.num_processes
-        if recipe.batch % world:
-            raise SbrushError(
-                f"a batch of {recipe.batch} cannot be shared by {world} processes",
-                f"choose a multiple of {world}",
-                code=2,
-            )
-        local = recipe.batch // world
-        self._mine = range(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-        every = recipe.batch // recipe.pairs if recipe.pairs else recipe.batch + 1
-        if recipe.pairs and local % every:
-            raise SbrushError(
-                f"{recipe.pairs} pairs cannot be shared by {world} processes", f"choose a multiple of {world}", code=2
-            )
-        self._paired = [place for place, index in enumerate(self._mine) if recipe.pairs and index % every == 0]
-        for part in (teacher.text_encoder, teacher.vae, teacher.unet):
-            part.to(device)
-        student = copy.deepcopy((init or teacher).unet).to(device, memory_format=self.memory_format)
-        self.student = student.float().requires_grad_(True).train()
-        self.ema = EMA(self.student, recipe.ema)
-        for unet in (teacher.unet, self.student):
-            attend_explicitly(unet)
-        if accelerator.mixed_precision == "bf16":
-            nn.Module.to(teacher.unet, torch.bfloat16)  # diffusers' own `to` warns, of nothing that concerns this
-        teacher.unet.to(memory_format=self.memory_format)
-        self.lora = add_lora(
-            teacher.unet, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets, seed=seed
-        )
-        kw: dict[str, Any] = {"betas": (0.9, recipe.beta2), "fused": True}
-        self.student_optimizer = torch.optim.Adam(self.student.parameters(), lr=recipe.student_lr, **kw)
-        self.lora_optimizer = torch.optim.Adam(self.lora, lr=recipe.lora_lr, **kw)
-        # accelerate wraps both networks (autocast; DDP when there are several processes), each under its own name:
-        # the plain modules stay reachable as self.student and self.teacher.unet.
-        self._student, self._lora_teacher = accelerator.prepare(self.student, teacher.unet)
-        self._null = teacher.encode([""])
-        self.schedule, self.prediction = teacher.schedule, teacher.prediction
-
-    def step(self, step: int, prompts: ShuffledPrompts) -> dict[str, Tensor]:
-        """One update of the student, then the LoRA teacher's; `step` counts from 1. Metrics stay on the device.
-
-        The returned dictionary also holds x0 [B, C, H, W] and the two teachers' guesses of it, for the contact sheet.
-        """
-        recipe, schedule = self.recipe, self.schedule
-        draw = StepNoise(self.seed, step, self._mine, self.accelerator.device)
-        cond = self.teacher.encode([prompts[(step - 1) * recipe.batch + i] for i in self._mine])
-        z = draw.normal(self.teacher.latent_shape)
-        t_init = schedule.start(len(z), recipe.t_init)
-
-        x0 = core.student_x0(
-            self._student(self._laid_out(z), t_init, cond).sample.float(),
-            z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised,
-        )  # fmt: skip
-        t = draw.timesteps(recipe.t_low, recipe.t_high)
-        noise = draw.normal(self.teacher.latent_shape)
-        x_t = core.add_noise(x0.detach(), noise, t, schedule)
-        scale: float | Tensor = recipe.guidance
-        if recipe.guidance_to is not None:
-            scale = draw.uniform(recipe.guidance, recipe.guidance_to)
-        if recipe.guidance_high is not None:
-            scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
-        eps_teacher = self._teacher_score(x_t, t, cond, scale)
-        if recipe.gap == "sds":
-            eps_lora = noise
-        elif recipe.shared_forward:
-            eps_lora = self._lora_epsilon(x_t, t, cond)
-        else:
-            eps_lora = self._lora_score(x_t, t, cond, scale if recipe.guide_lora else 1.0)
-        if recipe.gap == "dmd":
-            gap = core.dmd_gap(eps_teacher, eps_lora.detach(), noise)
-        else:
-            gap = core.vsd_gap(eps_teacher, eps_lora.detach(), t, schedule)
-        student_loss = core.vsd_loss(x0, gap)
-        pair_loss = torch.zeros((), device=x0.device)
-        if (paired := self._paired) and step <= recipe.pair_share * recipe.steps:
-            pair_loss = core.pair_loss(x0[paired], self._teacher_pictures(z[paired], cond[paired]))
-            student_loss = student_loss + recipe.pair_weight * len(paired) / len(z) * pair_loss
-        self.student_optimizer.param_groups[0]["lr"] = recipe.student_lr_at(step)
-        self.lora_optimizer.param_groups[0]["lr"] = recipe.lora_lr_at(step)
-        student_grad = self._update(student_loss, self.student_optimizer, self.student.parameters())
-        self.ema.update(self.student, step)
-
-        x0 = x0.detach()
-        lora_loss = lora_grad = torch.zeros((), device=x0.device)
-        for update in range(recipe.lora_updates if recipe.gap != "sds" else 0):
-            if recipe.shared_forward and update == 0:
-                eps, noise_lora, t_lora = eps_lora, noise, t
-            else:
-                t_lora = draw.timesteps(0, len(schedule) - 1)
-                noise_lora = draw.normal(self.teacher.latent_shape)
-                words = self._null.expand_as(cond) if draw.chance(recipe.null_chance) else cond
-                eps = self._lora_epsilon(core.add_noise(x0, noise_lora, t_lora, schedule), t_lora, words)
-            lora_loss = core.lora_loss(eps, noise_lora, t_lora, schedule, weight=recipe.lora_weight)
-            lora_grad = self._update(lora_loss, self.lora_optimizer, self.lora)
-
-        eps_lora = eps_lora.detach()
-        error, lora_error = ((eps - noise).abs().mean() for eps in (eps_teacher, eps_lora))
-        skipped = ~(student_grad.isfinite() & lora_grad.isfinite())
-        metrics = {
-            "gap": gap.abs().mean(), "student_loss": student_loss, "lora_loss": lora_loss, "pair_loss": pair_loss,
-            "x0_mean": x0.mean(), "x0_std": x0.std(), "student_grad": student_grad, "lora_grad": lora_grad,
-            "skipped": skipped.float(), "gap_share": (eps_teacher - eps_lora).abs().mean() / error,
-            "lora_error": lora_error / error,
-        }  # fmt: skip
-        guesses = (core.to_x0(eps, x_t, t, schedule, "epsilon") for eps in (eps_teacher, eps_lora))
-        pictures = dict(zip(("x0", "teacher_x0", "lora_x0"), (x0, *guesses), strict=True))
-        return {name: value.detach() for name, value in (metrics | pictures).items()}
-
-    def _lora_epsilon(self, x_t: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        """The LoRA teacher's noise prediction, through which it can be trained."""
-        output = self._lora_teacher(self._laid_out(x_t), t, words).sample
-        return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
-
-    @torch.no_grad()
-    def _teacher_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
-        """The teacher's noise prediction, guided."""
-        self.teacher.unet.disable_adapters()
-        eps = self._guided(x_t, t, cond, scale)
-        self.teacher.unet.enable_adapters()  # also lets the LoRA's parameters require gradients again
-        return eps
-
-    @torch.no_grad()
-    def _teacher_pictures(self, z: Tensor, cond: Tensor) -> Tensor:
-        """The teacher's own pictures of this noise, in the recipe's few steps."""
-
-        def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-            return self.teacher.unet(self._laid_out(x), t, words).sample
-
-        steps, scale = self.recipe.pair_steps, self.recipe.pair_guidance
-        self.teacher.unet.disable_adapters()
-        with self.accelerator.autocast():
-            x0 = ddim(denoise, self.teacher.scheduler, z, cond, self._null, steps=steps, guidance=scale)
-        self.teacher.unet.enable_adapters()
-        return x0
-
-    @torch.no_grad()
-    def _lora_score(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
-        """The LoRA teacher's noise prediction, guided."""
-        return self._guided(x_t, t, cond, scale)
-
-    def _guided(self, x_t: Tensor, t: Tensor, cond: Tensor, scale: float | Tensor) -> Tensor:
-        def denoise(x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-            return self.teacher.unet(self._laid_out(x), t, words).sample
-
-        null = self._null.expand_as(cond)
-        with self.accelerator.autocast():
-            return core.guided_epsilon(denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=self.memory_format)
-
-    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Any) -> Tensor:
-        """Backward, clip, step; the gradient's norm before clipping. If that is not finite nothing is changed.
-
-        The gradients are already those of all processes, so that all decide alike, and none waits for the device.
-        """
-        optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
-        # Mixed precision's own switch, to be read on the device: the fused step does nothing where it is one.
-        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        return norm
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that training changes, for a checkpoint."""
-        return {
-            "student": dict(self.student.named_parameters()),
-            "ema": self.ema.tensors,
-            "lora": lora_state(self.teacher.unet),
-            "student_optimizer": checkpoint.optimizer_tensors(self.student_optimizer),
-            "lora_optimizer": checkpoint.optimizer_tensors(self.lora_optimizer),
-        }
-
-    @torch.no_grad()
-    def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Puts back what `state` gave. SbrushError if that is not what this run's networks are made of."""
-        own = {part: tensors for part, tensors in self.state().items() if not part.endswith("_optimizer")}
-        for part, tensors in own.items():
-            theirs = saved.part(part)
-            if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in theirs.items()}:
-                raise _misfit(saved.step)
-            if not all(v.isfinite().all() for v in theirs.values()):
-                raise _misfit(saved.step)
-            for name, tensor in tensors.items():
-                tensor.copy_(theirs[name])
-        try:
-            checkpoint.load_optimizer(self.student_optimizer, saved.part("student_optimizer"))
-            checkpoint.load_optimizer(self.lora_optimizer, saved.part("lora_optimizer"))
-        except (ValueError, IndexError, KeyError, RuntimeError) as problem:
-            raise _misfit(saved.step) from problem
-
-
-def _misfit(step: int) -> SbrushError:
-    return SbrushError(
-        f"the checkpoint after step {step} is no state of this run's networks",
-        "it was changed by something else; start anew in another --out",
-    )
 
 
 @dataclass
@@ -253,6 +39,7 @@ class Plan:
     teacher: Model
     init: Model | None
     accelerator: Accelerator
+    fit: Fit
 
     @property
     def main_process(self) -> bool:
@@ -272,6 +59,7 @@ def prepare(
     precision: Precision,
     every: Intervals,
     extend: int = 0,
+    fit: Fit | None = None,
 ) -> Plan:
     """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
 
@@ -283,6 +71,12 @@ def prepare(
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no")
     guide = load_teacher(teacher)
     start = load_student(init) if init else None
+    if start and recipe.student_rank:
+        raise SbrushError(
+            "a LoRA student starts as its teacher, and cannot start as another student",
+            "leave out --init, or --student-lora",
+            code=2,
+        )
     if start and start.unet.config.block_out_channels != guide.unet.config.block_out_channels:
         raise SbrushError(
             f"--init {printable(init)} is of another architecture than the teacher",
@@ -300,7 +94,7 @@ def prepare(
         recipe, prompts, teacher=teacher, teacher_sha256=digest(guide), init=init,
         init_sha256=digest(start) if start else None, seed=seed, bf16=bf16,
     )  # fmt: skip
-    return Plan(Run.plan(out, config, recipe, every, extend=extend), prompts, guide, start, accelerator)
+    return Plan(Run.plan(out, config, recipe, every, extend=extend), prompts, guide, start, accelerator, fit or Fit())
 
 
 def distill(plan: Plan) -> bool:
@@ -330,7 +124,7 @@ def _train(plan: Plan) -> bool:
         what = f"{plan.prompts.describe()}; recipe {recipe.name}, {recipe.steps} steps of {recipe.batch}"
         say(f"{what}; writing to {printable(run.out)}")
     seed = run.config["seed"]
-    distiller = Distiller(plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init)
+    distiller = Distiller(plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, fit=plan.fit)
     order, first = ShuffledPrompts(plan.prompts, seed), 1
     if saved := checkpoint.newest(run.checkpoints):
         distiller.load(saved)
@@ -356,8 +150,8 @@ def _train(plan: Plan) -> bool:
                 entry["pictures_per_second"] = round(len(waiting) * recipe.batch / (time.monotonic() - since), 2)
                 skipped = _run_of_skipped(waiting, skipped)
                 if main and sheet:
-                    with distiller.ema.inside(distiller.student):
-                        entry |= run.sheets(step, distiller.teacher, distiller.student, result, yardstick)
+                    with distiller.average() as student:
+                        entry |= run.sheets(step, student, result, yardstick)
                 note = run.log(step, entry, log) if main else ""
                 if main and sheet:
                     run.curves(log)
@@ -371,8 +165,8 @@ def _train(plan: Plan) -> bool:
             if stopping and not last:
                 return False
     if main:
-        with distiller.ema.inside(distiller.student):
-            run.export(distiller.teacher, distiller.student)
+        with distiller.average():
+            run.export(distiller.teacher, distiller.exported())
     distiller.accelerator.wait_for_everyone()
     return True
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of a module's parameters, kept in float32, with a ramp for short runs."""
+"""An exponential moving average of parameters, kept in float32, with a ramp for short runs."""
 
 from __future__ import annotations
 
@@ -6,43 +6,51 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
     """theta_ema <- d theta_ema + (1 - d) theta after every step, with d = min(decay, (1 + step) / (10 + step)).
 
     The ramp lets short runs forget where they started: at a constant 0.9999, 2,000 steps keep 82 % of the start.
+    Without decay the average is the parameters themselves, and takes no memory.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.tensors = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float, *, device: torch.device | None = None) -> None:
+        """`device`: where the average is kept; by default where the parameters are."""
+        self.decay, self._parameters = decay, dict(parameters) if decay else {}
+        self.tensors = {
+            name: p.detach().to(device or p.device, torch.float32, copy=True) for name, p in self._parameters.items()
+        }
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Moves the average towards the module; `step` counts from 1."""
+    def update(self, step: int) -> None:
+        """Moves the average towards the parameters; `step` counts from 1."""
+        if not self.tensors:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
-        now = [p.detach().float() for p in module.parameters()]
-        torch._foreach_lerp_(list(self.tensors.values()), now, 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Writes the average into the module's parameters."""
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.tensors[name])
+        averages = list(self.tensors.values())
+        now = [p.detach().to(a) for p, a in zip(self._parameters.values(), averages, strict=True)]
+        torch._foreach_lerp_(averages, now, 1 - decay)
 
     @contextmanager
-    def inside(self, module: nn.Module) -> Iterator[None]:
-        """The module holds the average for as long as the context lasts, then its own parameters again, bit for bit."""
-        own = {name: p.detach().clone() for name, p in module.named_parameters()}
-        self.copy_to(module)
+    def inside(self) -> Iterator[None]:
+        """The parameters hold the average for as long as the context lasts, then themselves again, bit for bit.
+
+        The two change places, so that no third copy is needed.
+        """
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(own[name])
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            own = parameter.data
+            parameter.data = self.tensors[name].to(parameter.device)
+            self.tensors[name] = own.to(self.tensors[name].device)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

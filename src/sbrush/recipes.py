@@ -52,6 +52,7 @@ class Recipe:
     clip: float  # gradient norm
     reparameterised: bool = True  # False: the paper's ablation
     # What the paper has not:
+    student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
     guidance_to: float | None = None  # s is drawn anew for each step from guidance .. guidance_to
     guidance_high: int | None = None  # guidance at timesteps up to this one only (arXiv 2404.07724)

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
 import sbrush
 from sbrush import pictures
@@ -32,10 +33,12 @@ from sbrush.console import SbrushError, printable, progress, say
 from sbrush.curves import draw_curves
 from sbrush.files import write_json, write_text
 from sbrush.health import Yardstick, alarms
+from sbrush.models.export import export_student
+from sbrush.models.model import Model
+from sbrush.models.unet import answer_as
 from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
 from sbrush.sample import scale_for, student_latents, teacher_latents
-from sbrush.weights import Model, export_student, one_step_scheduler
 
 FORMAT = 1
 METRICS = (
@@ -187,7 +190,7 @@ class Run:
     def _measure_teacher(self, teacher: Model) -> None:
         """Draws the teacher's sheet, and writes down what its pictures are like."""
         texts, seeds = self._sheet()
-        teacher.unet.disable_adapters()
+        answer_as(teacher.unet, "teacher")
         latents, drawn = [], []
         with progress(f"teacher's pictures, {self.teacher_steps} steps", len(texts), unit="pictures") as bar:
             scale = scale_for(teacher, None)
@@ -195,7 +198,6 @@ class Run:
                 latents.append(part)
                 drawn.append(teacher.decode(part))
                 bar.advance(len(part))
-        teacher.unet.enable_adapters()
         self._save_sheet("teacher.png", torch.cat(drawn))
         yardstick = Yardstick.of(torch.cat(latents).unflatten(0, (SHEET_SEEDS, -1)))
         write_json(self.out / "samples" / "teacher.json", dataclasses.asdict(yardstick))
@@ -231,26 +233,20 @@ class Run:
         """Draws the log's entries."""
         draw_curves(log, self.out / "curves.png")
 
-    def sheets(
-        self, step: int, teacher: Model, unet: nn.Module, result: dict[str, Tensor], yardstick: Yardstick
-    ) -> dict[str, float]:
+    def sheets(self, step: int, student: Model, result: dict[str, Tensor], yardstick: Yardstick) -> dict[str, float]:
         """Draws the student's contact sheet, and the three views of x0 of the step's own batch.
 
         Returns how far the sheet's pictures are apart, as shares of the teacher's.
         """
         texts, seeds = self._sheet()
-        cut = one_step_scheduler(teacher, self.recipe.t_init)
-        student = dataclasses.replace(
-            teacher, unet=unet, about={"reparameterised": self.recipe.reparameterised}, scheduler=cut
-        )
         latents = list(student_latents(student, texts, seeds, batch=8))
-        self._save_sheet(f"step-{step:06d}.png", torch.cat([teacher.decode(part) for part in latents]))
+        self._save_sheet(f"step-{step:06d}.png", torch.cat([student.decode(part) for part in latents]))
         views = {"student x0": "x0", "teacher x0": "teacher_x0", "LoRA x0": "lora_x0"}
-        rows = [list(teacher.decode(result[name][:8].float())) for name in views.values()]
+        rows = [list(student.decode(result[name][:8].float())) for name in views.values()]
         pictures.save_png(self.out / "samples" / f"x0-{step:06d}.png", pictures.sheet(rows, row_labels=list(views)))
         return yardstick.compare_spreads(torch.cat(latents).unflatten(0, (SHEET_SEEDS, -1)))
 
-    def export(self, teacher: Model, unet: nn.Module) -> None:
+    def export(self, teacher: Model, unet: UNet2DConditionModel) -> None:
         """Writes `student/`."""
         about = {
             "version": sbrush.__version__,
@@ -261,7 +257,7 @@ class Run:
             "prompts": self.config["prompts"],
         }
         about |= {key: teacher.about[key] for key in ("world", "license") if key in teacher.about}
-        export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)  # type: ignore[arg-type]
+        export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)
 
     def _sheet(self) -> tuple[list[str], list[int]]:
         """Prompts and seeds of the contact sheets: a column a prompt, a row a seed."""

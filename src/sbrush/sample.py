@@ -15,11 +15,12 @@ from torch import Tensor
 
 import sbrush
 from sbrush.console import SbrushError, printable, progress, say
-from sbrush.core import Denoiser, guide, student_x0
+from sbrush.core import Denoiser, Words, guide, student_x0, with_null
+from sbrush.models.load import load_student, load_teacher
+from sbrush.models.model import Model
 from sbrush.noise import picture_noise
 from sbrush.pictures import save_png, sheet, to_image
 from sbrush.stickers.world import unknown_words
-from sbrush.weights import Model, load_student, load_teacher
 
 
 def student_pictures(
@@ -58,7 +59,7 @@ def teacher_latents(
     teacher: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch: int = 32
 ) -> Iterator[Tensor]:
     """The same before decoding: x0, float32 [b, C, H, W] on the teacher's device."""
-    null = teacher.encode([""])
+    null = teacher.null()
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
         x = picture_noise(some_seeds, teacher.latent_shape).to(teacher.device)
         cond = _embed(teacher, some_prompts)
@@ -67,7 +68,7 @@ def teacher_latents(
 
 @torch.no_grad()
 def ddim(
-    denoise: Denoiser, scheduler: DDIMScheduler, z: Tensor, cond: Tensor, null: Tensor, *, steps: int, guidance: float
+    denoise: Denoiser, scheduler: DDIMScheduler, z: Tensor, cond: Words, null: Words, *, steps: int, guidance: float
 ) -> Tensor:
     """The teacher's picture of noise z [B, C, H, W]: from T on in `steps` steps of DDIM, guided. Float32, like z."""
     scheduler, x = DDIMScheduler.from_config(scheduler.config), z.float()
@@ -77,7 +78,7 @@ def ddim(
         if guidance == 1:
             output = denoise(x, t, cond)
         else:
-            both = denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null.expand_as(cond)]))
+            both = denoise(torch.cat([x, x]), torch.cat([t, t]), with_null(cond, null))
             cond_output, null_output = both.float().chunk(2)
             output = guide(cond_output, null_output, guidance)  # eps and v are both linear in it
         x = scheduler.step(output.float(), int(step), x).prev_sample
@@ -200,8 +201,9 @@ def _batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterato
         yield prompts[start : start + size], seeds[start : start + size]
 
 
-def _embed(model: Model, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings, each distinct prompt encoded once."""
+def _embed(model: Model, prompts: Sequence[str]) -> Words:
+    """What the UNet is told, each distinct prompt encoded once."""
     distinct = list(dict.fromkeys(prompts))
     place = {prompt: i for i, prompt in enumerate(distinct)}
-    return model.encode(distinct)[[place[prompt] for prompt in prompts]]
+    places = [place[prompt] for prompt in prompts]
+    return {name: value[places] for name, value in model.encode(distinct).items()}

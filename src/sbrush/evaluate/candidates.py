@@ -12,9 +12,10 @@ from torch import Tensor
 from sbrush.console import SbrushError, printable, say
 from sbrush.evaluate.report import Report
 from sbrush.evaluate.stickers import Candidate, evaluate_stickers
+from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.model import Model
 from sbrush.sample import scale_for, student_pictures, teacher_pictures
 from sbrush.stickers.judge import Judge
-from sbrush.weights import Model, digest, load_student, load_teacher
 
 
 def evaluate(

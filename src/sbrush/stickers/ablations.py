@@ -29,10 +29,10 @@ from sbrush.console import SbrushError, progress, say
 from sbrush.evaluate.candidates import student_candidate, teacher_candidate
 from sbrush.evaluate.stickers import evaluate_stickers
 from sbrush.files import whole, write_json
+from sbrush.models.load import load_student, load_teacher
 from sbrush.pictures import save_png, sheet
 from sbrush.sample import student_pictures
 from sbrush.stickers.judge import Judge
-from sbrush.weights import load_student, load_teacher
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.5)
 BASE = "with"

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from sbrush.console import say
 from sbrush.evaluate.accuracy import attribute_accuracy
 from sbrush.files import write_json
+from sbrush.models.load import BUILT_IN, FORMAT, load_teacher
+from sbrush.models.model import Model
 from sbrush.sample import teacher_pictures
 from sbrush.stickers import models
 from sbrush.stickers.judge import Judge
 from sbrush.stickers.teach import WORK, Work
 from sbrush.stickers.world import random_caption, stream
-from sbrush.weights import BUILT_IN, FORMAT, MODEL_INDEX, load_teacher
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 
@@ -45,7 +46,7 @@ def teacher(
     save_file(words, file, metadata={"format": "pt"})
     shutil.copytree(work / "judge", to / "judge", dirs_exist_ok=True)
     models.build_scheduler().save_pretrained(folder / "scheduler")
-    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "model_index.json", Model.student_index())
     write_json(folder / "sbrush.json", {"format": FORMAT, "world": "stickers", "license": "apache-2.0"})
 
 

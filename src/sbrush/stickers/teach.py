@@ -28,9 +28,9 @@ from sbrush.console import progress, say
 from sbrush.core import NoiseSchedule
 from sbrush.ema import EMA
 from sbrush.files import whole
+from sbrush.models.unet import attend_explicitly
 from sbrush.stickers import models
 from sbrush.stickers.world import ATTRIBUTES, Caption, random_caption, random_sticker, stream
-from sbrush.weights import attend_explicitly
 
 SEED = 1
 PICTURES = 80_000
@@ -130,7 +130,7 @@ def teacher(work: Work = WORK, steps: Steps = 7000, batch: Batch = 64, lr: float
     attend_explicitly(unet)
     text.set_attn_implementation("eager")
     both = nn.ModuleDict({"unet": unet, "text": text})
-    average = EMA(both, 0.999)
+    average = EMA(dict(both.named_parameters()), 0.999)
     schedule = NoiseSchedule.from_alphas_cumprod(models.build_scheduler().alphas_cumprod).to(device)
     optimizer = torch.optim.AdamW(both.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
 
@@ -154,9 +154,9 @@ def teacher(work: Work = WORK, steps: Steps = 7000, batch: Batch = 64, lr: float
         return (snr.clamp(max=5) / (snr + 1) * error.pow(2)).mean()
 
     _train("teacher", work, steps, {"net": both}, optimizer, loss, lr=_warm_cosine(lr, steps), average=average)
-    average.copy_to(both)
-    unet.save_pretrained(work / "unet")
-    text.save_pretrained(work / "text_encoder")
+    with average.inside():
+        unet.save_pretrained(work / "unet")
+        text.save_pretrained(work / "text_encoder")
 
 
 def drawn_pictures(work: Path, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ def _train(
             nn.utils.clip_grad_norm_([p for net in nets.values() for p in net.parameters()], 1.0)
             optimizer.step()
             if average:
-                average.update(nets["net"], step)
+                average.update(step)
             mean += (loss.item() - mean) / min(100, step - first + 1)
             bar.advance(note=f"loss {mean:.4f}")
             if step % CHECKPOINT_EVERY == 0 or step == steps:

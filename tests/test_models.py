@@ -9,8 +9,10 @@ import torch
 from conftest import build_tiny_teacher
 from sbrush import sample
 from sbrush.console import SbrushError
+from sbrush.models.export import export_student
+from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.unet import add_lora, answer_as, attend_explicitly, lora_parameters
 from sbrush.run import model_card
-from sbrush.weights import add_lora, attend_explicitly, digest, export_student, load_student, load_teacher, lora_state
 
 ABOUT = {
     "version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
@@ -102,17 +104,17 @@ def test_lora_starts_as_no_change_and_alone_is_trainable(tiny_teacher):
     teacher = load_teacher(str(tiny_teacher))
     x, t, words = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), teacher.encode(["a cat", "a dog"])
     before = teacher.denoise(x, t, words)
-    parameters = add_lora(teacher.unet, rank=4, alpha=8, targets="to_q to_v", seed=0)
+    parameters = add_lora(teacher.unet, "lora_teacher", rank=4, alpha=8, targets="to_q to_v", seed=0)
     assert torch.equal(teacher.denoise(x, t, words), before)
     trainable = {name for name, p in teacher.unet.named_parameters() if p.requires_grad}
-    assert trainable == set(lora_state(teacher.unet)) and len(parameters) == len(trainable) > 0
+    assert trainable == set(lora_parameters(teacher.unet, "lora_teacher")) and len(parameters) == len(trainable) > 0
     assert all(".to_q." in name or ".to_v." in name for name in trainable)
-    for parameter in parameters:
+    for parameter in parameters.values():
         parameter.data.normal_()
     assert not torch.allclose(teacher.denoise(x, t, words), before, atol=1e-3)
-    teacher.unet.disable_adapters()
+    answer_as(teacher.unet, "teacher")
     assert torch.equal(teacher.denoise(x, t, words), before)  # the teacher is still there, in the same weights
-    teacher.unet.enable_adapters()
+    answer_as(teacher.unet, "lora_teacher")
     assert {name for name, p in teacher.unet.named_parameters() if p.requires_grad} == trainable
 
 
@@ -120,8 +122,8 @@ def test_lora_on_all_layers_covers_convolutions_and_is_fixed_by_its_seed(tiny_te
     one, two = load_teacher(str(tiny_teacher)), load_teacher(str(tiny_teacher))
     for model, seed in ((one, 1), (two, 1)):
         torch.manual_seed(99 if model is two else 5)
-        add_lora(model.unet, rank=2, alpha=2, targets="all", seed=seed)
-    a, b = lora_state(one.unet), lora_state(two.unet)
+        add_lora(model.unet, "lora_teacher", rank=2, alpha=2, targets="all", seed=seed)
+    a, b = lora_parameters(one.unet, "lora_teacher"), lora_parameters(two.unet, "lora_teacher")
     assert any("conv1" in name for name in a) and any("to_k" in name for name in a)
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -1,0 +1,70 @@
+"""Students out. A student folder is a teacher's folder with a one-step scheduler, a model card and `sbrush.json`:
+
+StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=1, guidance_scale=1)
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from sbrush.files import write_json
+from sbrush.models.checks import model_files
+from sbrush.models.load import FORMAT
+from sbrush.models.model import Model
+
+
+def one_step_scheduler(teacher: Model, t_init: int | None = None) -> DDIMScheduler:
+    """The scheduler with which plain diffusers' single step is core.student_x0: from T straight to alpha = 1.
+
+    With `t_init` the schedule ends there, so that the student's T is `t_init`.
+    """
+    cut: dict[str, Any] = {}
+    if t_init is not None:
+        betas = teacher.scheduler.betas[: t_init + 1].tolist()
+        cut = {"num_train_timesteps": len(betas), "trained_betas": betas, "rescale_betas_zero_snr": False}
+    return DDIMScheduler.from_config(
+        teacher.scheduler.config,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        thresholding=False,
+        **cut,
+    )
+
+
+def export_student(
+    folder: Path,
+    teacher: Model,
+    unet: UNet2DConditionModel,
+    *,
+    about: dict[str, Any],
+    card: str,
+    t_init: int | None = None,
+) -> None:
+    """Writes a student folder, complete or not at all; an older one at the same place is replaced.
+
+    `t_init`: the timestep at which the student takes its noise for x_t; None is T.
+    """
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for part in teacher.parts:
+        if part in ("unet", "scheduler"):
+            continue
+        (partial / part).mkdir()
+        for file in model_files(teacher.folders[part] / part):
+            shutil.copyfile(file, partial / part / file.name)
+    unet.save_pretrained(partial / "unet")
+    one_step_scheduler(teacher, t_init).save_pretrained(partial / "scheduler")
+    write_json(partial / "model_index.json", teacher.student_index())
+    write_json(partial / "sbrush.json", {"format": FORMAT, **about})
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

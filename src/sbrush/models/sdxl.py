@@ -1,0 +1,68 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+
+from sbrush.core import Words
+from sbrush.models.model import Model, tokenize
+
+
+@dataclass(kw_only=True)
+class ModelXL(Model):
+    """A teacher or a student in Stable Diffusion XL's format."""
+
+    pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
+    parts: ClassVar[dict[str, tuple[str, str]]] = Model.parts | {
+        "tokenizer_2": ("transformers", "CLIPTokenizer"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    }
+    none: ClassVar[dict[str, Any]] = {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "force_zeros_for_empty_prompt": True,
+    }
+
+    tokenizer_2: CLIPTokenizer
+    text_encoder_2: CLIPTextModelWithProjection
+
+    @property
+    def text_parts(self) -> tuple[tuple[CLIPTokenizer, PreTrainedModel], ...]:
+        return *super().text_parts, (self.tokenizer_2, self.text_encoder_2)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Words:
+        """ "tokens" [B, L, D1 + D2], of both encoders' last layers but one, and "pooled" [B, D2], of the second."""
+        hidden = []
+        for tokenizer, encoder in self.text_parts:
+            ids = tokenize(tokenizer, texts).input_ids.to(self.device)
+            encoded = encoder(ids, output_hidden_states=True)
+            hidden.append(encoded.hidden_states[-2])
+        return {"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds}
+
+    def null(self) -> Words:
+        """Zeros where the folder says so, as the published teachers' do; else the empty prompt. A batch of one."""
+        words = self.encode([""])
+        if not self.index.get("force_zeros_for_empty_prompt", True):
+            return words
+        return {name: torch.zeros_like(value) for name, value in words.items()}
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
+        """As Model.predict; the network is told besides that it draws a whole, uncropped picture of its own size."""
+        height, width = self.picture_size
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
+        added = {"text_embeds": words["pooled"], "time_ids": sizes.expand(len(x_t), 6)}
+        return network(x_t, t, words["tokens"], added_cond_kwargs=added).sample
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """As Model.decode; in float16 the published autoencoder overflows, so that it decodes in float32 then."""
+        if self.vae.dtype == torch.float16:
+            self.vae.float()
+        return super().decode(x0)

@@ -1,0 +1,85 @@
+"""One UNet in several roles: LoRAs onto it, who answers, and attention where torch's own is slow."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+
+Role = Literal["teacher", "lora_teacher", "student"]
+"""As whom a UNet answers: the teacher is its own frozen weights, the others those and a LoRA of that name."""
+
+
+def add_lora(
+    unet: UNet2DConditionModel, role: Role, *, rank: int, alpha: int, targets: str, seed: int
+) -> dict[str, nn.Parameter]:
+    """Freezes the UNet's own weights, adds a LoRA that starts as no change, and returns its float32 parameters by name.
+
+    `targets`: module names separated by blanks ("to_q to_v"), or "all" for every linear and convolution layer.
+    """
+    from peft import LoraConfig
+
+    if targets == "all":
+        kinds = (nn.Linear, nn.Conv2d)
+        own = [(name, module) for name, module in unet.named_modules() if "lora_" not in name]
+        names = [name.removesuffix(".base_layer") for name, module in own if type(module) in kinds]
+    else:
+        names = targets.split()
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), adapter_name=role)
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    answer_as(unet, role)
+    return lora_parameters(unet, role)
+
+
+def lora_parameters(unet: nn.Module, role: Role) -> dict[str, nn.Parameter]:
+    """The parameters of one role's LoRA, by name."""
+    return {name: p for name, p in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{role}\.", name)}
+
+
+def answer_as(unet: nn.Module, role: Role) -> None:
+    """Switches a UNet's LoRAs so that it answers as `role`; every LoRA stays trainable, whoever answers.
+
+    With gradient checkpointing a backward runs parts of the forward again: it must find the role of that forward.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(role != "teacher")
+            if role != "teacher":
+                module.set_adapter(role)
+            for name, parameter in module.named_parameters():
+                if "lora_" in name:
+                    parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def merge_lora(unet: UNet2DConditionModel, role: Role, into: UNet2DConditionModel) -> UNet2DConditionModel:
+    """`into`, a plain UNet of the same architecture, with a role's LoRA added to its weights: W + (alpha / r) B A."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in unet.named_modules():
+        if isinstance(module, LoraLayer) and role in module.r:
+            into.get_parameter(f"{name}.weight").add_(module.get_delta_weight(role).float())
+    return into
+
+
+def attend_explicitly(unet: UNet2DConditionModel) -> None:
+    """On the CPU, computes attention over few tokens as two plain matrix products.
+
+    The backward of torch's fused attention took 36 % of a training step of the built-in UNet on a CPU (docs/log.md).
+    Over many tokens, as at Stable Diffusion's size, the fused one stays: the products would need gigabytes.
+    """
+    size = unet.config.sample_size
+    if unet.device.type == "cpu" and (size if isinstance(size, int) else max(size)) <= 32:
+        unet.set_attn_processor(AttnProcessor())
