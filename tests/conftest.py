@@ -53,6 +53,41 @@ def build_tiny_teacher(folder: Path, *, prediction: str = "epsilon", seed: int =
     return folder
 
 
+def build_tiny_xl(folder: Path, *, seed: int = 0) -> Path:
+    """The same in Stable Diffusion XL's format: two text encoders of widths 16 and 24, a pooled embedding, sizes."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from sbrush.files import write_json
+    from sbrush.models.sdxl import ModelXL
+
+    build_tiny_teacher(folder, seed=seed)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer_2")
+    CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=16, projection_dim=20, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    ).save_pretrained(folder / "text_encoder_2")  # fmt: skip
+    torch.manual_seed(seed)
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=40, attention_head_dim=2,
+        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    write_json(folder / "model_index.json", ModelXL.student_index())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_xl(tmp_path_factory.mktemp("tiny-xl"))
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_teacher(tmp_path_factory.mktemp("tiny-teacher"))

@@ -99,8 +99,9 @@ def change_tensors(file, chance):
     save_file(tensors, file, metadata={"format": "pt"})
     state = file.with_name("state.json")
     if state.is_file():
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"sha256": digest}))
+        about = json.loads(state.read_text())
+        about["sha256"][file.stem] = hashlib.sha256(file.read_bytes()).hexdigest()
+        state.write_text(json.dumps(about))
 
 
 def damage(folder: Path, chance) -> str:

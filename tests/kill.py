@@ -90,7 +90,8 @@ def state(out: Path) -> tuple[dict, dict, list]:
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in entry.items() if k not in ("time", "pictures_per_second")} for entry in log]
     student = load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
-    return student, load_file(out / "checkpoints" / f"step-{STEPS:06d}" / "state.safetensors"), kept
+    parts = sorted((out / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"))
+    return student, {f"{part.stem}.{k}": v for part in parts for k, v in load_file(part).items()}, kept
 
 
 def torture(folder: Path, kills: int, seed: int = 0) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from sbrush import checkpoint
 from sbrush.console import SbrushError
+from sbrush.optimizer import restore, state_of
 
 
 def trained(steps, saved=None):
@@ -17,7 +18,7 @@ def trained(steps, saved=None):
     first = 0
     if saved:
         net.load_state_dict(saved.part("net"))
-        checkpoint.load_optimizer(optimizer, saved.part("optimizer"))
+        restore(optimizer, saved.part("optimizer"))
         first = saved.step
     for step in range(first, steps):
         loss = net(torch.full((1, 3), float(step + 1))).pow(2).sum()
@@ -29,7 +30,7 @@ def trained(steps, saved=None):
 
 def save(folder, step):
     net, optimizer = trained(step)
-    parts = {"net": net.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+    parts = {"net": net.state_dict(), "optimizer": state_of(optimizer)}
     checkpoint.save(folder, step, parts, note="kept")
 
 
@@ -56,9 +57,9 @@ def flip_byte(file):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda f: flip_byte(f / "state.safetensors"),
-        lambda f: (f / "state.safetensors").write_bytes((f / "state.safetensors").read_bytes()[:-9]),
-        lambda f: (f / "state.safetensors").unlink(),
+        lambda f: flip_byte(f / "net.safetensors"),
+        lambda f: (f / "net.safetensors").write_bytes((f / "net.safetensors").read_bytes()[:-9]),
+        lambda f: (f / "net.safetensors").unlink(),
         lambda f: (f / "state.json").write_text("{"),
         lambda f: (f / "state.json").write_text("[]"),
         lambda f: (f / "state.json").unlink(),
@@ -75,7 +76,7 @@ def test_a_damaged_newest_one_is_passed_over_with_a_word(tmp_path, capsys, damag
 def test_a_half_written_one_does_not_count_and_is_written_over(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-000002.partial").mkdir()
-    (tmp_path / "step-000002.partial" / "state.safetensors").write_bytes(b"half")
+    (tmp_path / "step-000002.partial" / "net.safetensors").write_bytes(b"half")
     assert checkpoint.newest(tmp_path).step == 1
     save(tmp_path, 2)
     assert checkpoint.newest(tmp_path).step == 2

@@ -1,7 +1,9 @@
 """A training's state on disk and back: safetensors and JSON in one folder a step, written aside and renamed.
 
-checkpoints/step-000200/state.safetensors   every tensor, named "part.key"
-checkpoints/step-000200/state.json          format version, step, the tensor file's SHA-256, anything else small
+checkpoints/step-000200/student.safetensors   a file for each part: student, average, LoRA teacher, optimisers
+checkpoints/step-000200/state.json            format version, step, each file's SHA-256, anything else small
+
+A part is read when it is asked for, so that a training of gigabytes needs room for one of them more, not for all.
 """
 
 from __future__ import annotations
@@ -22,20 +24,26 @@ from safetensors.torch import load_file, save_file
 
 from sbrush.console import SbrushError, printable, say
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved state: the step that it follows, its tensors and its small values."""
+    """One saved state, whole when it was found: its folder, the step that it follows, its small values."""
 
+    folder: Path
     step: int
-    tensors: dict[str, torch.Tensor]
     extra: dict[str, Any]
 
     def part(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors saved under "name.", without that prefix."""
-        return {k[len(name) + 1 :]: v for k, v in self.tensors.items() if k.startswith(name + ".")}
+        """The tensors of one part, none if it was saved without; SbrushError if its file cannot be read."""
+        file = self.folder / f"{name}.safetensors"
+        try:
+            return load_file(file) if file.is_file() else {}
+        except (OSError, SafetensorError) as problem:
+            raise SbrushError(
+                f"cannot read {printable(file)}: {printable(problem)}", "it was changed since it was written; remove it"
+            ) from problem
 
 
 def save(
@@ -51,12 +59,15 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     _check_room(folder, sum(v.nbytes for part in parts.values() for v in part.values()))
-    tensors = {f"{part}.{k}": v.detach().cpu().contiguous().clone() for part, d in parts.items() for k, v in d.items()}
-    try:
-        save_file(tensors, partial / "state.safetensors")
-    except SafetensorError as problem:  # its name for whatever went wrong in writing
-        raise OSError(str(problem)) from problem
-    about = {"format": FORMAT, "step": step, "sha256": _digest(partial / "state.safetensors"), **extra}
+    digests = {}
+    for part, tensors in parts.items():
+        file = partial / f"{part}.safetensors"
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+        except SafetensorError as problem:  # its name for whatever went wrong in writing
+            raise OSError(str(problem)) from problem
+        digests[part] = _digest(file)
+    about = {"format": FORMAT, "step": step, "sha256": digests, **extra}
     (partial / "state.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     for file in partial.iterdir():
         _flush_to_disk(file)
@@ -83,12 +94,13 @@ def newest(folder: Path) -> Checkpoint | None:
                     f"checkpoint {printable(path)} has format {theirs}, this version reads {FORMAT}",
                     "finish the run with the version that began it, or start anew in another --out",
                 )
-            if extra.pop("sha256") != _digest(path / "state.safetensors"):
-                raise ValueError("its checksum does not match")
+            for part, digest in extra.pop("sha256").items():
+                if digest != _digest(path / f"{part}.safetensors"):
+                    raise ValueError(f"the checksum of {part} does not match")
             if extra.pop("step") != _step(path):
                 raise ValueError("it is of another step than its name says")
-            return Checkpoint(_step(path), load_file(path / "state.safetensors"), extra)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
+            return Checkpoint(path, _step(path), extra)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             say(f"checkpoint {printable(path)} is damaged ({printable(problem)}); trying the one before")
     if kept:
         raise SbrushError(
@@ -96,33 +108,6 @@ def newest(folder: Path) -> Checkpoint | None:
             "put a good copy there, or start anew in another --out",
         )
     return None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimiser's state as flat tensors, "parameter index.key": what `load_optimizer` takes back."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts back what `optimizer_tensors` took from an Adam; the parameter groups keep the optimiser's own settings.
-
-    ValueError if that is no state of an Adam over these parameters: of all of them, or of none.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        like = parameters[int(index)]
-        if tensor.shape == like.shape:  # fused Adam walks memory: moments must be laid out as their parameter is
-            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(index), {})[key] = tensor
-    expected = [{"step": torch.Size(()), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in parameters]
-    if state and [{k: v.shape for k, v in state.get(i, {}).items()} for i in range(len(parameters))] != expected:
-        raise ValueError("not the state of an Adam over these parameters")
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise ValueError("values that are no numbers")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def paths(folder: Path) -> list[Path]:

@@ -50,7 +50,8 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-MACHINE, ABLATIONS, OVERRIDES, REPORT = "Machine", "The paper's ablations", "Instead of the recipe's", "Output"
+MACHINE, MEMORY, ABLATIONS = "Machine", "Less memory", "The paper's ablations"
+OVERRIDES, REPORT = "Instead of the recipe's", "Output"
 DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the networks; x0 is float32.", rich_help_panel=MACHINE)]
 StudentFlag = Annotated[
@@ -91,6 +92,10 @@ def distill(
     lora_updates: Annotated[
         int | None, typer.Option(help="LoRA-teacher updates a student update.", min=1, rich_help_panel=OVERRIDES)
     ] = None,
+    student_lora: Annotated[
+        int | None,
+        typer.Option(help="Rank of a LoRA that is the student, for small cards.", min=1, rich_help_panel=OVERRIDES),
+    ] = None,
     t_init: Annotated[
         int | None, typer.Option(help="The student's timestep, below T.", min=1, rich_help_panel=OVERRIDES)
     ] = None,
@@ -114,13 +119,21 @@ def distill(
     ] = False,
     device: DeviceFlag = "auto",
     precision: Annotated[Precision, typer.Option(help="Of matrix products.", rich_help_panel=MACHINE)] = Precision.auto,
+    micro_batches: Annotated[
+        int, typer.Option(help="Parts that a process takes its batch in.", min=1, rich_help_panel=MEMORY)
+    ] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice, keep few.", rich_help_panel=MEMORY)
+    ] = False,
+    ema_on_cpu: Annotated[bool, typer.Option("--ema-on-cpu", help="Off: --set ema=0.", rich_help_panel=MEMORY)] = False,
+    adam_8bit: Annotated[bool, typer.Option("--adam-8bit", help="Needs bitsandbytes.", rich_help_panel=MEMORY)] = False,
 ) -> None:
     """Distil a teacher into a one-step student, from prompts alone."""
     chosen = RECIPES[recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"]
     given: dict[str, Any] = {
         "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
-        "lora_updates": lora_updates, "t_init": t_init,
-        "reparameterised": reparameterisation,
+        "lora_updates": lora_updates, "student_rank": student_lora, "t_init": t_init,
+        "reparameterised": reparameterisation, "optimizer": "adam8bit" if adam_8bit else None,
     }  # fmt: skip
     if guidance is not None:
         chosen = chosen.with_settings(guidance_to=None)
@@ -134,6 +147,7 @@ def distill(
     from sbrush.device import pick_device
     from sbrush.distill import distill as train
     from sbrush.distill import prepare
+    from sbrush.distiller import Fit
     from sbrush.prompts import read_prompts
     from sbrush.run import Intervals
 
@@ -142,6 +156,7 @@ def distill(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
         every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every), extend=extend,
+        fit=Fit(micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu),
     )  # fmt: skip
     if dry_run:
         _print_plan(plan.run.recipe, plan.run.config, texts.describe())

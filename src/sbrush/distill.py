@@ -23,6 +23,7 @@ from sbrush.console import SbrushError, printable, progress, say
 from sbrush.device import Precision, trains_in_bf16
 from sbrush.distiller import Distiller, Fit
 from sbrush.health import MOST_SKIPPED
+from sbrush.models.export import export_lora
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.prompts import Prompts, ShuffledPrompts
@@ -166,6 +167,8 @@ def _train(plan: Plan) -> bool:
                 return False
     if main:
         with distiller.average():
+            if recipe.student_rank:
+                export_lora(run.out / "student-lora", distiller.student, "student")
             run.export(distiller.teacher, distiller.exported())
     distiller.accelerator.wait_for_everyone()
     return True

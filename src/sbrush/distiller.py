@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from sbrush import checkpoint, core
+from sbrush import checkpoint, core, optimizer
 from sbrush.console import SbrushError
 from sbrush.core import Words
 from sbrush.ema import EMA
@@ -98,8 +98,12 @@ class Distiller:
                 unet.train()  # without which diffusers leaves checkpointing out; these networks have no dropout
         where = torch.device("cpu") if self.fit.ema_on_cpu else None
         self.ema = EMA(self.trained, recipe.ema, device=where)
-        self.student_optimizer = _adam(self.trained, recipe.student_lr, recipe)
-        self.lora_optimizer = _adam(self.lora, recipe.lora_lr, recipe)
+        self.student_optimizer = optimizer.make_adam(
+            self.trained.values(), kind=recipe.optimizer, lr=recipe.student_lr, beta2=recipe.beta2
+        )
+        self.lora_optimizer = optimizer.make_adam(
+            self.lora.values(), kind=recipe.optimizer, lr=recipe.lora_lr, beta2=recipe.beta2
+        )
         # accelerate wraps both networks (autocast; DDP when there are several processes), each under its own name:
         # the plain modules stay reachable as self.student and self.teacher.unet. Two LoRAs in one DDP module would
         # each wait for the other's gradients, so then their gradients are averaged in `_apply`.
@@ -280,19 +284,14 @@ class Distiller:
         answer_as(self.student if role == "student" else self.teacher.unet, role)
         self.accelerator.backward(loss / len(self._parts))
 
-    def _apply(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """Clips and steps; the gradient's norm before clipping. If that is not finite nothing is changed.
+    def _apply(self, adam: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """One step; the gradient's norm before clipping, see optimizer.clip_and_step.
 
-        The gradients are already those of all processes, so that all decide alike, and none waits for the device.
+        The gradients are already those of all processes, so that all decide alike.
         """
         if self.recipe.student_rank and self.accelerator.num_processes > 1:
             average_gradients(parameters.values(), self.accelerator)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), self.recipe.clip)
-        # Mixed precision's own switch, to be read on the device: the fused step does nothing where it is one.
-        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        return optimizer.clip_and_step(adam, self.recipe.clip)
 
     @contextmanager
     def average(self) -> Iterator[Model]:
@@ -317,8 +316,8 @@ class Distiller:
             "student": dict(self.trained),
             "ema": self.ema.tensors,
             "lora": dict(self.lora),
-            "student_optimizer": checkpoint.optimizer_tensors(self.student_optimizer),
-            "lora_optimizer": checkpoint.optimizer_tensors(self.lora_optimizer),
+            "student_optimizer": optimizer.state_of(self.student_optimizer),
+            "lora_optimizer": optimizer.state_of(self.lora_optimizer),
         }
 
     @torch.no_grad()
@@ -334,8 +333,8 @@ class Distiller:
             for name, tensor in tensors.items():
                 tensor.copy_(theirs[name])
         try:
-            checkpoint.load_optimizer(self.student_optimizer, saved.part("student_optimizer"))
-            checkpoint.load_optimizer(self.lora_optimizer, saved.part("lora_optimizer"))
+            optimizer.restore(self.student_optimizer, saved.part("student_optimizer"))
+            optimizer.restore(self.lora_optimizer, saved.part("lora_optimizer"))
         except (ValueError, IndexError, KeyError, RuntimeError) as problem:
             raise _misfit(saved.step) from problem
 
@@ -346,10 +345,6 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
     mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
     for gradient, own in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(own.view_as(gradient))
-
-
-def _adam(parameters: Mapping[str, nn.Parameter], lr: float, recipe: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters.values(), lr=lr, betas=(0.9, recipe.beta2), fused=True)
 
 
 def _misfit(step: int) -> SbrushError:

@@ -56,6 +56,7 @@ class Recipe:
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
     guidance_to: float | None = None  # s is drawn anew for each step from guidance .. guidance_to
     guidance_high: int | None = None  # guidance at timesteps up to this one only (arXiv 2404.07724)
+    optimizer: Literal["adam", "adam8bit"] = "adam"  # the latter's moments take a quarter of the memory (bitsandbytes)
     pairs: int = 0  # samples of a batch that are also held to the teacher's own picture of their noise: core.pair_loss
     pair_steps: int = 8  # that the teacher takes for it
     pair_guidance: float = 3.0

@@ -8,6 +8,7 @@ samples/teacher.json    what the teacher's pictures are like, for the alarms
 samples/x0-000200.png   one batch: student x0, the teacher's and the LoRA teacher's guess of it from x_t
 checkpoints/            the newest two states (checkpoint.py)
 student/                the result, a folder for diffusers
+student-lora/           the same as a LoRA, if the student is one
 .lock                   held while a run is at work here
 """
 

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
 
-from sbrush.files import write_json
+from sbrush.files import whole, write_json
 from sbrush.models.checks import model_files
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
+from sbrush.models.unet import Role
 
 
 def one_step_scheduler(teacher: Model, t_init: int | None = None) -> DDIMScheduler:
@@ -34,6 +37,21 @@ def one_step_scheduler(teacher: Model, t_init: int | None = None) -> DDIMSchedul
         thresholding=False,
         **cut,
     )
+
+
+def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role) -> None:
+    """Writes a role's LoRA in the layout that diffusers' load_lora_weights and ComfyUI read; its scale is inside it."""
+    from peft.tuners.lora import LoraLayer
+
+    tensors: dict[str, Tensor] = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, LoraLayer) and role in module.r:
+            tensors[f"unet.{name}.lora_A.weight"] = module.lora_A[role].weight.detach().cpu().contiguous()
+            scaled = module.lora_B[role].weight.detach() * module.scaling[role]
+            tensors[f"unet.{name}.lora_B.weight"] = scaled.cpu().contiguous()
+    folder.mkdir(exist_ok=True)
+    with whole(folder / "pytorch_lora_weights.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def export_student(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Literal
 
 import torch
@@ -31,7 +32,8 @@ def add_lora(
         names = targets.split()
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two LoRAs in one network are meant
         torch.manual_seed(seed)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), adapter_name=role)
     for name, parameter in unet.named_parameters():

@@ -29,6 +29,7 @@ from sbrush.core import NoiseSchedule
 from sbrush.ema import EMA
 from sbrush.files import whole
 from sbrush.models.unet import attend_explicitly
+from sbrush.optimizer import restore, state_of
 from sbrush.stickers import models
 from sbrush.stickers.world import ATTRIBUTES, Caption, random_caption, random_sticker, stream
 
@@ -216,7 +217,7 @@ def _train(
     if found := checkpoint.newest(folder):
         for part, net in nets.items():
             net.load_state_dict(found.part(part))
-        checkpoint.load_optimizer(optimizer, found.part("optimizer"))
+        restore(optimizer, found.part("optimizer"))
         if average:
             average.load(found.part("average"))
         first = found.step + 1
@@ -236,7 +237,7 @@ def _train(
             bar.advance(note=f"loss {mean:.4f}")
             if step % CHECKPOINT_EVERY == 0 or step == steps:
                 parts = {part: net.state_dict() for part, net in nets.items()}
-                parts["optimizer"] = checkpoint.optimizer_tensors(optimizer)
+                parts["optimizer"] = state_of(optimizer)
                 if average:
                     parts["average"] = average.tensors
                 checkpoint.save(folder, step, parts, keep=1)

@@ -1,0 +1,202 @@
+"""Other ways to the same student: in parts, with activations computed twice, as a LoRA, of other teachers."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from conftest import build_tiny_teacher
+from sbrush import checkpoint
+from sbrush.console import SbrushError
+from sbrush.distill import distill, prepare
+from sbrush.distiller import Distiller, Fit
+from sbrush.models.load import load_student, load_teacher
+from sbrush.models.unet import answer_as
+from sbrush.noise import picture_noise
+from sbrush.prompts import ShuffledPrompts, make_prompts
+from sbrush.recipes import RECIPES
+from sbrush.run import Intervals
+from sbrush.sample import student_pictures
+
+PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
+SMALL = dataclasses.replace(
+    RECIPES["swiftbrush"], steps=6, batch=4, student_lr=1e-3, lora_lr=1e-2, lora_rank=4, lora_alpha=4
+)
+SHARED = dataclasses.replace(SMALL, guide_lora=False, shared_forward=True, lora_updates=2, pairs=2, pair_steps=1)
+LORA = dataclasses.replace(SMALL, student_rank=3)
+variants = pytest.mark.parametrize("recipe", [SMALL, SHARED, LORA, dataclasses.replace(SHARED, student_rank=3)])
+
+
+def distiller(teacher, recipe, **fit):
+    made = Distiller(load_teacher(str(teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), fit=Fit(**fit))
+    torch.manual_seed(1)
+    for name, parameter in sorted((made.lora | (made.trained if recipe.student_rank else {})).items()):
+        parameter.data.normal_(std=0.1)
+        assert ".lora_" in name
+    return made
+
+
+def gradients(made):
+    """Every gradient that the optimisers see in one step."""
+    seen = []
+    for optimizer in (made.student_optimizer, made.lora_optimizer):
+        parameters = optimizer.param_groups[0]["params"]
+        optimizer.step = lambda parameters=parameters: seen.append(torch.cat([p.grad.flatten() for p in parameters]))
+    metrics = made.step(1, ShuffledPrompts(PROMPTS, 3))
+    return seen, metrics
+
+
+@variants
+@pytest.mark.parametrize("fit", [{"micro_batches": 2}, {"checkpointing": True}, {"ema_on_cpu": True}])
+def test_whatever_fits_a_run_to_its_machine_leaves_its_gradients_alone(tiny_teacher, recipe, fit):
+    plain, other = (gradients(distiller(tiny_teacher, recipe, **options)) for options in ({}, fit))
+    assert len(plain[0]) == len(other[0]) == 1 + recipe.lora_updates
+    for one, two in zip(plain[0], other[0], strict=True):
+        assert one.norm() > 0 and (one - two).norm() < 1e-4 * one.norm()
+    for name, value in plain[1].items():
+        assert torch.allclose(value, other[1][name], rtol=1e-3, atol=1e-5), name
+
+
+def test_a_batch_that_cannot_be_split_so_is_refused(tiny_teacher):
+    with pytest.raises(SbrushError, match="4 samples a process cannot be split into 3 micro-batches"):
+        distiller(tiny_teacher, SMALL, micro_batches=3)
+
+
+def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher):
+    made = Distiller(load_teacher(str(tiny_teacher)), LORA, seed=3, accelerator=Accelerator(cpu=True))
+    own = load_teacher(str(tiny_teacher))
+    z, t, words = picture_noise([1, 2], (4, 16, 16)), torch.tensor([999, 999]), own.encode(["a cat", "a dog"])
+    with made.average() as student, torch.no_grad():
+        assert torch.allclose(student.denoise(z, t, words), own.denoise(z, t, words), atol=1e-6)
+    before = {n: p.detach().clone() for n, p in made.student.named_parameters() if ".lora_" not in n}
+    order = ShuffledPrompts(PROMPTS, 3)
+    for step in (1, 2, 3):
+        made.step(step, order)
+    now = dict(made.student.named_parameters())
+    assert before and all(torch.equal(now[n], p) for n, p in before.items())
+    assert all(".lora_" in n and ".student." in n for n in made.trained)
+    assert set(made.trained).isdisjoint(made.lora)
+    with made.average() as student, torch.no_grad():
+        assert not torch.allclose(student.denoise(z, t, words), own.denoise(z, t, words), atol=1e-3)
+        merged = made.exported()
+        assert torch.allclose(student.denoise(z, t, words), merged(z, t, words["tokens"]).sample, atol=1e-4)
+    answer_as(made.student, "teacher")
+    with torch.no_grad():
+        assert torch.allclose(made.teacher.denoise(z, t, words), own.denoise(z, t, words), atol=1e-6)
+
+
+def run(teacher, out, recipe=SMALL, **options):
+    plan = prepare(
+        recipe, PROMPTS, out=out, teacher=str(teacher), init=options.pop("init", None), seed=3, device="cpu",
+        precision="float32", every=Intervals(log=2, sheet=3, checkpoint=3), fit=Fit(**options),
+    )  # fmt: skip
+    assert distill(plan)
+    return out / "student"
+
+
+@pytest.mark.parametrize("recipe", [SMALL, LORA, dataclasses.replace(SHARED, optimizer="adam8bit")])
+def test_a_run_of_any_kind_goes_on_from_its_checkpoint_exactly(tmp_path, tiny_teacher, recipe):
+    whole = run(tiny_teacher, tmp_path / "whole", recipe)
+    run(tiny_teacher, tmp_path / "part", recipe)
+    part = tmp_path / "part"
+    (part / "student").rename(tmp_path / "gone")
+    newest = checkpoint.paths(part / "checkpoints")[0]
+    newest.rename(tmp_path / "newest")
+    run(tiny_teacher, part, recipe)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    one, two = load_file(whole / name), load_file(part / "student" / name)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_lora_student_is_exported_whole_and_as_a_lora_for_plain_diffusers(tmp_path, tiny_teacher):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    student = run(tiny_teacher, tmp_path / "run", dataclasses.replace(LORA, student_lr=1e-2))
+    ours = next(student_pictures(load_student(str(student)), ["a red cat"], [5]))[0].float()
+    from_teacher = next(student_pictures(load_student(str(tiny_teacher)), ["a red cat"], [5]))[0].float()
+    assert (ours - from_teacher).abs().max() > 5
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_teacher)
+    pipe.scheduler = DDIMScheduler.from_pretrained(student / "scheduler")
+    pipe.load_lora_weights(tmp_path / "run" / "student-lora", weight_name="pytorch_lora_weights.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "np"}
+    theirs = pipe("a red cat", generator=torch.Generator().manual_seed(5), **options).images[0]
+    assert (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours).abs().max() <= 1
+
+
+def test_a_lora_student_and_init_are_refused_together(tmp_path, tiny_teacher):
+    student = run(tiny_teacher, tmp_path / "run")
+    with pytest.raises(SbrushError, match="cannot start as another student"):
+        run(tiny_teacher, tmp_path / "second", LORA, init=str(student))
+
+
+@pytest.mark.parametrize("recipe", [SHARED, LORA])
+def test_an_xl_teacher_distils_and_its_student_is_plain_diffusers(tmp_path, tiny_xl, recipe):
+    from diffusers import StableDiffusionXLPipeline
+
+    student = run(tiny_xl, tmp_path / "run", recipe)
+    pipe = StableDiffusionXLPipeline.from_pretrained(student, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "np"}
+    theirs = pipe("a red cat", generator=torch.Generator().manual_seed(5), **options).images[0]
+    ours = next(student_pictures(load_student(str(student)), ["a red cat"], [5]))[0].float()
+    assert (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours).abs().max() <= 1
+    assert ours.std() > 5
+
+
+def test_what_the_unet_is_told_is_what_diffusers_tells_it(tiny_xl):
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_xl, add_watermarker=False)
+    model = load_teacher(str(tiny_xl))
+    cond, null, pooled, null_pooled = pipe.encode_prompt("a red cat", device="cpu", do_classifier_free_guidance=True)
+    words, nothing = model.encode(["a red cat"]), model.null()
+    assert torch.allclose(words["tokens"], cond, atol=1e-6) and torch.allclose(words["pooled"], pooled, atol=1e-6)
+    assert torch.equal(nothing["tokens"], null) and torch.equal(nothing["pooled"], null_pooled)
+    assert pooled.abs().max() > 0 and cond.shape == (1, 16, 40)
+    model.index["force_zeros_for_empty_prompt"] = False
+    assert torch.allclose(model.null()["tokens"], model.encode([""])["tokens"]) and model.null()["tokens"].any()
+    assert model.picture_size == (32, 32)
+
+
+def test_the_size_that_an_xl_network_is_told_matters_and_is_its_own(tiny_xl):
+    model = load_teacher(str(tiny_xl))
+    x, t, words = picture_noise([1], (4, 16, 16)), torch.tensor([500]), model.encode(["a cat"])
+    sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+
+    def told(ids):
+        added = {"text_embeds": words["pooled"], "time_ids": ids}
+        return model.unet(x, t, words["tokens"], added_cond_kwargs=added).sample
+
+    assert torch.allclose(model.denoise(x, t, words), told(sizes), atol=1e-6)
+    assert not torch.allclose(told(sizes), told(sizes * 2), atol=1e-4)
+
+
+def test_a_flow_matching_network_is_one_more_adapter(tmp_path):
+    """u = eps - x0 on x_s = (1 - s) x0 + s eps, for a Gaussian whose answers are known, seen through a v prediction."""
+    from sbrush import core
+    from sbrush.models.model import Model
+
+    class Flow(Model):
+        def predict(self, network, x_t, t, words):
+            alpha, sigma = self.schedule.at(t)
+            s = sigma / (alpha + sigma)
+            x = x_t / (alpha + sigma)
+            u = network(x, s)
+            return alpha * (x + (1 - s) * u) - sigma * (x - s * u)
+
+    base = load_teacher(str(build_tiny_teacher(tmp_path / "teacher", prediction="v_prediction")))
+    model = Flow(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+    deviation = 0.5  # of x0 ~ N(0, deviation^2)
+
+    def network(x, s):
+        variance = ((1 - s) * deviation) ** 2 + s**2
+        return s / variance * x - (1 - s) * deviation**2 / variance * x
+
+    x_t, t = picture_noise([1, 2, 3], (4, 8, 8)), torch.tensor([3, 500, 999])
+    eps = core.to_epsilon(model.predict(network, x_t, t, {}), x_t, t, model.schedule, model.prediction)
+    alpha, sigma = model.schedule.at(t)
+    expected = sigma / ((alpha * deviation) ** 2 + sigma**2) * x_t  # E[eps | x_t]
+    assert torch.allclose(eps, expected, atol=1e-4)
