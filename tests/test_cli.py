@@ -114,7 +114,7 @@ def test_distill_then_sample_from_the_command_line(tmp_path, tiny_teacher, promp
 def test_dry_run_prints_the_recipes_and_writes_nothing(tmp_path, tiny_teacher, prompt_file):
     done = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0 and not (tmp_path / "run").exists()
-    for said in ("swiftbrush", "stickers", "student_lr", "244000", "UNet forwards a picture: 9"):
+    for said in ("swiftbrush", "stickers", "student_lr", "244000", "9 UNet forwards of"):
         assert said in done.stdout
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported at module level: `sbrush --help` answers in the time t
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import traceback
@@ -111,11 +112,11 @@ def distill(
     ] = True,
     log_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 10,
     sheet_every: Annotated[
-        int, typer.Option(help="Steps between contact sheets.", min=1, rich_help_panel=REPORT)
+        int, typer.Option(help="Steps between contact sheets; 0: none.", min=0, rich_help_panel=REPORT)
     ] = 200,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 200,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the recipes and the resolved run; train nothing.")
+        bool, typer.Option("--dry-run", help="Print the recipes, and what this run would take; train nothing.")
     ] = False,
     device: DeviceFlag = "auto",
     precision: Annotated[Precision, typer.Option(help="Of matrix products.", rich_help_panel=MACHINE)] = Precision.auto,
@@ -152,15 +153,31 @@ def distill(
     from sbrush.run import Intervals
 
     texts = read_prompts(prompts)
+    fit = Fit(micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu)
+    if dry_run:
+        from sbrush.cost import estimate
+        from sbrush.device import trains_in_bf16
+
+        where = pick_device(device)
+        bf16 = trains_in_bf16(cast("Any", precision.value), where)
+        _print_recipes(chosen)
+        facts = {
+            "teacher": teacher or "stickers (built in)",
+            "prompts": texts.describe(),
+            "seed": seed,
+            "bfloat16": bf16,
+        }
+        for name, value in facts.items():
+            console.out(f"{name}: {printable(value)}")
+        for line in estimate(teacher, chosen, fit, bf16=bf16, device=where).lines(chosen):
+            console.out(line)
+        return
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
         every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every), extend=extend,
-        fit=Fit(micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu),
+        fit=fit,
     )  # fmt: skip
-    if dry_run:
-        _print_plan(plan.run.recipe, plan.run.config, texts.describe())
-        return
     shown = printable(plan.run.out)
     if not train(plan):
         if plan.main_process:
@@ -258,6 +275,7 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports if it is there; it talks of kernels
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -298,8 +316,8 @@ def _same_command() -> str:
     return printable(shlex.join(["sbrush", *sys.argv[1:]]))
 
 
-def _print_plan(recipe: Recipe, config: dict[str, Any], prompts: str) -> None:
-    """The recipes side by side, then this run as resolved."""
+def _print_recipes(recipe: Recipe) -> None:
+    """The recipes side by side, and this run's beside them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -309,11 +327,6 @@ def _print_plan(recipe: Recipe, config: dict[str, Any], prompts: str) -> None:
             field.name, *(str(getattr(r, field.name)) for r in RECIPES.values()), str(getattr(recipe, field.name))
         )
     Console(markup=False, highlight=False).print(table)
-    facts = {"teacher": config["teacher"], "prompts": prompts, "seed": config["seed"], "bfloat16": config["bf16"]}
-    facts["UNet forwards a picture"] = f"{recipe.forwards:g}"
-    facts["pictures in all"] = recipe.steps * recipe.batch
-    for name, value in facts.items():
-        console.out(f"{name}: {printable(value)}")
 
 
 if __name__ == "__main__":

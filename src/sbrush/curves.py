@@ -39,7 +39,8 @@ def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
         if len(panel.lines) > 1:
-            panel.legend(fontsize=8, framealpha=0.7)
+            panel.margins(y=0.3)  # room for the names above and below the lines
+            panel.legend(fontsize=8, framealpha=0.7, ncols=2)
     for panel in panels[-1]:
         panel.set_xlabel("step")
     if raised:

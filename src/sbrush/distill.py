@@ -134,27 +134,30 @@ def _train(plan: Plan) -> bool:
             say(f"going on after step {saved.step} of {recipe.steps}")
     log = run.begin(distiller.teacher, after_step=first - 1) if main else []
     plan.accelerator.wait_for_everyone()
-    yardstick, every = run.yardstick, run.every
+    every = run.every
+    yardstick = run.yardstick if every.sheet else None
     waiting: list[Tensor] = []
     since, skipped = time.monotonic(), 0  # the latter: steps in a row, up to now, that were not finite
     with stop_requests() as stop, progress("distilling", recipe.steps, done=first - 1) as bar:
         for step in range(first, recipe.steps + 1):
             result = distiller.step(step, order)
-            result |= yardstick.compare(result["x0"])
-            waiting.append(torch.stack([result[name] for name in METRICS]))
+            if yardstick:
+                result |= yardstick.compare(result["x0"])
+            unknown = torch.full_like(result["gap"], float("nan"))
+            waiting.append(torch.stack([result.get(name, unknown) for name in METRICS]))
             last, stopping = step == recipe.steps, stop.asked_by_any(distiller.accelerator)
-            sheet = step % every.sheet == 0 or last or step == 1
+            sheet = bool(every.sheet) and (step % every.sheet == 0 or last or step == 1)
             save = step % every.checkpoint == 0 or last or stopping
             note = ""
             if step % every.log == 0 or sheet or save:  # the only place that waits for the device
                 entry = _means(waiting, distiller.accelerator)
                 entry["pictures_per_second"] = round(len(waiting) * recipe.batch / (time.monotonic() - since), 2)
                 skipped = _run_of_skipped(waiting, skipped)
-                if main and sheet:
+                if main and yardstick and sheet:
                     with distiller.average() as student:
                         entry |= run.sheets(step, student, result, yardstick)
                 note = run.log(step, entry, log) if main else ""
-                if main and sheet:
+                if main and (sheet or last):
                     run.curves(log)
                 waiting, since = [], time.monotonic()
             if skipped >= MOST_SKIPPED:

@@ -84,7 +84,9 @@ class Distiller:
             student = copy.deepcopy((init or teacher).unet).to(accelerator.device, memory_format=self.memory_format)
             self.student = student.float().requires_grad_(True).train()
         if accelerator.mixed_precision == "bf16":
-            nn.Module.to(base, torch.bfloat16)  # diffusers' own `to` warns, of nothing that concerns this
+            # On the CPU memory is no worry, and text embeddings may as well keep their digits.
+            for network in teacher.networks if accelerator.device.type == "cuda" else (base,):
+                nn.Module.to(network, torch.bfloat16)  # diffusers' own `to` warns, of nothing that concerns this
         base.to(memory_format=self.memory_format)
         rank, alpha, targets = recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets
         self.lora = add_lora(base, "lora_teacher", rank=rank, alpha=alpha, targets=targets, seed=seed)

@@ -7,6 +7,7 @@ can be resumed, or spread over another number of processes, without changing wha
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable
 
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor
 
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator whose stream is fixed by the key."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(_number(*key))
+
+
+def _number(*key: int | str) -> int:
+    """63 bits fixed by the key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def picture_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
@@ -29,7 +34,7 @@ class StepNoise:
 
     def __init__(self, seed: int, step: int, indices: Iterable[int], device: torch.device) -> None:
         self._draws = [generator(seed, step, index) for index in indices]
-        self._whole = generator(seed, step, "batch")
+        self._whole = random.Random(_number(seed, step, "batch"))
         self._device = device
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
@@ -43,8 +48,8 @@ class StepNoise:
 
     def uniform(self, low: float, high: float) -> float:
         """One draw from low .. high for the whole global batch."""
-        return low + (high - low) * torch.rand((), generator=self._whole).item()
+        return low + (high - low) * self._whole.random()
 
     def chance(self, probability: float) -> bool:
         """One draw for the whole global batch."""
-        return torch.rand((), generator=self._whole).item() < probability
+        return self._whole.random() < probability

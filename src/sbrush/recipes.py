@@ -127,15 +127,16 @@ class Recipe:
     def forwards(self) -> float:
         """What an update costs for each picture, in UNet forwards; a backward counts as two, through a LoRA as one.
 
-        Student 3, teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own update 2; and the
-        teacher's steps for some pictures.
+        Student 3, or as a LoRA 2; teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own
+        update 2; and the teacher's steps for some pictures.
         """
         teacher = 1 if self.guidance == 1 and self.guidance_to is None else 2
         paired = self.pair_share * self.pairs / self.batch * self.pair_steps * (1 if self.pair_guidance == 1 else 2)
+        student = 2 if self.student_rank else 3
         if self.gap == "sds":
-            return 3 + teacher + paired
+            return student + teacher + paired
         score = teacher if self.guide_lora else 0 if self.shared_forward else 1
-        return 3 + teacher + score + 2 * self.lora_updates + paired
+        return student + teacher + score + 2 * self.lora_updates + paired
 
 
 @cache
@@ -166,7 +167,7 @@ RECIPES = {
             t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
         ),
         Recipe(
-            name="stickers", gap="dmd", guidance=1.5, guide_lora=False, steps=1000, batch=32,
+            name="stickers", gap="dmd", guidance=1.5, guide_lora=False, steps=3000, batch=32,
             student_lr=1.5e-4, warmup=50, cooldown=0.8, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
             lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
             t_init=625, t_low=200, t_high=980, ema=0.99, beta2=0.99, clip=1.0, lora_lr_end=0.1,

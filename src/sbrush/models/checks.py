@@ -11,8 +11,8 @@ from sbrush.console import SbrushError, printable
 from sbrush.models.model import Model
 
 
-def check_part(folder: Path, part: str, parts: Iterable[str]) -> None:
-    """SbrushError if a model folder lacks a part or holds it only as a pickle."""
+def check_part(folder: Path, part: str, parts: Iterable[str], *, weights: bool = True) -> None:
+    """SbrushError if a model folder lacks a part, or holds its weights, if they are wanted, only as a pickle."""
     here = folder / part
     shown = printable(folder)
     if not here.is_dir():
@@ -21,7 +21,7 @@ def check_part(folder: Path, part: str, parts: Iterable[str]) -> None:
             "a model folder has model_index.json and " + ", ".join(f"{p}/" for p in parts),
             code=2,
         )
-    if part in ("tokenizer", "tokenizer_2", "scheduler"):
+    if part in ("tokenizer", "tokenizer_2", "scheduler") or not weights:
         return
     if not any(here.glob("*.safetensors")):
         pickled = any(here.glob("*.bin")) or any(here.glob("*.ckpt"))
@@ -76,6 +76,13 @@ def read_network(kind: Any, folder: Path, **options: Any) -> Any:
         if not tensor.isfinite().all():
             raise ValueError(f"{name} of {folder.name} holds values that are no numbers")
     return network
+
+
+def untrained_network(kind: Any, folder: Path) -> Any:
+    """The network that a folder's configuration describes, its weights not read."""
+    if hasattr(kind, "load_config"):
+        return kind.from_config(kind.load_config(folder, local_files_only=True))
+    return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
 
 
 def check_fit(model: Model) -> None:

@@ -12,7 +12,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from sbrush.console import SbrushError, printable
-from sbrush.models.checks import check_configuration, check_fit, check_part, model_files, read_json, read_network
+from sbrush.models.checks import (
+    check_configuration,
+    check_fit,
+    check_part,
+    model_files,
+    read_json,
+    read_network,
+    untrained_network,
+)
 from sbrush.models.model import Model
 from sbrush.models.sdxl import ModelXL
 
@@ -50,6 +58,13 @@ def load_student(source: str | None = None, *, device: str = "cpu", dtype: torch
     return _load([folder], str(source), device, dtype)
 
 
+def load_shapes(source: str | None) -> Model:
+    """A teacher whose networks have shapes and no numbers (device "meta"): nothing is read but its configuration."""
+    if source is None:
+        return _load([BUILT_IN / "teacher"], "stickers (built in)", "meta", torch.float32)
+    return _load([_resolve(source, weights=False)], source, "meta", torch.float32)
+
+
 def digest(model: Model) -> str:
     """SHA-256 over the weights and configuration files of all of a model's parts, by name."""
     whole = hashlib.sha256()
@@ -75,7 +90,7 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
             )
         folders = {part: next((p for p in places if (p / part).is_dir()), places[0]) for part in family.parts}
         for part, folder in folders.items():
-            check_part(folder, part, family.parts)
+            check_part(folder, part, family.parts, weights=device != "meta")
         for part, folder in folders.items():
             check_configuration(folder / part)
         config = read_json(folders["scheduler"] / "scheduler" / "scheduler_config.json")
@@ -89,7 +104,7 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
             )
         about_file = folders["unet"] / "sbrush.json"
         about = read_json(about_file) if about_file.is_file() else {}
-        parts = {part: _read_part(folders[part] / part, part, family, dtype) for part in family.parts}
+        parts = {part: _read_part(folders[part] / part, part, family, device, dtype) for part in family.parts}
         model = family(
             name=name, folders=folders, about=about, index=index, **(parts | {"scheduler": scheduler})
         )  # fmt: skip
@@ -107,7 +122,7 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
             f"{printable(name)} has student format {printable(about['format'])}, this version reads {FORMAT}",
             "upgrade sbrush",
         )
-    if model.prediction == "epsilon" and model.schedule.alpha[-1] == 0:
+    if model.prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
         raise SbrushError(
             f"{printable(name)} predicts epsilon and its schedule ends in pure noise, from which no picture follows",
             "set 'rescale_betas_zero_snr' to false in its scheduler's configuration, or take a v-prediction model",
@@ -117,17 +132,20 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
     return model
 
 
-def _read_part(folder: Path, part: str, family: type[Model], dtype: torch.dtype) -> object:
+def _read_part(folder: Path, part: str, family: type[Model], device: str, dtype: torch.dtype) -> object:
     library, kind = family.parts[part]
     if part == "scheduler":
         return None
     if kind == "CLIPTokenizer":
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if device == "meta":
+        with torch.device("meta"):
+            return untrained_network(KINDS[kind], folder)
     return read_network(KINDS[kind], folder, **{"dtype" if library == "transformers" else "torch_dtype": dtype})
 
 
-def _resolve(source: str) -> Path:
-    """The local folder that a path or Hub id stands for; downloads safetensors, JSON and text only."""
+def _resolve(source: str, *, weights: bool = True) -> Path:
+    """The local folder that a path or Hub id stands for; downloads JSON and text only, and safetensors if wanted."""
     folder = Path(source).expanduser()
     layout = "give a folder in Stable Diffusion's format (model_index.json, unet/, vae/ ...), a Hub id, or nothing"
     if folder.is_dir():
@@ -144,7 +162,7 @@ def _resolve(source: str) -> Path:
             "model_index.json",
             "sbrush.json",
             "README.md",
-            *(f"{p}/*.{e}" for p in parts for e in ("json", "txt", "safetensors")),
+            *(f"{p}/*.{e}" for p in parts for e in ("json", "txt", *["safetensors"] * weights)),
         ]
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
     except Exception as problem:  # no network, no such repository, gated: all come as different exceptions

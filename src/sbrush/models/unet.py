@@ -76,12 +76,12 @@ def merge_lora(unet: UNet2DConditionModel, role: Role, into: UNet2DConditionMode
     return into
 
 
-def attend_explicitly(unet: UNet2DConditionModel) -> None:
-    """On the CPU, computes attention over few tokens as two plain matrix products.
+def attend_explicitly(unet: UNet2DConditionModel, device: str | None = None) -> None:
+    """On the CPU (`device`: by default the UNet's), computes attention over few tokens as two plain matrix products.
 
     The backward of torch's fused attention took 36 % of a training step of the built-in UNet on a CPU (docs/log.md).
     Over many tokens, as at Stable Diffusion's size, the fused one stays: the products would need gigabytes.
     """
     size = unet.config.sample_size
-    if unet.device.type == "cpu" and (size if isinstance(size, int) else max(size)) <= 32:
+    if (device or unet.device.type) == "cpu" and (size if isinstance(size, int) else max(size)) <= 32:
         unet.set_attn_processor(AttnProcessor())

@@ -1,0 +1,228 @@
+"""What a run will take, told beforehand: parameters, memory, UNet forwards, FLOPs, disk. `sbrush distill --dry-run`
+
+The networks are built with shapes and no numbers, and one training step's heaviest part is played through with them:
+every tensor that it would hold is counted, and so is every multiplication. Nothing is loaded, nothing computed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from sbrush.core import Words
+from sbrush.distiller import Fit
+from sbrush.models.load import load_shapes
+from sbrush.models.model import Model
+from sbrush.models.unet import add_lora, answer_as, attend_explicitly
+from sbrush.recipes import Recipe
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes. Memory is that of one process, in bytes, without what torch and the driver keep themselves."""
+
+    parameters: dict[str, int]
+    memory: dict[str, int]  # on the device, by what it is for
+    host_memory: dict[str, int]  # off it, if it is no CPU
+    flops: float  # of one UNet forward for one picture
+    forwards: float  # UNet forwards a picture takes, a backward counted as two
+    checkpoint: int  # bytes on disk; two are kept, and a third while it is written
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device when most is held."""
+        return sum(self.memory.values())
+
+    def lines(self, recipe: Recipe) -> list[str]:
+        """The cost as people read it."""
+        pictures, each = recipe.steps * recipe.batch, self.forwards * self.flops
+        return [
+            "",
+            *(f"{name:56} {count / 1e6:10.2f} M parameters" for name, count in self.parameters.items()),
+            "",
+            *(f"{name:56} {size / GIB:10.3f} GiB" for name, size in self.memory.items() if size),
+            f"{'expected peak, besides what torch and the driver keep':56} {self.peak / GIB:10.3f} GiB",
+            *(
+                f"{name + ', in host memory':56} {size / GIB:10.3f} GiB"
+                for name, size in self.host_memory.items()
+                if size
+            ),
+            f"{'disk for checkpoints, three while one is written':56} {3 * self.checkpoint / GIB:10.3f} GiB",
+            "",
+            f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP a picture: {each / 1e12:.3g} TFLOP",
+            f"{recipe.steps} steps of {recipe.batch}: {pictures} pictures, {pictures * each / 1e15:.3g} PFLOP; "
+            f"{pictures * each / 3600e14:.3g} hours at 100 TFLOP/s",
+        ]
+
+
+def estimate(source: str | None, recipe: Recipe, fit: Fit, *, bf16: bool, world: int = 1, device: str = "cpu") -> Cost:
+    """The cost of a run with this teacher; SbrushError if the teacher cannot be had."""
+    teacher = load_shapes(source)
+    share = max(1, recipe.batch // world // fit.micro_batches)
+    with torch.device("meta"):
+        student, base, trained, lora = _networks(teacher, recipe, fit, bf16, device)
+        working, flops = _play(teacher, student, base, recipe, share)
+    count = {name: sum(p.numel() for p in network.parameters()) for name, network in _named(teacher).items()}
+    count["LoRA teacher"], count["student, trained"] = lora, trained
+    frozen = 2 if bf16 else 4
+    others = 2 if device.startswith("cuda") and bf16 else 4
+    copies = 2 * trained if bf16 and not recipe.student_rank else 0  # autocast's, for as long as a step's forward lasts
+    moments = 2 if recipe.optimizer == "adam8bit" else 8
+    average = 4 * trained if recipe.ema else 0
+    memory = {
+        "teacher's UNet, frozen": frozen * count["UNet"],
+        "text encoder and autoencoder, frozen": others * (count["text encoder"] + count["VAE"]),
+        "student's weights, float32": 4 * trained,
+        "student's weights, bfloat16 copy": copies,
+        "student's Adam": moments * trained,
+        "student's average": 0 if fit.ema_on_cpu else average,
+        "LoRA teacher: weights, Adam": (4 + moments) * lora,
+        f"gradients and activations, {share} picture{'s' if share > 1 else ''} at once": working,
+    }
+    forwards = recipe.forwards + (1 + recipe.lora_updates * (recipe.gap != "sds") if fit.checkpointing else 0)
+    state = (4 + moments) * (trained + lora) + average
+    host = {"student's average": average if fit.ema_on_cpu else 0}
+    return Cost(count, memory, host, flops, forwards, state)
+
+
+def _named(model: Model) -> dict[str, nn.Module]:
+    encoders = nn.ModuleList([encoder for _, encoder in model.text_parts])
+    return {"UNet": model.unet, "text encoder": encoders, "VAE": model.vae}
+
+
+def _networks(
+    teacher: Model, recipe: Recipe, fit: Fit, bf16: bool, device: str
+) -> tuple[UNet2DConditionModel, UNet2DConditionModel, int, int]:
+    """Student and shared base as distiller.Distiller has them, and how many parameters of each are trained."""
+
+    def build() -> UNet2DConditionModel:
+        unet = UNet2DConditionModel.from_config(teacher.unet.config)
+        return unet.to(torch.bfloat16) if bf16 else unet
+
+    base = build()
+    rank, alpha, targets = recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets
+    lora = sum(
+        p.numel() for p in add_lora(base, "lora_teacher", rank=rank, alpha=alpha, targets=targets, seed=0).values()
+    )
+    if recipe.student_rank:
+        student = base
+        trained = sum(
+            p.numel()
+            for p in add_lora(base, "student", rank=recipe.student_rank, alpha=1, targets="all", seed=0).values()
+        )
+    else:
+        student = build()
+        trained = sum(p.numel() for p in student.parameters())
+    for unet in (student, base):
+        attend_explicitly(unet, device)
+        if fit.checkpointing:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+    return student, base, trained, lora
+
+
+def _play(teacher: Model, student: nn.Module, base: nn.Module, recipe: Recipe, share: int) -> tuple[int, float]:
+    """The most bytes held at once by one part of a batch, gradients included; FLOPs of one forward of one picture."""
+    dtype = next(base.parameters()).dtype  # under autocast activations are of the dtype of matrix products
+
+    def words(batch: int) -> Words:
+        width = sum(encoder.config.hidden_size for _, encoder in teacher.text_parts)
+        told = {"tokens": torch.zeros(batch, teacher.text_parts[0][0].model_max_length, width, dtype=dtype)}
+        if len(teacher.text_parts) > 1:
+            told["pooled"] = torch.zeros(batch, teacher.text_parts[-1][1].config.projection_dim, dtype=dtype)
+        return told
+
+    def forward(unet: nn.Module, batch: int) -> Tensor:
+        x, t = torch.zeros(batch, *teacher.latent_shape, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
+        return teacher.predict(unet, x, t, words(batch)).float()
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        answer_as(base, "teacher")
+        forward(base, 1)
+    held = Held([student, base])
+    with held, flash_attention():
+        answer_as(student, "student")
+        x0 = forward(student, share)
+        with torch.no_grad():
+            answer_as(base, "teacher")
+            forward(base, share if recipe.guidance == 1 else 2 * share)
+        answer_as(base, "lora_teacher")
+        shared = forward(base, share) if recipe.shared_forward else None
+        answer_as(student, "student")
+        x0.sum().backward()
+        del x0
+        answer_as(base, "lora_teacher")
+        (forward(base, share) if shared is None else shared).sum().backward()
+    return held.most, counter.get_total_flops()
+
+
+class _Flash(torch.autograd.Function):
+    """What fused attention holds: its inputs, its output and a number for each query, but no attention map."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """On networks without numbers torch would write attention maps out; while this lasts it holds what kernels hold."""
+    own = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Flash.apply(query, key, value)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all storages that come into being, for as long as they are held."""
+
+    def __init__(self, known: list[nn.Module]) -> None:
+        super().__init__()
+        tensors = [t for module in known for t in (*module.parameters(), *module.buffers())]
+        self._known = {t.untyped_storage()._cdata for t in tensors}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._meet(value.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)

@@ -1,0 +1,108 @@
+"""What a run will take, told beforehand, against what it takes."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import sbrush
+from sbrush.cost import Held, estimate
+from sbrush.distiller import Distiller, Fit
+from sbrush.models.load import load_teacher
+from sbrush.noise import picture_noise
+from sbrush.prompts import ShuffledPrompts, make_prompts
+from sbrush.recipes import RECIPES
+
+SMALL = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, null_chance=0.0)
+LORA = dataclasses.replace(SMALL, student_rank=3, ema=0.0)
+SHARED = dataclasses.replace(SMALL, guide_lora=False, shared_forward=True)
+
+
+def size(tensors):
+    return sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("recipe", [SMALL, LORA, SHARED])
+def test_what_is_kept_is_what_a_distiller_keeps(tiny_teacher, recipe):
+    made = Distiller(load_teacher(str(tiny_teacher)), recipe, seed=0, accelerator=Accelerator(cpu=True))
+    for step in (1, 2):
+        made.step(step, ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 0))
+    told = estimate(str(tiny_teacher), recipe, Fit(), bf16=False)
+    state = made.state()
+    own = {n: p for n, p in made.teacher.unet.named_parameters() if ".lora_" not in n}
+    assert told.memory["teacher's UNet, frozen"] == size(own.values()) == 4 * told.parameters["UNet"]
+    assert told.memory["student's weights, float32"] == size(state["student"].values())
+    assert told.memory["student's average"] == size(state["ema"].values())
+    moments = {k: v for k, v in state["student_optimizer"].items() if not k.endswith("step")}
+    assert told.memory["student's Adam"] == size(moments.values())
+    parts = sum(size(part.values()) for part in state.values())
+    assert told.checkpoint == pytest.approx(parts, rel=0.01)  # but for the optimisers' step counts
+    rest = made.teacher.text_encoder, made.teacher.vae
+    expected = sum(size(network.parameters()) for network in rest)
+    assert told.memory["text encoder and autoencoder, frozen"] == expected
+
+
+def test_flops_are_those_of_a_real_forward(tiny_teacher):
+    model = load_teacher(str(tiny_teacher))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.denoise(picture_noise([1], (4, 16, 16)), torch.tensor([5]), model.encode(["a cat"]))
+    assert estimate(str(tiny_teacher), SMALL, Fit(), bf16=False).flops == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
+
+
+def test_what_is_held_is_counted_for_as_long_as_it_is_held():
+    weight = torch.nn.Parameter(torch.zeros(8, 8, device="meta"))
+    holder = torch.nn.ParameterList([weight])
+    held = Held([holder])
+    with held:
+        x = torch.zeros(4, 8, device="meta")  # 128 bytes
+        y = (x @ weight).tanh()  # 128 for the product, 128 for what tanh's backward needs
+        assert held.now == 256 and held.most == 384  # the product itself is not kept
+        y.sum().backward()
+        assert weight.grad.nbytes == 256
+        del x, y
+    assert held.now == 256 and held.most >= 512  # the gradient stays
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(Fit(), Fit(checkpointing=True)), (Fit(), Fit(micro_batches=4))],
+)
+def test_what_is_meant_to_save_memory_does(tiny_teacher, before, after):
+    one, two = (
+        estimate(str(tiny_teacher), dataclasses.replace(SMALL, batch=64), f, bf16=False) for f in (before, after)
+    )
+    assert two.peak < 0.8 * one.peak and two.memory["student's Adam"] == one.memory["student's Adam"]
+
+
+def test_the_average_can_be_kept_elsewhere_or_not_at_all(tiny_teacher):
+    def average(recipe, fit):
+        told = estimate(str(tiny_teacher), recipe, fit, bf16=False)
+        return told.memory["student's average"], told.host_memory["student's average"]
+
+    own = 4 * estimate(str(tiny_teacher), SMALL, Fit(), bf16=False).parameters["UNet"]
+    assert average(SMALL, Fit()) == (own, 0) and average(SMALL, Fit(ema_on_cpu=True)) == (0, own)
+    assert average(dataclasses.replace(SMALL, ema=0.0), Fit()) == (0, 0)
+
+
+def test_an_xl_teacher_has_its_price_too(tiny_xl):
+    told = estimate(str(tiny_xl), SMALL, Fit(), bf16=True, device="cuda")
+    model = load_teacher(str(tiny_xl))
+    count = sum(p.numel() for _, encoder in model.text_parts for p in encoder.parameters())
+    assert told.parameters["text encoder"] == count
+    assert told.memory["text encoder and autoencoder, frozen"] == 2 * (count + told.parameters["VAE"])
+
+
+def test_a_dry_run_reads_no_weights(tmp_path, tiny_teacher, prompt_file):
+    import shutil
+
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    done = sbrush("distill", prompt_file, "--teacher", folder, "--dry-run", "--out", tmp_path / "run")
+    assert done.returncode == 0 and "expected peak" in done.stdout and "UNet forwards" in done.stdout
+    assert not (tmp_path / "run").exists()
