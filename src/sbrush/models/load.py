@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -104,6 +105,8 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
             )
         about_file = folders["unet"] / "sbrush.json"
         about = read_json(about_file) if about_file.is_file() else {}
+        if index_file:
+            about = _stated(index_file.parent, index) | about
         parts = {part: _read_part(folders[part] / part, part, family, device, dtype) for part in family.parts}
         model = family(
             name=name, folders=folders, about=about, index=index, **(parts | {"scheduler": scheduler})
@@ -130,6 +133,22 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
     for network in model.networks:
         network.to(device).requires_grad_(False).eval()
     return model
+
+
+def _stated(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """What a folder made elsewhere says that a student must say too: its licence, its safety checker."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    stated: dict[str, Any] = {}
+    try:
+        licence = (metadata_load(folder / "README.md") or {}).get("license")
+        stated |= {"license": str(licence)} if licence else {}
+    except (OSError, ValueError, AttributeError, YAMLError):  # no card, or one that is none
+        pass
+    if "safety_checker" in index:
+        stated["safety_checker"] = bool(index["safety_checker"] and index["safety_checker"][0])
+    return stated
 
 
 def _read_part(folder: Path, part: str, family: type[Model], device: str, dtype: torch.dtype) -> object:

@@ -1,0 +1,55 @@
+"""Two students into one."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import build_tiny_teacher
+from sbrush.console import SbrushError
+from sbrush.merge import merge
+from sbrush.models.card import model_card
+from sbrush.models.export import export_student
+from sbrush.models.load import load_student, load_teacher
+
+ABOUT = {
+    "version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
+    "prompts": {"count": 3, "sha256": "0"},
+}  # fmt: skip
+
+
+def student(teacher, folder, seed, t_init=None, **about):
+    model = load_teacher(str(teacher))
+    torch.manual_seed(seed)
+    for parameter in model.unet.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    export_student(folder, model, model.unet, about=ABOUT | about, card=model_card(ABOUT), t_init=t_init)
+    return str(folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_every_weight_is_the_mean_asked_for_and_the_rest_is_the_first_students(tmp_path, tiny_teacher, share):
+    one, two = (student(tiny_teacher, tmp_path / str(seed), seed, t_init=700) for seed in (1, 2))
+    merge(one, two, tmp_path / "both", share=share)
+    a, b, c = (dict(load_student(str(f)).unet.named_parameters()) for f in (one, two, tmp_path / "both"))
+    assert all(torch.allclose(c[k], share * a[k] + (1 - share) * b[k], atol=1e-6) for k in a)
+    merged = load_student(str(tmp_path / "both"))
+    assert len(merged.schedule) == 701 and merged.about["recipe"] == {"name": "x"}
+    said = json.loads((tmp_path / "both" / "sbrush.json").read_text())["merged"]
+    assert [part["share"] for part in said] == [share, 1 - share] and said[0]["sha256"] != said[1]["sha256"]
+    assert "merged from" in (tmp_path / "both" / "README.md").read_text()
+
+
+def test_students_that_do_not_go_together_are_refused(tmp_path, tiny_teacher):
+    one = student(tiny_teacher, tmp_path / "one", 1)
+    cases = {
+        "different ways": student(tiny_teacher, tmp_path / "other start", 2, t_init=500),
+        "in different ways": student(tiny_teacher, tmp_path / "plain", 2, reparameterised=False),
+        "no sbrush.json": str(build_tiny_teacher(tmp_path / "foreign")),
+    }
+    for said, two in cases.items():
+        with pytest.raises(SbrushError, match=said):
+            merge(one, two, tmp_path / "both")
+        assert not (tmp_path / "both").exists()
+    with pytest.raises(SbrushError, match="there already"):
+        merge(one, one, tmp_path / "one")
