@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,20 +371,34 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_two_processes_make_the_student_of_one(tmp_path, tiny_teacher):
+@pytest.mark.parametrize("options", [[], ["--micro-batches", "2"], ["--student-lora", "3"]], ids=" ".join)
+def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_teacher, options):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
+
+    def run(start, name):
         command = [*start, "-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", name]
         command += ["--recipe", "swiftbrush", "--steps", "4", "--batch", "4", "--student-lr", "1e-3", "--device", "cpu"]
-        ran = subprocess.run([*command, "--precision", "float32"], cwd=tmp_path, capture_output=True, text=True)
+        command += ["--precision", "float32", "--checkpoint-every", "2", *options]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
+        return student_weights(tmp_path / name), read_log(tmp_path / name)[-1]["gap"], ran.stderr
+
+    one, gap, _ = run([sys.executable], "one")
     start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
-    one, two = (student_weights(tmp_path / name) for name in ("one", "two"))
-    learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, two)]
-    assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
-    gap_one, gap_two = (read_log(tmp_path / name)[-1]["gap"] for name in ("one", "two"))
-    assert gap_one == pytest.approx(gap_two, rel=1e-3)  # the mean over both processes
+
+    def agrees(other):
+        learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, other)]
+        assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
+
+    two, other_gap, _ = run(launch, "two")
+    agrees(two)
+    assert gap == pytest.approx(other_gap, rel=1e-3)  # the mean over both processes
+    shutil.rmtree(tmp_path / "two" / "student")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
+    rest, _, said = run([sys.executable], "two")
+    assert "going on after step 2" in said
+    agrees(rest)
 
 
 def test_the_shipped_prompt_file_holds_no_held_out_combination():

@@ -184,7 +184,8 @@ def distill(
             say(f"stopped; the same command goes on:\n  {_same_command()}")
         raise typer.Exit(130)
     if plan.main_process:
-        say(f'pictures: {shown}/samples   curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
+        sheets = f"pictures: {shown}/samples   " if sheet_every else ""
+        say(f'{sheets}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
         console.out(plan.run.student)
 
 

@@ -80,6 +80,7 @@ def estimate(source: str | None, recipe: Recipe, fit: Fit, *, bf16: bool, world:
     frozen = 2 if bf16 else 4
     others = 2 if device.startswith("cuda") and bf16 else 4
     copies = 2 * trained if bf16 and not recipe.student_rank else 0  # autocast's, for as long as a step's forward lasts
+    working += copies  # its gradients are float32, and were counted as its activations are: in bfloat16
     moments = 2 if recipe.optimizer == "adam8bit" else 8
     average = 4 * trained if recipe.ema else 0
     memory = {
@@ -110,7 +111,7 @@ def _networks(
 
     def build() -> UNet2DConditionModel:
         unet = UNet2DConditionModel.from_config(teacher.unet.config)
-        return unet.to(torch.bfloat16) if bf16 else unet
+        return nn.Module.to(unet, torch.bfloat16) if bf16 else unet  # diffusers' own `to` warns, of nothing here
 
     base = build()
     rank, alpha, targets = recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets
