@@ -56,10 +56,13 @@ def main(
     """Runs, measures and draws the ablations."""
     runs = {name: work / name.replace(" ", "-") for name in TRIALS}
 
+    def said_in(name: str) -> Path:
+        return runs[name].with_name(f"{runs[name].name}.log")
+
     def distil(name: str) -> None:
         command = [sys.executable, "-m", "sbrush", "distill", str(prompts), "--out", str(runs[name])]
         runs[name].parent.mkdir(parents=True, exist_ok=True)
-        with runs[name].with_suffix(".log").open("w") as said:
+        with said_in(name).open("w") as said:
             subprocess.run(
                 [*command, "--steps", str(steps), *TRIALS[name]], check=True, stderr=said, stdout=said,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -70,7 +73,7 @@ def main(
             try:
                 done.result()
             except subprocess.CalledProcessError:
-                raise SbrushError(f"the trial {name!r} failed", f"see {runs[name].with_suffix('.log')}") from None
+                raise SbrushError(f"the trial {name!r} failed", f"see {said_in(name)}") from None
             bar.advance()
     students = {name: load_student(str(run)) for name, run in runs.items()}
     teacher, judge = load_teacher(), Judge.load()
