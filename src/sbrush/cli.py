@@ -42,6 +42,14 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Protocol(StrEnum):
+    """On COCO-30K; evaluate/coco.py has them."""
+
+    swiftbrush = "swiftbrush"
+    gigagan = "gigagan"
+    torchmetrics = "torchmetrics"
+
+
 class Dtype(StrEnum):
     """Of the networks in sampling."""
 
@@ -51,6 +59,7 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+COCO = "COCO-30K"
 MACHINE, MEMORY, ABLATIONS = "Machine", "Less memory", "The paper's ablations"
 OVERRIDES, REPORT = "Instead of the recipe's", "Output"
 DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)]
@@ -237,7 +246,34 @@ def sample(
 def evaluate(
     student: StudentFlag = None,
     teacher: TeacherFlag = None,
-    limit: Annotated[int, typer.Option(help="Held-out pairs of caption and seed.", min=100, max=50_000)] = 5000,
+    limit: Annotated[
+        int | None, typer.Option(help="Captions. Default: 5,000; with --coco-30k 30,000.", min=4, max=50_000)
+    ] = None,
+    coco_30k: Annotated[
+        bool, typer.Option("--coco-30k", help="Measure on COCO instead of the built-in world.", rich_help_panel=COCO)
+    ] = False,
+    coco_root: Annotated[
+        Path, typer.Option(help="Holds annotations/captions_val2014.json, val2014/.", rich_help_panel=COCO)
+    ] = Path("coco"),
+    protocol: Annotated[Protocol, typer.Option(help="See docs/coco.md.", rich_help_panel=COCO)] = Protocol.swiftbrush,
+    images: Annotated[
+        Path | None, typer.Option(help="Measure this folder's pictures, in their numbers' order.", rich_help_panel=COCO)
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="Another list, one a line.", rich_help_panel=COCO)] = None,
+    seed: Annotated[int, typer.Option(help="Of the pictures.", min=0, rich_help_panel=COCO)] = 0,
+    inception: Annotated[Path | None, typer.Option(help="Inception's weights.", rich_help_panel=COCO)] = None,
+    clip_weights: Annotated[
+        Path | None, typer.Option(help="ViT-g-14's weights, or an open_clip folder.", rich_help_panel=COCO)
+    ] = None,
+    clip_score: Annotated[bool, typer.Option(" /--no-clip-score", help="Leave it out.", rich_help_panel=COCO)] = True,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the metrics' weights if they are missing.", rich_help_panel=COCO)
+    ] = False,
+    max_bad: Annotated[int, typer.Option(help="Unreadable pictures to pass over.", min=0, rich_help_panel=COCO)] = 0,
+    work: Annotated[
+        Path | None, typer.Option(help="Features so far. Default: the user's cache.", rich_help_panel=COCO)
+    ] = None,
+    save_images: Annotated[Path | None, typer.Option(help="Keep the pictures there.", rich_help_panel=COCO)] = None,
     diversity: Annotated[int, typer.Option(help="Pictures for each of the ten open captions.", min=10)] = 100,
     steps: Annotated[int, typer.Option(help="The teacher's, for comparison.", min=1, max=1000)] = 25,
     guidance: Annotated[
@@ -256,13 +292,37 @@ def evaluate(
     from sbrush.device import pick_device, pick_dtype
 
     where = pick_device(device)
+    if report.is_dir() or not os.access(report.absolute().parent, os.W_OK):
+        raise SbrushError(f"cannot write {printable(report)}", "choose another --report", code=2)
+    result: Any
+    if coco_30k:
+        from sbrush.evaluate.benchmark import benchmark
+
+        result = benchmark(
+            root=coco_root, protocol=protocol.value, student=student, teacher=teacher, images=images, captions=captions,
+            n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights,
+            clip_score=clip_score, download=download, max_bad=max_bad, work=work, save_images=save_images,
+            report=report, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+        )  # fmt: skip
+        _print_result(result, report, json_)
+        return
+    if any(given is not None for given in (images, captions, inception, clip_weights, work, save_images)):
+        raise SbrushError("these options are for COCO", "add --coco-30k", code=2)
+    limit = limit or 5000
+    if limit < 100:
+        raise SbrushError(f"{limit} captions are too few", "--limit 100 or more", code=2)
     from sbrush.evaluate.candidates import evaluate as measure
 
     result = measure(
         student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
         report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
     )  # fmt: skip
-    if json_:
+    _print_result(result, report, json_)
+
+
+def _print_result(result: Any, report: Path, as_json: bool) -> None:
+    """The end of both kinds of evaluation."""
+    if as_json:
         console.out_json(result.json())
     else:
         console.out(result.table())

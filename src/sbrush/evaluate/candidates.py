@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sbrush.console import SbrushError, printable, say
+from sbrush.console import printable, say
 from sbrush.evaluate.report import Report
 from sbrush.evaluate.stickers import Candidate, evaluate_stickers
 from sbrush.models.load import digest, load_student, load_teacher
@@ -33,8 +32,6 @@ def evaluate(
     dtype: torch.dtype,
 ) -> Report:
     """Measures and writes the HTML report; the teacher's figures are remembered, the student's measured each time."""
-    if report.is_dir() or not os.access(report.absolute().parent, os.W_OK):
-        raise SbrushError(f"cannot write {printable(report)}", "choose another --report", code=2)
     one, many = load_student(student, device=device, dtype=dtype), load_teacher(teacher, device=device, dtype=dtype)
     scale = scale_for(many, guidance)
     say(f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, {n} held-out pairs")

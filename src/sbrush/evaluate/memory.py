@@ -43,12 +43,7 @@ class Memory:
     @classmethod
     def of(cls, key: Sequence[Any], folder: Path | None = None) -> Memory:
         """The place for what depends on `key`, all of it JSON; `folder` is by default the user's cache."""
-        if folder is None:
-            base = os.environ.get("XDG_CACHE_HOME", "")
-            try:
-                folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sbrush"
-            except RuntimeError:  # no home
-                folder = None
+        folder = folder or cache_folder()
         return cls(f"eval-{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:32]}.json", folder)
 
     def recall(self, n: int, per_caption: int) -> Result | None:
@@ -69,6 +64,15 @@ class Memory:
         except OSError as problem:
             reason = problem.strerror or problem
             say(f"{result.figures.name}: figures could not be remembered in {self.folder} ({reason})")
+
+
+def cache_folder() -> Path | None:
+    """The user's own, by the XDG rules; None where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sbrush"
+    except RuntimeError:
+        return None
 
 
 def versions() -> dict[str, str]:

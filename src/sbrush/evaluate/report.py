@@ -19,6 +19,8 @@ from sbrush.files import write_text
 Shares = dict[str, float | None]
 Pictures = Mapping[str, Sequence[tuple[str, Image.Image]]]
 """For each heading, pictures with the caption that stands under each."""
+Groups = list[tuple[str, list[tuple[str, list[str]]]]]
+"""A table: groups of rows by heading, each row a label and a cell for each column."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,7 @@ class Report:
 
     def table(self) -> str:
         """The figures as aligned text, a column for each model, and the protocol below."""
-        names = [printable(f.name) for f in self.figures]
-        groups = _groups(self.figures)
-        margin = max(len(label) for _, rows in groups for label, _ in rows) + 2
-        widths = [max(len(name), 9) for name in names]  # the widest cell is "100.0 %"
-
-        def line(label: str, cells: Sequence[str]) -> str:
-            return label.ljust(margin) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths, strict=True))
-
-        lines = [line("", names)]
-        for group, rows in groups:
-            lines += ["", group, *(line("  " + label, cells) for label, cells in rows)]
-        about = [f"{name}: {text}" for name, text in self.protocol.items()]
-        return "\n".join([*lines, "", *map(printable, about), *map(printable, self.notes)])
+        return table([f.name for f in self.figures], _groups(self.figures), self.protocol, self.notes)
 
     def write_html(self, path: Path, pictures: Pictures | None = None) -> None:
         """One HTML file without scripts or outside links: table, protocol and pictures, by default `self.pictures`.
@@ -94,10 +84,28 @@ class Report:
         Written aside and renamed. Raises SbrushError if it cannot be written.
         """
         try:
-            write_text(path, _page(self, self.pictures if pictures is None else pictures))
+            names, shown = [f.name for f in self.figures], self.pictures if pictures is None else pictures
+            write_text(path, page(names, _groups(self.figures), self.protocol, self.notes, shown))
         except OSError as problem:
             hint = "name a file in a folder that you may write to"
             raise SbrushError(f"cannot write {path}: {problem.strerror or problem}", hint) from problem
+
+
+def table(columns: Sequence[str], groups: Groups, about: Mapping[str, str], notes: Sequence[str]) -> str:
+    """A table as aligned text, what it is about below."""
+    names = [printable(column) for column in columns]
+    margin = max(len(label) for _, rows in groups for label, _ in rows) + 2
+    widths = [max(len(name), 9) for name in names]  # the widest cell is "100.0 %"
+
+    def line(label: str, cells: Sequence[str]) -> str:
+        return label.ljust(margin) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths, strict=True))
+
+    lines = [line("", names)]
+    for group, rows in groups:
+        lines += ["", printable(group), *(line("  " + printable(label), cells) for label, cells in rows)]
+    return "\n".join(
+        [*lines, "", *(printable(f"{name}: {text}") for name, text in about.items()), *map(printable, notes)]
+    )
 
 
 def png(picture: Image.Image) -> str:
@@ -140,7 +148,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {  # by the type that Figures gives a
 }
 
 
-def _groups(figures: Sequence[Figures]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+def _groups(figures: Sequence[Figures]) -> Groups:
     """The table: groups of rows, each row a label and one cell for each model."""
     first = figures[0] if figures else None
 
@@ -196,16 +204,18 @@ figcaption { font-size: .72rem; line-height: 1.25; }
 """
 
 
-def _page(report: Report, pictures: Pictures) -> str:
+def page(
+    columns: Sequence[str], groups: Groups, about: Mapping[str, str], notes: Sequence[str], pictures: Pictures
+) -> str:
     """The whole HTML file; all text that comes from outside is escaped."""
-    head = "".join(f"<th>{escape(f.name)}</th>" for f in report.figures)
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = ""
-    for group, rows in _groups(report.figures):
-        body += f'<tr><th colspan="{len(report.figures) + 1}">{escape(group)}</th></tr>\n'
+    for group, rows in groups:
+        body += f'<tr><th colspan="{len(columns) + 1}">{escape(group)}</th></tr>\n'
         for label, cells in rows:
             body += f"<tr><th>{escape(label)}</th>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>\n"
-    about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in report.protocol.items())
-    notes = "".join(f"<p>{escape(note)}</p>\n" for note in report.notes)
+    points = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in about.items())
+    remarks = "".join(f"<p>{escape(note)}</p>\n" for note in notes)
     shown = ""
     for heading, items in pictures.items():
         shown += f'<h2>{escape(heading)}</h2>\n<div class="pictures">\n'
@@ -230,9 +240,9 @@ def _page(report: Report, pictures: Pictures) -> str:
 <tbody>
 {body}</tbody>
 </table></div>
-{notes}<h2>Protocol</h2>
+{remarks}<h2>Protocol</h2>
 <dl>
-{about}</dl>
+{points}</dl>
 {shown}</body>
 </html>
 """

@@ -1,0 +1,78 @@
+"""CLIP score: the cosine of a picture and its caption, by an open_clip model. 0 to 1 in practice, not times 100."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbrush.console import SbrushError, printable
+
+MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with
+PREFIX = "A photo depicts "
+
+
+class ClipScorer:
+    """An open_clip model with its own preprocessing and tokenizer."""
+
+    def __init__(self, model: Any, preprocess: Any, tokenizer: Any, name: str) -> None:
+        self._model, self._preprocess, self._tokenizer = model.requires_grad_(False).eval(), preprocess, tokenizer
+        self.name = name  # with the weights' digest, for the manifest
+
+    @classmethod
+    def load(cls, weights: Path | None = None, *, download: bool = False, device: str = "cpu") -> ClipScorer:
+        """ViT-g-14 of LAION-2B from a file, or any model from a folder in open_clip's own layout.
+
+        `weights`: .safetensors or a state dict for ViT-g-14, or a folder with open_clip_config.json and
+        open_clip_model.safetensors; None takes the Hub's cache, filled only if `download`. SbrushError if it fails.
+        """
+        source = f"local-dir:{weights}" if weights and weights.is_dir() else MODEL
+        try:
+            if weights is None:
+                weights = Path(_cached(download))
+            given = {} if source != MODEL else {"pretrained": str(weights)}
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                source, device=device, weights_only=True, **given
+            )
+            tokenizer = open_clip.get_tokenizer(source)
+            file = weights if weights.is_file() else weights / "open_clip_model.safetensors"
+            with file.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except SbrushError:
+            raise
+        except Exception as problem:  # whatever open_clip makes of a file that is none of its own
+            raise SbrushError(
+                f"{printable(weights)} does not hold a CLIP model ({type(problem).__name__})",
+                f"it is open_clip's {MODEL} {PRETRAINED}, as a state dict or safetensors, or a folder of open_clip's",
+            ) from problem
+        return cls(model, preprocess, tokenizer, f"{source if source == MODEL else weights.name} {digest[:16]}")
+
+    @torch.inference_mode()
+    def scores(self, pictures: Tensor, captions: Sequence[str], prefix: str = PREFIX) -> Tensor:
+        """Cosines: uint8 [B, 3, H, W] and B captions to float32 [B], -1 to 1, on the CPU."""
+        device = next(self._model.parameters()).device
+        images = [Image.fromarray(p.permute(1, 2, 0).contiguous().numpy()) for p in pictures]
+        seen = self._model.encode_image(torch.stack([self._preprocess(i) for i in images]).to(device), normalize=True)
+        said = self._model.encode_text(self._tokenizer([prefix + c for c in captions]).to(device), normalize=True)
+        cosines: Tensor = (seen.float() * said.float()).sum(dim=-1).cpu()
+        return cosines
+
+
+def _cached(download: bool) -> str:
+    """The weights in the Hub's cache, fetched if `download`."""
+    from huggingface_hub import hf_hub_download
+
+    repository = f"laion/CLIP-{MODEL}-laion2B-s12B-b42K"
+    try:
+        return hf_hub_download(repository, "open_clip_pytorch_model.bin", local_files_only=not download)
+    except Exception as problem:
+        raise SbrushError(
+            f"the CLIP score needs {MODEL} {PRETRAINED}, which is not in the Hub's cache",
+            f"--download fetches {repository} (5.5 GB); or give --clip-weights FILE, or --no-clip-score",
+        ) from problem

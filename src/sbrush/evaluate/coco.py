@@ -1,0 +1,204 @@
+"""COCO-30K under a named protocol: which captions, which real pictures, and what both sides go through.
+
+    captions    `images` order of captions_val2014.json; of each image its first annotation in file order
+    reference   every picture of val2014 that the file names (40,504), not 30,000 of them
+    both sides  centre-crop to a square by the shorter edge, Pillow's Lanczos to 256, uint8; RGB, no turning by EXIF
+    features    Inception pool3, after the protocol's resizing to 299; CLIP score on the same 256 pixels
+
+COCO's own layout is read as it is: ROOT/annotations/captions_val2014.json and ROOT/val2014/*.jpg.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbrush.console import SbrushError, printable, say
+from sbrush.evaluate.clip import PREFIX, ClipScorer
+from sbrush.evaluate.inception import Inception, Resize
+from sbrush.pictures import to_image
+
+SIDE = 256
+BATCH = 50  # pictures looked at at once
+SOURCE = "https://cocodataset.org/#download: val2014.zip (6.2 GB) and annotations_trainval2014.zip (241 MB)"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What must be equal for two figures to be comparable."""
+
+    name: str
+    pictures: int
+    captions: str | None  # None: the list is in a file of its own
+    resize: Resize  # from 256 to Inception's 299
+    prefix: str = PREFIX
+
+    def key(self) -> list[object]:
+        """All that a picture's features depend on."""
+        return [1, SIDE, self.resize, self.prefix]
+
+
+FIRST = "the first annotation of each of the first images"
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("swiftbrush", 30_000, FIRST, "clean"),
+        Protocol("gigagan", 30_000, None, "clean"),  # DMD2, SiD-LSG: GigaGAN's own list of 30,000
+        Protocol("torchmetrics", 30_000, FIRST, "tensorflow"),  # as torchmetrics and torch-fidelity resize
+    )
+}
+
+
+@dataclass(frozen=True)
+class Coco:
+    """COCO's validation set: a caption and a file for each image, in the annotation file's order."""
+
+    captions: list[str]
+    files: list[Path]
+
+    @classmethod
+    def read(cls, root: Path) -> Coco:
+        """The set in COCO's own layout. SbrushError if something of it is missing or damaged."""
+        annotations, folder = root / "annotations" / "captions_val2014.json", root / "val2014"
+        for part in (annotations, folder):
+            if not part.exists():
+                raise SbrushError(
+                    f"COCO is not there: no {printable(part)}", f"from {SOURCE}, into --coco-root", code=2
+                )
+        try:
+            content = json.loads(annotations.read_text(encoding="utf-8"))
+            first: dict[int, str] = {}
+            for annotation in content["annotations"]:
+                first.setdefault(annotation["image_id"], str(annotation["caption"]).strip())
+            images = [image for image in content["images"] if image["id"] in first]
+            names = [str(image["file_name"]) for image in images]
+            captions = [first[image["id"]] for image in images]
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:
+            raise SbrushError(
+                f"{printable(annotations)} is damaged ({type(problem).__name__})", f"fetch it again from {SOURCE}"
+            ) from problem
+        if strange := next((name for name in names if Path(name).name != name), None):
+            raise SbrushError(f"{printable(annotations)} names {printable(strange)}", "it must name files of val2014/")
+        return cls(captions, [folder / name for name in names])
+
+
+def read_captions(file: Path) -> list[str]:
+    """A caption a line, UTF-8; SbrushError if the file is none."""
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as problem:
+        raise SbrushError(f"cannot read {printable(file)} as UTF-8 text", "one caption a line", code=2) from problem
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder that another tool made, in the order of the numbers or else the names that they have."""
+    try:
+        files = [f for f in folder.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    except OSError as problem:
+        raise SbrushError(
+            f"cannot read {printable(folder)}", "--images takes a folder of pictures", code=2
+        ) from problem
+    if all(f.stem.isdecimal() for f in files):
+        return sorted(files, key=lambda f: int(f.stem))
+    return sorted(files)
+
+
+def hash_of(lines: Iterable[object]) -> str:
+    """SHA-256 of a list, an item a line."""
+    whole = hashlib.sha256()
+    for line in lines:
+        whole.update(f"{line}\n".encode())
+    return whole.hexdigest()
+
+
+def square(picture: Image.Image, side: int = SIDE) -> Tensor:
+    """The protocol's crop and resize: any mode and size to uint8 [3, side, side]."""
+    picture = picture.convert("RGB")
+    edge = min(picture.size)
+    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+    picture = picture.crop((left, top, left + edge, top + edge))
+    if edge != side:
+        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+class Looker:
+    """Pictures in, what the protocol keeps of them out: a row for each, and no picture stays."""
+
+    def __init__(self, protocol: Protocol, inception: Inception, clip: ClipScorer | None) -> None:
+        self.protocol, self.inception, self.clip = protocol, inception, clip
+
+    def look(self, pictures: Tensor, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """uint8 [B, 3, 256, 256] to features [B, 2048], and with captions their CLIP scores [B]; float32."""
+        rows = {"features": self.inception.features(pictures, self.protocol.resize)}
+        if captions is not None and self.clip:
+            rows["clip"] = self.clip.scores(pictures, captions, self.protocol.prefix)
+        return rows
+
+    def made(self, batches: Iterable[Tensor], captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Rows of pictures that a model makes, uint8 [b, 3, H, W] in the captions' order; prepared on other threads."""
+        first = 0
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            for batch in batches:
+                pictures = torch.stack(list(workers.map(lambda p: square(to_image(p)), batch)))
+                yield self.look(pictures, captions[first : first + len(batch)])
+                first += len(batch)
+
+    def read(
+        self, files: Sequence[Path], bad: Bad, captions: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Rows of picture files; the next batch is decoded while this one is looked at. A bad file's row is NaN."""
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            starts = range(0, len(files), BATCH)
+            waiting = {s: workers.map(_open, files[s : s + BATCH]) for s in starts[:2]}
+            for start in starts:
+                if start + 2 * BATCH < len(files):
+                    waiting[start + 2 * BATCH] = workers.map(_open, files[start + 2 * BATCH : start + 3 * BATCH])
+                opened = list(waiting.pop(start))
+                for file, picture in zip(files[start : start + BATCH], opened, strict=True):
+                    if picture is None:
+                        bad.note(file)
+                gray = torch.full((3, SIDE, SIDE), 128, dtype=torch.uint8)
+                pictures = torch.stack([gray if p is None else p for p in opened])
+                rows = self.look(pictures, captions[start : start + BATCH] if captions is not None else None)
+                wrong = torch.tensor([p is None for p in opened])
+                yield {
+                    name: value.masked_fill(wrong.view(-1, *[1] * (value.dim() - 1)), torch.nan)
+                    for name, value in rows.items()
+                }
+
+
+class Bad:
+    """Pictures that cannot be read: each is named; more than `most` end the work."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count = most, 0
+
+    def note(self, file: Path) -> None:
+        """One more. SbrushError if it is one too many."""
+        self.count += 1
+        say(f"note: {printable(file)} is {'no picture' if file.is_file() else 'missing'}")
+        if self.count > self.most:
+            raise SbrushError(
+                f"{printable(file)} is {'no picture' if file.is_file() else 'missing'}",
+                f"fetch it again, or go on without such files: --max-bad {self.most + 1} or more",
+            )
+
+
+def _open(file: Path) -> Tensor | None:
+    """A file's picture as the protocol has it; None if it cannot be read whole."""
+    try:
+        with Image.open(file) as picture:
+            return square(picture)
+    except Exception:  # Pillow's decoders raise what they like on damaged files
+        return None

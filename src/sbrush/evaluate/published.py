@@ -1,0 +1,96 @@
+"""The benchmark's report: what was measured, its manifest, and beside it what papers report, each with its protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sbrush.console import SbrushError, printable
+from sbrush.evaluate.report import Groups, Pictures, page, table
+from sbrush.files import write_json, write_text
+
+
+class Published(NamedTuple):
+    """Figures that a paper reports; not measured by us."""
+
+    name: str
+    fid: float
+    clip_score: float | None
+    source: str
+
+
+PUBLISHED = (
+    Published("SwiftBrush, 1 step", 16.67, 0.29, "arXiv 2312.05239; COCO-30K"),
+    Published("SwiftBrush, measured again", 15.46, 0.30, "arXiv 2408.14176; its own caption list, all of val2014"),
+    Published("SD 2.1, 25 steps", 13.45, None, "arXiv 2312.05239; COCO-30K"),
+    Published("SD 2.1, 1 step", 202.14, None, "arXiv 2312.05239; COCO-30K"),
+    Published("LCM", 35.56, 0.24, "arXiv 2312.05239; COCO-30K"),
+    Published("Guided Distillation", 37.3, 0.27, "arXiv 2312.05239; COCO-30K"),
+    Published("SwiftBrush v2, from SD-Turbo", 8.77, 0.32, "arXiv 2408.14176; its own caption list"),
+    Published("SwiftBrush v2, image-free", 11.69, None, "arXiv 2408.14176; from SwiftBrush's weights"),
+    Published("SiD-LSG, SD 2.1", 9.52, None, "SiD-LSG; GigaGAN's caption list: compare under --protocol gigagan only"),
+    Published("SiD-LSG, SD 1.5", 8.15, None, "SiD-LSG; GigaGAN's caption list"),
+    Published("DMD2 without GAN, SD 1.5", 9.28, None, "arXiv 2405.14867; GigaGAN's caption list"),
+    Published("DMD2, SD 1.5", 8.35, None, "arXiv 2405.14867; GigaGAN's caption list; trained on pictures too"),
+)
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """One model's figures under one protocol, and all that is needed to check them."""
+
+    name: str
+    figures: dict[str, float | None]
+    manifest: dict[str, Any]
+
+    def json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        published = [{**p._asdict(), "measured_by_us": False} for p in PUBLISHED]
+        return {"name": self.name, "figures": self.figures, "manifest": self.manifest, "published": published}
+
+    def table(self) -> str:
+        """The figures and the published ones as aligned text, the manifest below."""
+        return table(*self._content())
+
+    def write(self, path: Path, pictures: Pictures) -> None:
+        """`path`, one HTML file with everything in it, and a .json beside it; SbrushError if they cannot be written."""
+        try:
+            write_json(path.with_suffix(".json"), self.json())
+            write_text(path, page(*self._content(), pictures))
+        except OSError as problem:
+            raise SbrushError(
+                f"cannot write {printable(path)}: {problem.strerror}", "choose another --report"
+            ) from problem
+
+    def _content(self) -> tuple[list[str], Groups, dict[str, str], list[str]]:
+        def cell(name: str, digits: int) -> str:
+            value = self.figures[name]
+            return "-" if value is None else f"{value:.{digits}f}"
+
+        error = self.figures["fid_standard_error"]
+        interval = "-" if error is None else f"+- {1.96 * error:.2f}"
+        mine = [
+            ("FID, lower is better", [cell("fid", 2), ""]),
+            ("its interval, 95 % (jackknife)", [interval, ""]),
+            ("KID x 1000, lower is better", [f"{1000 * (self.figures['kid'] or 0):.3f}", ""]),
+            ("CLIP score", ["", cell("clip_score", 3)]),
+            ("precision", [cell("precision", 3), ""]),
+            ("recall", [cell("recall", 3), ""]),
+        ]
+        theirs = [
+            (f"{p.name} ({p.source})", [f"{p.fid:.2f}", "-" if p.clip_score is None else f"{p.clip_score:.2f}"])
+            for p in PUBLISHED
+        ]
+        rules = self.manifest["protocol"]["name"]
+        groups: Groups = [(f"measured: {self.name}", mine), ("reported elsewhere, not measured by us", theirs)]
+        about = {name: str(value) for name, value in self.manifest.items()}
+        standard = self.manifest["protocol"]["pictures"]
+        notes = []
+        if self.manifest["pictures"] != standard:
+            notes.append(
+                f"{self.manifest['pictures']} pictures, not the {rules} protocol's {standard}: like nothing published"
+            )
+        if self.manifest["captions"] != "COCO's own":
+            notes.append("the captions are a list of the user's")
+        return ["FID etc.", "CLIP score"], groups, about, notes

@@ -1,0 +1,325 @@
+"""`sbrush eval --coco-30k` on a miniature COCO in COCO's own layout; its steps against clean-fid and torch-fidelity."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import sbrush
+from sbrush.console import SbrushError
+from sbrush.evaluate.clip import ClipScorer
+from sbrush.evaluate.coco import Bad, Coco, picture_files, read_captions, square
+from sbrush.evaluate.fid import fid, fid_error
+from sbrush.evaluate.inception import Inception, clean_resize
+from sbrush.evaluate.kid import kid, mmd
+from sbrush.evaluate.shards import Shards
+from sbrush.files import write_json
+from sbrush.stickers.draw import draw
+from sbrush.stickers.world import random_caption, random_sticker, stream
+
+PICTURES = 24
+
+
+def make_coco(root: Path, count: int = PICTURES) -> Path:
+    """Stickers as JPEGs of odd sizes, one gray, one CMYK, one turned by EXIF; several captions each, out of order."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2014").mkdir()
+    images, annotations = [], []
+    for i in range(count):
+        caption = random_caption(stream("coco", i))
+        width, height = 60 + 7 * (i % 5), 60 + 11 * (i % 4)  # landscape, portrait
+        picture = draw(random_sticker(stream("coco", i), caption)).resize((width, height))
+        name, exif = f"COCO_val2014_{i:012d}.jpg", Image.Exif()
+        if i == 3:
+            exif[0x0112] = 6  # lies on its side
+        picture = picture.convert({1: "L", 2: "CMYK"}.get(i, "RGB"))
+        picture.save(root / "val2014" / name, exif=exif)
+        images.append({"id": 1000 - i, "file_name": name, "width": width, "height": height})
+        annotations.append({"id": i, "image_id": 1000 - i, "caption": f" {caption.text}\n"})
+        annotations.append({"id": 900 + i, "image_id": 1000 - i, "caption": "a second caption"})
+    annotations.sort(key=lambda a: (a["caption"] == "a second caption", -a["id"]))  # file order is not images' order
+    write_json(root / "annotations" / "captions_val2014.json", {"images": images, "annotations": annotations})
+    return root
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception's true architecture, random weights, batch norms calibrated so that features are neither 0 nor huge."""
+    torch.manual_seed(0)
+    net = Inception()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean
+    with torch.no_grad():
+        net.train()(torch.rand(8, 3, 299, 299) * 2 - 1)
+    file = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save({**net.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in open_clip's own layout, with the true tokenizer."""
+    import open_clip
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 16, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 32},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+    return folder
+
+
+def noise(count: int, height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(1)).byte()
+
+
+class TestProtocol:
+    def test_captions_are_images_order_and_first_in_file(self, coco: Path) -> None:
+        read = Coco.read(coco)
+        assert read.captions == [random_caption(stream("coco", i)).text for i in range(PICTURES)]
+        assert [f.name for f in read.files] == [f"COCO_val2014_{i:012d}.jpg" for i in range(PICTURES)]
+
+    def test_crop_and_resize_against_pillow_alone(self, coco: Path) -> None:
+        for file in Coco.read(coco).files[:6]:
+            with Image.open(file) as picture:
+                w, h = picture.size
+                side = min(w, h)
+                box = ((w - side) // 2, (h - side) // 2, (w - side) // 2 + side, (h - side) // 2 + side)
+                expected = np.array(picture.convert("RGB").crop(box).resize((256, 256), Image.LANCZOS))
+                assert torch.equal(square(picture), torch.from_numpy(expected).permute(2, 0, 1))
+
+    def test_a_picture_of_that_size_stays_as_it_is(self) -> None:
+        picture = noise(1, 256, 256)[0]
+        assert torch.equal(square(Image.fromarray(picture.permute(1, 2, 0).numpy())), picture)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_clean_resize_is_clean_fids(self) -> None:
+        resize = pytest.importorskip("cleanfid.resize")
+        theirs = resize.make_resizer("PIL", False, "bicubic", (299, 299))
+        for picture in (*noise(2, 256, 256), *noise(1, 300, 200)):
+            ours = clean_resize(picture)
+            assert np.array_equal(ours.permute(1, 2, 0).numpy(), theirs(picture.permute(1, 2, 0).numpy()))
+
+    def test_features_are_torch_fidelitys(self, inception_file: Path, tmp_path: Path) -> None:
+        """The whole network and the first FID code's resizing, on the same weights."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        state = torch.load(inception_file, weights_only=True)
+        torch.save({**state, "fc.bias": torch.zeros(1008)}, tmp_path / "theirs.pth")
+        theirs = FeatureExtractorInceptionV3("net", ["2048"], str(tmp_path / "theirs.pth"))
+        pictures = noise(2, 256, 256)
+        ours = Inception.load(inception_file)
+        assert torch.equal(ours.features(pictures, "tensorflow"), theirs(pictures)[0])
+        assert not torch.equal(ours.features(pictures, "clean"), theirs(pictures)[0])
+
+    def test_clip_score_is_open_clips(self, clip_folder: Path) -> None:
+        import open_clip
+
+        pictures, captions = noise(2, 256, 256), ["a cat", "two dogs"]
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+        images = torch.stack([preprocess(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures])
+        with torch.no_grad():
+            seen = model.eval().encode_image(images)
+            said = model.encode_text(open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
+        expected = torch.nn.functional.cosine_similarity(seen, said)
+        assert torch.allclose(ClipScorer.load(clip_folder).scores(pictures, captions), expected, atol=1e-6)
+
+
+class TestMetrics:
+    def test_fid_and_kid_against_the_references(self) -> None:
+        from scipy.linalg import sqrtm
+        from torch_fidelity.metric_kid import polynomial_mmd
+
+        draw = torch.Generator().manual_seed(0)
+        real, fake = torch.randn(3000, 64, generator=draw), 1.1 * torch.randn(2500, 64, generator=draw) + 0.2
+        a, b = real.double().numpy(), fake.double().numpy()
+        c, d = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + d - 2 * sqrtm(c @ d).real)
+        assert fid(real, fake) == pytest.approx(expected, rel=1e-4)
+        x, y = real[:500].double(), fake[:500].double()
+        assert mmd(x, y).item() == pytest.approx(polynomial_mmd(x.numpy(), y.numpy(), 3, None, 1), rel=1e-6)
+        assert kid(real, fake)[0] > 0.01 > abs(kid(real[:1500], real[1500:])[0])
+
+    def test_jackknife_agrees_with_the_spread_of_fresh_samples(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        real = torch.randn(4000, 4, generator=draw)
+        fakes = [torch.randn(1000, 4, generator=draw) + 0.5 for _ in range(60)]
+        spread = torch.tensor([fid(real, fake) for fake in fakes]).std().item()
+        told = np.mean([fid_error(real, fake) for fake in fakes[:20]])
+        assert told == pytest.approx(spread, rel=0.3)
+
+
+class TestShards:
+    def test_goes_on_where_it_stopped_and_redoes_what_is_damaged(self, tmp_path: Path) -> None:
+        rows = torch.arange(10.0)[:, None]
+
+        def batches(first: int):  # type: ignore[no-untyped-def]
+            asked.append(first)
+            yield from ({"features": part} for part in rows[first:].split(4))
+
+        asked: list[int] = []
+        half = Shards(tmp_path)
+        half.append({"features": rows[:4]})
+        half.append({"features": rows[4:8]})
+        assert torch.equal(Shards(tmp_path).fill(10, "test", batches)["features"], rows)
+        (tmp_path / "000004.safetensors").write_bytes(b"cut")
+        assert torch.equal(Shards(tmp_path).fill(10, "test", batches)["features"], rows)
+        assert asked == [8, 4]
+        assert torch.equal(Shards(tmp_path).fill(10, "test", batches)["features"], rows)
+        assert asked == [8, 4]
+
+
+class TestBadInput:
+    def test_annotations(self, tmp_path: Path) -> None:
+        root = make_coco(tmp_path / "coco", 3)
+        file = root / "annotations" / "captions_val2014.json"
+        whole = file.read_text()
+        for text in (whole[:100], "[]", "{}", json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 1}]})):
+            file.write_text(text)
+            with pytest.raises(SbrushError, match="damaged"):
+                Coco.read(root)
+        file.write_text(whole.replace("COCO_val2014_000000000000.jpg", "../../etc/passwd"))
+        with pytest.raises(SbrushError, match="names"):
+            Coco.read(root)
+        file.unlink()
+        with pytest.raises(SbrushError, match="not there"):
+            Coco.read(root)
+
+    def test_weights_that_are_none(self, tmp_path: Path, inception_file: Path) -> None:
+        for name in ("x.pth", "x.safetensors"):
+            (tmp_path / name).write_bytes(b"nothing")
+            with pytest.raises(SbrushError, match="does not hold Inception"):
+                Inception.load(tmp_path / name)
+            with pytest.raises(SbrushError, match="does not hold a CLIP"):
+                ClipScorer.load(tmp_path / name)
+        state = torch.load(inception_file, weights_only=True)
+        torch.save({k: v for k, v in state.items() if "Mixed_6e" not in k}, tmp_path / "x.pth")
+        with pytest.raises(SbrushError, match="does not hold Inception"):
+            Inception.load(tmp_path / "x.pth")
+
+    def test_weights_that_are_absent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        with pytest.raises(SbrushError, match="is not there"):
+            Inception.load()
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
+        with pytest.raises(SbrushError, match="not in the Hub's cache"):
+            ClipScorer.load()
+
+    def test_an_interrupted_download_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def cut(*_: object, **__: object) -> None:
+            raise OSError("connection lost")
+
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        monkeypatch.setattr("urllib.request.urlopen", cut)
+        monkeypatch.setattr("torch.hub.urlopen", cut)
+        with pytest.raises(SbrushError, match="cannot fetch"):
+            Inception.load(download=True)
+        assert not list(tmp_path.rglob("*.pth"))
+
+    def test_bad_pictures_are_counted(self, tmp_path: Path) -> None:
+        bad = Bad(1)
+        bad.note(tmp_path / "one.jpg")
+        with pytest.raises(SbrushError, match="missing"):
+            bad.note(tmp_path / "two.jpg")
+
+    def test_captions_and_folders(self, tmp_path: Path) -> None:
+        (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(SbrushError, match="UTF-8"):
+            read_captions(tmp_path / "c.txt")
+        with pytest.raises(SbrushError, match="cannot read"):
+            picture_files(tmp_path / "none")
+        for name in ("10.png", "9.png", "notes.txt"):
+            (tmp_path / name).touch()
+        assert [f.name for f in picture_files(tmp_path)] == ["9.png", "10.png"]
+
+
+class TestCommand:
+    """The whole road, on the shipped student."""
+
+    @pytest.fixture(scope="class")
+    def evaluate(self, coco: Path, inception_file: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+        work = tmp_path_factory.mktemp("work")
+
+        def run(*more: object) -> subprocess.CompletedProcess[str]:
+            return sbrush(
+                "eval", "--coco-30k", "--coco-root", coco, "--inception", inception_file, "--clip-weights", clip_folder,
+                "--work", work, "--limit", 20, "--report", work / "report.html", *more,
+            )  # fmt: skip
+
+        run.work = work  # type: ignore[attr-defined]
+        return run
+
+    def test_the_whole_road(self, evaluate, coco: Path) -> None:  # type: ignore[no-untyped-def]
+        work = evaluate.work
+        first = evaluate("--json", "--save-images", work / "pictures")
+        assert first.returncode == 0, first.stderr
+        told = json.loads(first.stdout)
+        assert told == json.loads((work / "report.json").read_text())
+        manifest = told["manifest"]
+        assert (manifest["pictures"], manifest["reference_pictures"], manifest["bad_pictures"]) == (20, PICTURES, 0)
+        page = (work / "report.html").read_text()
+        assert "16.67" in page and "like nothing published" in page and page.count("data:image/png") == 20 + 12
+
+        shards = sorted(work.glob("coco-pictures-*/*.safetensors"))
+        shards[-1].unlink()  # as if stopped before the last one
+        again = evaluate("--json")
+        assert json.loads(again.stdout)["figures"] == told["figures"]
+
+        same = evaluate("--json", "--images", work / "pictures")  # what was kept gives the same again
+        assert same.returncode == 0, same.stderr
+        assert json.loads(same.stdout)["figures"] == pytest.approx(told["figures"], rel=1e-5, abs=1e-6, nan_ok=False)
+
+        other = evaluate("--json", "--seed", 1)
+        assert json.loads(other.stdout)["figures"]["fid"] != told["figures"]["fid"]
+        assert evaluate("--json", "--protocol", "torchmetrics").returncode == 0
+
+    def test_figures_from_what_was_kept(self, evaluate) -> None:  # type: ignore[no-untyped-def]
+        """The figures are those of the rows on disk, by the metrics alone."""
+        told = json.loads(evaluate("--json").stdout)["figures"]
+        real, fake = (
+            torch.cat([load_file(f)["features"] for f in sorted(evaluate.work.glob(f"coco-{what}-*/*.safetensors"))])
+            for what in ("reference", "reference")
+        )
+        assert real.shape[1] == 2048 and torch.equal(real, fake) and told["fid"] > fid(real, fake)
+
+    @pytest.mark.parametrize(
+        "flags, says",
+        [
+            (["--protocol", "gigagan"], "a list of its own"),
+            (["--limit", 25], "there are 24"),
+            (["--limit", 20, "--images", "."], "pictures for 20 captions"),
+            (["--teacher", "x", "--student", "y"], "several things"),
+            (["--coco-root", "nowhere"], "COCO is not there"),
+        ],
+    )
+    def test_contradictions(self, evaluate, flags: list[object], says: str) -> None:  # type: ignore[no-untyped-def]
+        done = evaluate(*flags)
+        assert done.returncode == 2 and says in done.stderr and "hint:" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_a_corrupt_picture(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        root = make_coco(tmp_path / "coco")
+        (root / "val2014" / "COCO_val2014_000000000005.jpg").write_bytes(b"\xff\xd8 no picture")
+        stopped = evaluate("--coco-root", root)
+        assert stopped.returncode == 1 and "000000000005.jpg is no picture" in stopped.stderr
+        passed = evaluate("--coco-root", root, "--max-bad", 1, "--json")
+        assert passed.returncode == 0, passed.stderr
+        assert json.loads(passed.stdout)["manifest"]["reference_pictures"] == PICTURES - 1
