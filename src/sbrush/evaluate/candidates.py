@@ -31,11 +31,13 @@ def evaluate(
     batch: int,
     device: str,
     dtype: torch.dtype,
+    teacher_config: str | None = None,
 ) -> Report:
     """Measures and writes the HTML report; the teacher's figures are remembered, the student's measured each time."""
     if report.is_dir() or not os.access(report.absolute().parent, os.W_OK):
         raise SbrushError(f"cannot write {printable(report)}", "choose another --report", code=2)
-    one, many = load_student(student, device=device, dtype=dtype), load_teacher(teacher, device=device, dtype=dtype)
+    one = load_student(student, device=device, dtype=dtype)
+    many = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
     scale = scale_for(many, guidance)
     say(f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, {n} held-out pairs")
     candidates = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from PIL import Image
 from sbrush import __version__
 from sbrush.console import say
 from sbrush.evaluate.report import Figures, from_png, png
-from sbrush.files import write_json
+from sbrush.files import user_cache, write_json
 
 SHIPPED = Path(__file__).parent.parent / "stickers" / "weights" / "figures"
 
@@ -44,11 +43,7 @@ class Memory:
     def of(cls, key: Sequence[Any], folder: Path | None = None) -> Memory:
         """The place for what depends on `key`, all of it JSON; `folder` is by default the user's cache."""
         if folder is None:
-            base = os.environ.get("XDG_CACHE_HOME", "")
-            try:
-                folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sbrush"
-            except RuntimeError:  # no home
-                folder = None
+            folder = user_cache()
         return cls(f"eval-{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:32]}.json", folder)
 
     def recall(self, n: int, per_caption: int) -> Result | None:
