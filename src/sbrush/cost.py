@@ -68,9 +68,18 @@ class Cost:
         ]
 
 
-def estimate(source: str | None, recipe: Recipe, fit: Fit, *, bf16: bool, world: int = 1, device: str = "cpu") -> Cost:
+def estimate(
+    source: str | None,
+    recipe: Recipe,
+    fit: Fit,
+    *,
+    config: str | None = None,
+    bf16: bool,
+    world: int = 1,
+    device: str = "cpu",
+) -> Cost:
     """The cost of a run with this teacher; SbrushError if the teacher cannot be had."""
-    teacher = load_shapes(source)
+    teacher = load_shapes(source, config=config)
     share = max(1, recipe.batch // world // fit.micro_batches)
     with torch.device("meta"):
         student, base, trained, lora = _networks(teacher, recipe, fit, bf16, device)

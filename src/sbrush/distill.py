@@ -61,16 +61,17 @@ def prepare(
     every: Intervals,
     extend: int = 0,
     fit: Fit | None = None,
+    teacher_config: str | None = None,
 ) -> Plan:
     """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
 
-    `extend`: steps to add to a run that is complete in `out`.
+    `extend`: steps to add to a run that is complete in `out`. `teacher_config`: see load_teacher.
     """
     bf16 = trains_in_bf16(precision, device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no")
-    guide = load_teacher(teacher)
+    guide = load_teacher(teacher, config=teacher_config)
     start = load_student(init) if init else None
     if start and recipe.student_rank:
         raise SbrushError(

