@@ -48,8 +48,9 @@ distill: $(READY)  ## distil the built-in teacher into RUN
 sample: $(READY)  ## draw PROMPT with the shipped student
 	$(BIN)/sbrush sample "$(PROMPT)" -o out.png
 
-eval: $(READY)  ## evaluate the shipped student on LIMIT held-out pairs
-	$(BIN)/sbrush eval --limit $(LIMIT)
+eval: $(READY)  ## evaluate STUDENT (the shipped one); with COCO=DIR on COCO-30K, failing above MAX_FID
+	$(BIN)/sbrush eval $(if $(STUDENT),--student $(STUDENT)) $(if $(COCO),--coco-30k --coco-root $(COCO) \
+	  $(if $(MAX_FID),--max-fid $(MAX_FID)),--limit $(LIMIT))
 
 mutate: $(READY)  ## break core.py in every small way; the tests must notice each
 	$(BIN)/python tests/mutate.py

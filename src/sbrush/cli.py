@@ -282,6 +282,9 @@ def evaluate(
         bool, typer.Option("--download", help="Fetch the metrics' weights if they are missing.", rich_help_panel=COCO)
     ] = False,
     max_bad: Annotated[int, typer.Option(help="Unreadable pictures to pass over.", min=0, rich_help_panel=COCO)] = 0,
+    max_fid: Annotated[
+        float | None, typer.Option(help="Exit with 1 if FID is above, for CI.", min=0, rich_help_panel=COCO)
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Features so far. Default: the user's cache.", rich_help_panel=COCO)
     ] = None,
@@ -312,13 +315,15 @@ def evaluate(
 
         result = benchmark(
             root=coco_root, protocol=protocol.value, student=student, teacher=teacher, teacher_config=teacher_config,
-            images=images, captions=captions, n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights,
-            clip_score=clip_score, download=download, max_bad=max_bad, work=work, save_images=save_images,
-            report=report, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+            images=images, captions=captions, n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception,
+            clip_weights=clip_weights, clip_score=clip_score, download=download, max_bad=max_bad, work=work,
+            save_images=save_images, report=report, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
         )  # fmt: skip
         _print_result(result, report, json_)
+        if max_fid is not None and result.figures["fid"] > max_fid:
+            raise SbrushError(f"FID {result.figures['fid']:.2f} is above {max_fid:g}", f"see {printable(report)}")
         return
-    if any(given is not None for given in (images, captions, inception, clip_weights, work, save_images)):
+    if any(given is not None for given in (images, captions, inception, clip_weights, work, save_images, max_fid)):
         raise SbrushError("these options are for COCO", "add --coco-30k", code=2)
     limit = limit or 5000
     if limit < 100:
