@@ -25,7 +25,7 @@ from conftest import sbrush
 def test_cheap_answers_do_not_import_torch(arguments, code):
     program = (
         "import sys; sys.argv[0] = 'sbrush'\n"
-        "from sbrush.cli import main\n"
+        "from sbrush.cli.app import main\n"
         "try: main()\n"
         "finally: print('HEAVY', sorted(set(sys.modules) & {'torch', 'numpy', 'PIL', 'diffusers', 'transformers'}))"
     )

@@ -1,6 +1,6 @@
 """python -m sbrush, so that `accelerate launch -m sbrush distill ...` works."""
 
-from sbrush.cli import main
+from sbrush.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,1 @@
+"""The command line: every flag, and nothing else. app.py puts the commands together."""

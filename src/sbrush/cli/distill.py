@@ -1,0 +1,164 @@
+"""`sbrush distill`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from sbrush import console
+from sbrush.cli.flags import MACHINE, REPORT, DeviceFlag, TeacherConfigFlag, TeacherFlag, no_prompts
+from sbrush.console import printable, say
+from sbrush.recipes import RECIPES, Recipe
+
+MEMORY, ABLATIONS, OVERRIDES = "Less memory", "The paper's ablations", "Instead of the recipe's"
+RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
+
+
+class Precision(StrEnum):
+    """Of matrix products in training."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def distill(
+    prompts: Annotated[Path, typer.Argument(help="UTF-8 text, one prompt a line.")],
+    teacher: TeacherFlag = None,
+    teacher_config: TeacherConfigFlag = None,
+    init: Annotated[str | None, typer.Option(help="Start from this student instead of the teacher's weights.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/PROMPTS. The same command resumes.")
+    ] = None,
+    recipe: Annotated[
+        RecipeName | None,
+        typer.Option(help="Row of hyper-parameters. Default: stickers for the built-in teacher, else swiftbrush."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the run.", min=0)] = 0,
+    extend: Annotated[int, typer.Option(help="Steps to add to the complete run in --out; 0: none.", min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(help="Student updates.", min=1, rich_help_panel=OVERRIDES)] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples an update.", min=1, rich_help_panel=OVERRIDES)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", min=0, rich_help_panel=OVERRIDES)] = None,
+    student_lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, rich_help_panel=OVERRIDES)] = None,
+    lora_lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, rich_help_panel=OVERRIDES)] = None,
+    lora_updates: Annotated[
+        int | None, typer.Option(help="LoRA-teacher updates a student update.", min=1, rich_help_panel=OVERRIDES)
+    ] = None,
+    student_lora: Annotated[
+        int | None,
+        typer.Option(help="Rank of a LoRA that is the student, for small cards.", min=1, rich_help_panel=OVERRIDES),
+    ] = None,
+    t_init: Annotated[
+        int | None, typer.Option(help="The student's timestep, below T.", min=1, rich_help_panel=OVERRIDES)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any setting: --set lora_rank=128 --set t_init=null.", rich_help_panel=OVERRIDES),
+    ] = None,
+    lora_teacher: Annotated[
+        bool, typer.Option(" /--no-lora-teacher", help="Score Distillation Sampling.", rich_help_panel=ABLATIONS)
+    ] = True,
+    reparameterisation: Annotated[
+        bool, typer.Option(" /--no-reparameterisation", help="The UNet's output is x0.", rich_help_panel=ABLATIONS)
+    ] = True,
+    log_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 10,
+    sheet_every: Annotated[
+        int, typer.Option(help="Steps between contact sheets; 0: none.", min=0, rich_help_panel=REPORT)
+    ] = 200,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 200,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the recipes, and what this run would take; train nothing.")
+    ] = False,
+    device: DeviceFlag = "auto",
+    precision: Annotated[Precision, typer.Option(help="Of matrix products.", rich_help_panel=MACHINE)] = Precision.auto,
+    micro_batches: Annotated[
+        int, typer.Option(help="Parts that a process takes its batch in.", min=1, rich_help_panel=MEMORY)
+    ] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice, keep few.", rich_help_panel=MEMORY)
+    ] = False,
+    ema_on_cpu: Annotated[bool, typer.Option("--ema-on-cpu", help="Off: --set ema=0.", rich_help_panel=MEMORY)] = False,
+    adam_8bit: Annotated[bool, typer.Option("--adam-8bit", help="Needs bitsandbytes.", rich_help_panel=MEMORY)] = False,
+) -> None:
+    """Distil a teacher into a one-step student, from prompts alone."""
+    chosen = RECIPES[recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"]
+    given: dict[str, Any] = {
+        "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
+        "lora_updates": lora_updates, "student_rank": student_lora, "t_init": t_init,
+        "reparameterised": reparameterisation, "optimizer": "adam8bit" if adam_8bit else None,
+    }  # fmt: skip
+    if guidance is not None:
+        chosen = chosen.with_settings(guidance_to=None)
+    if not lora_teacher:
+        chosen = chosen.with_settings(gap="sds", shared_forward=False)
+    chosen = chosen.with_settings(**{name: value for name, value in given.items() if value is not None})
+    chosen = chosen.but_for(set_ or ())
+    if not prompts.is_file():  # before torch is imported
+        no_prompts(prompts)
+    say("loading torch and the models ...")
+    from sbrush.device import pick_device
+    from sbrush.distill import distill as train
+    from sbrush.distill import prepare
+    from sbrush.distiller import Fit
+    from sbrush.prompts import read_prompts
+    from sbrush.run import Intervals
+
+    texts = read_prompts(prompts)
+    fit = Fit(micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu)
+    if dry_run:
+        from sbrush.cost import estimate
+        from sbrush.device import trains_in_bf16
+
+        where = pick_device(device)
+        bf16 = trains_in_bf16(cast("Any", precision.value), where)
+        _print_recipes(chosen)
+        facts = {
+            "teacher": teacher or "stickers (built in)",
+            "prompts": texts.describe(),
+            "seed": seed,
+            "bfloat16": bf16,
+        }
+        for name, value in facts.items():
+            console.out(f"{name}: {printable(value)}")
+        for line in estimate(teacher, chosen, fit, config=teacher_config, bf16=bf16, device=where).lines(chosen):
+            console.out(line)
+        return
+    plan = prepare(
+        chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
+        device=pick_device(device), precision=cast("Any", precision.value),
+        every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every), extend=extend,
+        fit=fit, teacher_config=teacher_config,
+    )  # fmt: skip
+    shown = printable(plan.run.out)
+    if not train(plan):
+        if plan.main_process:
+            say(f"stopped; the same command goes on:\n  {_same_command()}")
+        raise typer.Exit(130)
+    if plan.main_process:
+        sheets = f"pictures: {shown}/samples   " if sheet_every else ""
+        say(f'{sheets}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
+        console.out(plan.run.student)
+
+
+def _same_command() -> str:
+    import shlex
+
+    return printable(shlex.join(["sbrush", *sys.argv[1:]]))
+
+
+def _print_recipes(recipe: Recipe) -> None:
+    """The recipes side by side, and this run's beside them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("setting", *RECIPES, "this run", title=None, box=None)
+    for field in dataclasses.fields(Recipe):
+        table.add_row(
+            field.name, *(str(getattr(r, field.name)) for r in RECIPES.values()), str(getattr(recipe, field.name))
+        )
+    Console(markup=False, highlight=False).print(table)

@@ -1,0 +1,130 @@
+"""`sbrush eval`, on the built-in world and on COCO-30K."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sbrush import console
+from sbrush.cli.flags import (
+    MACHINE,
+    REPORT,
+    DeviceFlag,
+    Dtype,
+    DtypeFlag,
+    JsonFlag,
+    StudentFlag,
+    TeacherConfigFlag,
+    TeacherFlag,
+)
+from sbrush.console import SbrushError, printable, say
+
+COCO = "COCO-30K"
+
+
+class Protocol(StrEnum):
+    """On COCO-30K; evaluate/coco.py has them."""
+
+    swiftbrush = "swiftbrush"
+    gigagan = "gigagan"
+    torchmetrics = "torchmetrics"
+
+
+def evaluate(
+    student: StudentFlag = None,
+    teacher: TeacherFlag = None,
+    teacher_config: TeacherConfigFlag = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Captions. Default: 5,000; with --coco-30k 30,000.", min=4, max=50_000)
+    ] = None,
+    coco_30k: Annotated[
+        bool, typer.Option("--coco-30k", help="Measure on COCO instead of the built-in world.", rich_help_panel=COCO)
+    ] = False,
+    coco_root: Annotated[
+        Path, typer.Option(help="Holds annotations/captions_val2014.json, val2014/.", rich_help_panel=COCO)
+    ] = Path("coco"),
+    protocol: Annotated[
+        Protocol, typer.Option(help="Which figures it compares with.", rich_help_panel=COCO)
+    ] = Protocol.swiftbrush,
+    images: Annotated[
+        Path | None, typer.Option(help="Measure this folder's pictures, in their numbers' order.", rich_help_panel=COCO)
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="Another list, one a line.", rich_help_panel=COCO)] = None,
+    seed: Annotated[int, typer.Option(help="Of the pictures.", min=0, rich_help_panel=COCO)] = 0,
+    inception: Annotated[Path | None, typer.Option(help="Inception's weights.", rich_help_panel=COCO)] = None,
+    clip_weights: Annotated[
+        Path | None, typer.Option(help="ViT-g-14's weights, or an open_clip folder.", rich_help_panel=COCO)
+    ] = None,
+    clip_score: Annotated[bool, typer.Option(" /--no-clip-score", help="Leave it out.", rich_help_panel=COCO)] = True,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the metrics' weights if they are missing.", rich_help_panel=COCO)
+    ] = False,
+    max_bad: Annotated[int, typer.Option(help="Unreadable pictures to pass over.", min=0, rich_help_panel=COCO)] = 0,
+    max_fid: Annotated[
+        float | None, typer.Option(help="Exit with 1 if FID is above, for CI.", min=0, rich_help_panel=COCO)
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Features so far. Default: the user's cache.", rich_help_panel=COCO)
+    ] = None,
+    save_images: Annotated[Path | None, typer.Option(help="Keep the pictures there.", rich_help_panel=COCO)] = None,
+    diversity: Annotated[int, typer.Option(help="Pictures for each of the ten open captions.", min=10)] = 100,
+    steps: Annotated[int, typer.Option(help="The teacher's, for comparison.", min=1, max=1000)] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(help="The teacher's. Default: the one it was chosen at.", min=0)
+    ] = None,
+    report: Annotated[Path, typer.Option(help="Table and pictures as one HTML file.", rich_help_panel=REPORT)] = Path(
+        "report.html"
+    ),
+    json_: JsonFlag = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again, whatever is cached.")] = False,
+    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1, rich_help_panel=MACHINE)] = 64,
+    device: DeviceFlag = "auto",
+    dtype: DtypeFlag = Dtype.auto,
+) -> None:
+    """Measure a student, its teacher and the truth: FID, CLIP score, accuracy, diversity."""
+    from sbrush.device import pick_device, pick_dtype
+
+    where = pick_device(device)
+    if report.is_dir() or not os.access(report.absolute().parent, os.W_OK):
+        raise SbrushError(f"cannot write {printable(report)}", "choose another --report", code=2)
+    result: Any
+    if coco_30k:
+        from sbrush.evaluate.benchmark import benchmark
+
+        result = benchmark(
+            root=coco_root, protocol=protocol.value, student=student, teacher=teacher, teacher_config=teacher_config,
+            images=images, captions=captions, n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception,
+            clip_weights=clip_weights, clip_score=clip_score, download=download, max_bad=max_bad, work=work,
+            save_images=save_images, report=report, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+        )  # fmt: skip
+        _print_result(result, report, json_)
+        if max_fid is not None and result.figures["fid"] > max_fid:
+            raise SbrushError(f"FID {result.figures['fid']:.2f} is above {max_fid:g}", f"see {printable(report)}")
+        return
+    if any(given is not None for given in (images, captions, inception, clip_weights, work, save_images, max_fid)):
+        raise SbrushError("these options are for COCO", "add --coco-30k", code=2)
+    limit = limit or 5000
+    if limit < 100:
+        raise SbrushError(f"{limit} captions are too few", "--limit 100 or more", code=2)
+    from sbrush.evaluate.candidates import evaluate as measure
+
+    result = measure(
+        student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
+        report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+        teacher_config=teacher_config,
+    )  # fmt: skip
+    _print_result(result, report, json_)
+
+
+def _print_result(result: Any, report: Path, as_json: bool) -> None:
+    """The end of both kinds of evaluation."""
+    if as_json:
+        console.out_json(result.json())
+    else:
+        console.out(result.table())
+        say(f'next: open {printable(report)}, or sbrush sample "a cat" --seed 1-8 --compare')
+        console.out(report)

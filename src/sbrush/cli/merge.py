@@ -1,0 +1,25 @@
+"""`sbrush merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sbrush import console
+from sbrush.console import printable, say
+
+
+def merge(
+    one: Annotated[str, typer.Argument(help="A student: folder, a run's --out, or Hub id.")],
+    two: Annotated[str, typer.Argument(help="Another student of the same teacher.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the new student.")],
+    share: Annotated[float, typer.Option(help="Of the first.", min=0, max=1)] = 0.5,
+) -> None:
+    """Merge two students' weights into one student (SwiftBrush v2)."""
+    from sbrush.merge import merge as merge_students
+
+    merge_students(one, two, out, share=share)
+    say(f'next: sbrush sample "a cat" --student {printable(out)}')
+    console.out(out)
