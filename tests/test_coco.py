@@ -127,8 +127,8 @@ class TestProtocol:
         theirs = FeatureExtractorInceptionV3("net", ["2048"], str(tmp_path / "theirs.pth"))
         pictures = noise(2, 256, 256)
         ours = Inception.load(inception_file)
-        assert torch.equal(ours.features(pictures, "tensorflow"), theirs(pictures)[0])
-        assert not torch.equal(ours.features(pictures, "clean"), theirs(pictures)[0])
+        assert torch.equal(ours.features(pictures), theirs(pictures)[0])
+        assert not torch.equal(ours.features(torch.stack([clean_resize(p) for p in pictures])), theirs(pictures)[0])
 
     def test_clip_score_is_open_clips(self, clip_folder: Path) -> None:
         import open_clip
@@ -140,7 +140,9 @@ class TestProtocol:
             seen = model.eval().encode_image(images)
             said = model.encode_text(open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
         expected = torch.nn.functional.cosine_similarity(seen, said)
-        assert torch.allclose(ClipScorer.load(clip_folder).scores(pictures, captions), expected, atol=1e-6)
+        ours = ClipScorer.load(clip_folder)
+        prepared = torch.stack([ours.prepare(p) for p in pictures])
+        assert torch.allclose(ours.scores(prepared, captions), expected, atol=1e-6)
 
 
 class TestMetrics:
@@ -159,6 +161,23 @@ class TestMetrics:
         theirs = kernel_mmd(x.numpy(), y.numpy(), kid_kernel="poly", **options)
         assert mmd(x, y).item() == pytest.approx(theirs, rel=1e-6)
         assert kid(real, fake)[0] > 0.01 > abs(kid(real[:1500], real[1500:])[0])
+
+    @pytest.mark.filterwarnings("ignore")  # clean-fid calls scipy's sqrtm as it was, and more
+    @pytest.mark.parametrize("width", [16, 128])
+    def test_fid_is_clean_fids_and_torch_fidelitys(self, width: int) -> None:
+        """On features as uneven as Inception's: correlated, some nearly constant, means far from 0."""
+        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+        theirs = pytest.importorskip("cleanfid.fid")
+        draw = torch.Generator().manual_seed(width)
+        mix = torch.randn(width, width, generator=draw) / width**0.5 * torch.logspace(0, -2, width)
+        real = (torch.randn(6000, width, generator=draw) @ mix).double() + 5
+        fake = (torch.randn(5000, width, generator=draw) @ (mix + 0.05 * mix.roll(1, 0))).double() + 5.02
+        statistics = [fid_features_to_statistics(features) for features in (real, fake)]
+        ours, (a, b) = fid(real, fake), statistics
+        assert ours == pytest.approx(fid_statistics_to_metric(a, b, False)[KEY_METRIC_FID], rel=1e-4)
+        assert ours == pytest.approx(theirs.frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"]), rel=1e-4)
+        assert ours > 1e-3
 
     def test_jackknife_agrees_with_the_spread_of_fresh_samples(self) -> None:
         draw = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@
     stickers.py           the protocol on the built-in world: captions, seeds, reference
     candidates.py         `sbrush eval` on it
     coco.py               the protocols on COCO-30K: captions, reference, crop, resizing
+    ahead.py              pictures made ready on other threads while the networks are busy
     benchmark.py          `sbrush eval --coco-30k` under one of them
     shards.py             what was seen so far, on disk
     published.py          its report, and what papers report
