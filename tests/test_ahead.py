@@ -72,8 +72,8 @@ class Means:
     def prepare(self, picture: Tensor) -> Tensor:
         return picture[:, :8, :8].float()
 
-    def scores(self, pictures: Tensor, captions: list[str], prefix: str) -> Tensor:
-        return pictures.mean(dim=(1, 2, 3)) + torch.tensor([float(c) for c in captions])
+    def scores(self, pictures: Tensor, captions: list[str], prefix: str = "") -> Tensor:
+        return pictures.mean(dim=(1, 2, 3)) + torch.tensor([float(len(c)) for c in captions])
 
 
 def test_pictures_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -91,7 +91,7 @@ def test_pictures_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None
             del batch
 
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (48, 3, 40, 30), dtype=np.uint8))
-    captions = [str(i) for i in range(48)]
+    captions = ["x" * i for i in range(48)]
     looker = Looker(PROTOCOLS["swiftbrush"], Means(), Means())  # type: ignore[arg-type]
     seen = list(looker.made(batches(), captions))
     ready = [looker.prepare(to_image(p), scored=True) for p in pictures]

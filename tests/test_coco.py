@@ -57,6 +57,10 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
+
+
+def make_inception(file: Path) -> Path:
     """Inception's true architecture, random weights, batch norms calibrated so that features are neither 0 nor huge."""
     torch.manual_seed(0)
     net = Inception()
@@ -65,18 +69,20 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             module.momentum = None  # the plain mean
     with torch.no_grad():
         net.train()(torch.rand(8, 3, 299, 299) * 2 - 1)
-    file = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save({**net.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, file)
     return file
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def make_clip(folder: Path) -> Path:
     """A tiny model in open_clip's own layout, with the true tokenizer."""
     import open_clip
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
     config = {
         "embed_dim": 16, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 32},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},

@@ -89,7 +89,7 @@ class Screen:
         # Less than float32 in products (TensorFloat-32, if someone asks torch for it) would break the bound.
         exact = torch.get_float32_matmul_precision() == "highest" and points.dtype != torch.float64
         self._dtype = torch.float32 if exact else torch.float64
-        self._middle = points.double().mean(dim=0)
+        self._middle = points.mean(dim=0, dtype=torch.float64).to(self._dtype)
         self._points, self._norms = self._centred(points)
         self._largest = self._norms.max()
 
@@ -102,5 +102,5 @@ class Screen:
 
     def _centred(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The points about the set's middle, where numbers are small and so their rounding is; squared norms."""
-        centred = (points.double() - self._middle).to(self._dtype)
-        return centred, centred.double().square().sum(dim=1).to(self._dtype)
+        centred = points.to(self._dtype) - self._middle
+        return centred, torch.linalg.vector_norm(centred, dim=1).square()
