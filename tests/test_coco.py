@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import subprocess
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from sbrush.evaluate.coco import Bad, Coco, picture_files, read_captions, square
 from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.inception import Inception, clean_resize
 from sbrush.evaluate.kid import kid, mmd
+from sbrush.evaluate.published import BenchmarkReport
 from sbrush.evaluate.shards import Shards
 from sbrush.files import write_json
 from sbrush.stickers.draw import draw
@@ -192,6 +197,49 @@ class TestMetrics:
         spread = torch.tensor([fid(real, fake) for fake in fakes]).std().item()
         told = np.mean([fid_error(real, fake) for fake in fakes[:20]])
         assert told == pytest.approx(spread, rel=0.3)
+
+
+class TestReport:
+    def test_the_page_is_whole_html_with_every_cell(self, tmp_path: Path) -> None:
+        """By Python's parser: what is opened is closed, each row has its cells, and nothing from outside is a tag."""
+        names = ("fid", "fid_standard_error", "kid", "kid_spread", "clip_score", "precision", "recall")
+        evil = "<script>alert('x')</script>"
+        manifest = {"protocol": {"name": "swiftbrush", "pictures": 30_000}, "pictures": 300, "captions": evil, "x": [1]}
+        report = BenchmarkReport(f"runs/{evil}", dict.fromkeys(names, 0.25), manifest)
+        pictures = [(f"{i} {evil}", Image.new("RGB", (600, 400), (i, 0, 0))) for i in range(3)]
+        report.write(tmp_path / "report.html", {"The first": pictures, "The lowest": pictures[:1]})
+        page = Tags((tmp_path / "report.html").read_text(encoding="utf-8"))
+        assert not page.open and page.count["table"] == 1 and page.count["script"] == 0
+        assert {cells for cells in page.rows if cells > 1} == {3}  # a label, two columns; a heading has 1
+        assert page.count["img"] == page.count["figcaption"] == 4
+        assert page.text.count(evil) == 2 + 4 and "name swiftbrush, pictures 30000" in page.text
+        sizes = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in page.sources]
+        assert sizes == [(256, 171)] * 4
+
+
+class Tags(HTMLParser):
+    """A page's tags: those left open, how many of each, each row's cells; its text, its pictures' sources."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open, self.count, self.rows, self.text, self.sources = [], Counter[str](), list[int](), "", list[str]()
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.count[tag] += 1
+        self.sources += [value for name, value in attributes if name == "src" and value]
+        self.rows += [0] if tag == "tr" else []
+        if tag in ("td", "th"):
+            self.rows[-1] += 1
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        self.text += text
 
 
 class TestShards:
