@@ -10,10 +10,10 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint distill sample eval mutate kill fuzz ablations bench teach wheel clean
+.PHONY: help setup demo test lint distill sample eval mutate kill fuzz memory ablations bench bench-eval teach wheel clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -61,11 +61,17 @@ kill: $(READY)  ## kill a run fifty times at random; it must end as one that was
 fuzz: $(READY)  ## damage five hundred folders that sbrush reads; it must refuse or do no harm
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py 500
 
+memory: $(READY)  ## what `sbrush eval --coco-30k` holds in memory at 300 and at 3,000 pictures
+	$(BIN)/python tests/memory.py 300 3000
+
 ablations: $(READY)  ## the paper's ablations on the built-in world, with a picture each
 	$(BIN)/python -m sbrush.stickers.ablations
 
 bench: $(READY)  ## the training step against the plain formulation, side by side
 	$(BIN)/python -m sbrush.bench
+
+bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the usual way, side by side
+	$(BIN)/python -m sbrush.evaluate.bench
 
 teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, student
 	$(BIN)/python -m sbrush.stickers.teach vae

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import subprocess
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from sbrush.evaluate.coco import Bad, Coco, picture_files, read_captions, square
 from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.inception import Inception, clean_resize
 from sbrush.evaluate.kid import kid, mmd
+from sbrush.evaluate.published import BenchmarkReport
 from sbrush.evaluate.shards import Shards
 from sbrush.files import write_json
 from sbrush.stickers.draw import draw
@@ -57,6 +62,10 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
+
+
+def make_inception(file: Path) -> Path:
     """Inception's true architecture, random weights, batch norms calibrated so that features are neither 0 nor huge."""
     torch.manual_seed(0)
     net = Inception()
@@ -65,18 +74,20 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             module.momentum = None  # the plain mean
     with torch.no_grad():
         net.train()(torch.rand(8, 3, 299, 299) * 2 - 1)
-    file = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save({**net.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, file)
     return file
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def make_clip(folder: Path) -> Path:
     """A tiny model in open_clip's own layout, with the true tokenizer."""
     import open_clip
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
     config = {
         "embed_dim": 16, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 32},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
@@ -127,8 +138,8 @@ class TestProtocol:
         theirs = FeatureExtractorInceptionV3("net", ["2048"], str(tmp_path / "theirs.pth"))
         pictures = noise(2, 256, 256)
         ours = Inception.load(inception_file)
-        assert torch.equal(ours.features(pictures, "tensorflow"), theirs(pictures)[0])
-        assert not torch.equal(ours.features(pictures, "clean"), theirs(pictures)[0])
+        assert torch.equal(ours.features(pictures), theirs(pictures)[0])
+        assert not torch.equal(ours.features(torch.stack([clean_resize(p) for p in pictures])), theirs(pictures)[0])
 
     def test_clip_score_is_open_clips(self, clip_folder: Path) -> None:
         import open_clip
@@ -140,7 +151,9 @@ class TestProtocol:
             seen = model.eval().encode_image(images)
             said = model.encode_text(open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
         expected = torch.nn.functional.cosine_similarity(seen, said)
-        assert torch.allclose(ClipScorer.load(clip_folder).scores(pictures, captions), expected, atol=1e-6)
+        ours = ClipScorer.load(clip_folder)
+        prepared = torch.stack([ours.prepare(p) for p in pictures])
+        assert torch.allclose(ours.scores(prepared, captions), expected, atol=1e-6)
 
 
 class TestMetrics:
@@ -160,6 +173,23 @@ class TestMetrics:
         assert mmd(x, y).item() == pytest.approx(theirs, rel=1e-6)
         assert kid(real, fake)[0] > 0.01 > abs(kid(real[:1500], real[1500:])[0])
 
+    @pytest.mark.filterwarnings("ignore")  # clean-fid calls scipy's sqrtm as it was, and more
+    @pytest.mark.parametrize("width", [16, 128])
+    def test_fid_is_clean_fids_and_torch_fidelitys(self, width: int) -> None:
+        """On features as uneven as Inception's: correlated, some nearly constant, means far from 0."""
+        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+        theirs = pytest.importorskip("cleanfid.fid")
+        draw = torch.Generator().manual_seed(width)
+        mix = torch.randn(width, width, generator=draw) / width**0.5 * torch.logspace(0, -2, width)
+        real = (torch.randn(6000, width, generator=draw) @ mix).double() + 5
+        fake = (torch.randn(5000, width, generator=draw) @ (mix + 0.05 * mix.roll(1, 0))).double() + 5.02
+        statistics = [fid_features_to_statistics(features) for features in (real, fake)]
+        ours, (a, b) = fid(real, fake), statistics
+        assert ours == pytest.approx(fid_statistics_to_metric(a, b, False)[KEY_METRIC_FID], rel=1e-4)
+        assert ours == pytest.approx(theirs.frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"]), rel=1e-4)
+        assert ours > 1e-3
+
     def test_jackknife_agrees_with_the_spread_of_fresh_samples(self) -> None:
         draw = torch.Generator().manual_seed(0)
         real = torch.randn(4000, 4, generator=draw)
@@ -167,6 +197,49 @@ class TestMetrics:
         spread = torch.tensor([fid(real, fake) for fake in fakes]).std().item()
         told = np.mean([fid_error(real, fake) for fake in fakes[:20]])
         assert told == pytest.approx(spread, rel=0.3)
+
+
+class TestReport:
+    def test_the_page_is_whole_html_with_every_cell(self, tmp_path: Path) -> None:
+        """By Python's parser: what is opened is closed, each row has its cells, and nothing from outside is a tag."""
+        names = ("fid", "fid_standard_error", "kid", "kid_spread", "clip_score", "precision", "recall")
+        evil = "<script>alert('x')</script>"
+        manifest = {"protocol": {"name": "swiftbrush", "pictures": 30_000}, "pictures": 300, "captions": evil, "x": [1]}
+        report = BenchmarkReport(f"runs/{evil}", dict.fromkeys(names, 0.25), manifest)
+        pictures = [(f"{i} {evil}", Image.new("RGB", (600, 400), (i, 0, 0))) for i in range(3)]
+        report.write(tmp_path / "report.html", {"The first": pictures, "The lowest": pictures[:1]})
+        page = Tags((tmp_path / "report.html").read_text(encoding="utf-8"))
+        assert not page.open and page.count["table"] == 1 and page.count["script"] == 0
+        assert {cells for cells in page.rows if cells > 1} == {3}  # a label, two columns; a heading has 1
+        assert page.count["img"] == page.count["figcaption"] == 4
+        assert page.text.count(evil) == 2 + 4 and "name swiftbrush, pictures 30000" in page.text
+        sizes = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in page.sources]
+        assert sizes == [(256, 171)] * 4
+
+
+class Tags(HTMLParser):
+    """A page's tags: those left open, how many of each, each row's cells; its text, its pictures' sources."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open, self.count, self.rows, self.text, self.sources = [], Counter[str](), list[int](), "", list[str]()
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.count[tag] += 1
+        self.sources += [value for name, value in attributes if name == "src" and value]
+        self.rows += [0] if tag == "tr" else []
+        if tag in ("td", "th"):
+            self.rows[-1] += 1
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        self.text += text
 
 
 class TestShards:

@@ -103,6 +103,36 @@ class TestPrecisionRecall:
         assert radii(line, k=3, chunk=3).tolist() == [7, 6, 4, 7]
         assert coverage(line, torch.tensor([[-1.0], [-1.5], [11.0], [100.0]]), k=1) == 0.5
 
+    @pytest.mark.parametrize("kind", ["apart", "on a grid", "far off", "all but equal", "huge"])
+    def test_every_decision_is_that_of_the_differences(self, kind: str) -> None:
+        """Where products alone decide wrongly: ties, equal points, small differences of large numbers, overflow."""
+        real, fake = normal(300, 64, 0), normal(200, 64, 1)
+        if kind == "on a grid":
+            real, fake = (torch.cat([x[:, :3].round(), x[:20, :3].round()]) for x in (real, fake))
+        elif kind == "far off":
+            real, fake = real + 3000, torch.cat([fake, real[:50]]) + 3000
+        elif kind == "all but equal":
+            real, fake = (1 + 2**-17 * x[:, :40].sign() for x in (real, fake))  # sums of squares are exact, ties too
+        elif kind == "huge":
+            real, fake = 1e25 * real, 1e25 * fake
+        expected = []
+        for region, points in ((real.double(), fake.double()), (fake.double(), real.double())):
+            among, across = ((x[:, None] - region).square().sum(dim=2).sqrt() for x in (region, points))
+            reach = among.fill_diagonal_(torch.inf).kthvalue(3, dim=1).values
+            assert torch.allclose(radii(region.float(), k=3, chunk=128), reach, rtol=1e-14)
+            expected.append((across <= reach).any(dim=1).double().mean().item())
+        assert precision_recall(real, fake, chunk=128) == pytest.approx(tuple(expected), abs=1e-9)
+        assert 0 < min(expected) < 1
+
+    def test_torch_fidelity_agrees(self) -> None:
+        from torch_fidelity.metric_prc import prc_features_to_metric
+
+        real, fake = normal(700, 16, 0).double(), normal(500, 16, 1, shift=0.5).double()
+        options = {"prc_neighborhood": 3, "prc_batch_size": 300, "save_cpu_ram": True, "verbose": False}
+        theirs = prc_features_to_metric(fake, real, **options)
+        assert precision_recall(real, fake) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+        assert theirs["precision"] != theirs["recall"]
+
     def test_too_few_pictures_are_refused(self) -> None:
         with pytest.raises(ValueError, match="too few"):
             radii(torch.zeros(3, 2), k=3)

@@ -10,7 +10,9 @@
     stickers.py           the protocol on the built-in world: captions, seeds, reference
     candidates.py         `sbrush eval` on it
     coco.py               the protocols on COCO-30K: captions, reference, crop, resizing
+    ahead.py              pictures made ready on other threads while the networks are busy
     benchmark.py          `sbrush eval --coco-30k` under one of them
+    bench.py              its speed, against the usual way and the floor
     shards.py             what was seen so far, on disk
     published.py          its report, and what papers report
     memory.py             figures that were measured before

@@ -9,10 +9,10 @@ from typing import Any
 
 import open_clip
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sbrush.console import SbrushError, printable
+from sbrush.pictures import to_image
 
 MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with
 PREFIX = "A photo depicts "
@@ -53,12 +53,16 @@ class ClipScorer:
             ) from problem
         return cls(model, preprocess, tokenizer, f"{source if source == MODEL else weights.name} {digest[:16]}")
 
+    def prepare(self, picture: Tensor) -> Tensor:
+        """The model's own preprocessing: uint8 [3, H, W] to float32 [3, side, side], on the CPU. Any thread may."""
+        ready: Tensor = self._preprocess(to_image(picture))
+        return ready
+
     @torch.inference_mode()
     def scores(self, pictures: Tensor, captions: Sequence[str], prefix: str = PREFIX) -> Tensor:
-        """Cosines: uint8 [B, 3, H, W] and B captions to float32 [B], -1 to 1, on the CPU."""
+        """Cosines: prepared pictures float32 [B, 3, side, side] and B captions to float32 [B], -1 to 1, on the CPU."""
         device = next(self._model.parameters()).device
-        images = [Image.fromarray(p.permute(1, 2, 0).contiguous().numpy()) for p in pictures]
-        seen = self._model.encode_image(torch.stack([self._preprocess(i) for i in images]).to(device), normalize=True)
+        seen = self._model.encode_image(pictures.to(device), normalize=True)
         said = self._model.encode_text(self._tokenizer([prefix + c for c in captions]).to(device), normalize=True)
         cosines: Tensor = (seen.float() * said.float()).sum(dim=-1).cpu()
         return cosines

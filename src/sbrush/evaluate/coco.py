@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from sbrush.console import SbrushError, printable, say
+from sbrush.evaluate.ahead import ahead
 from sbrush.evaluate.clip import PREFIX, ClipScorer
-from sbrush.evaluate.inception import Inception, Resize
+from sbrush.evaluate.inception import Inception, Resize, clean_resize
 from sbrush.pictures import to_image
 
 SIDE = 256
@@ -132,50 +132,71 @@ def square(picture: Image.Image, side: int = SIDE) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+class Ready(NamedTuple):
+    """A picture as the networks take it."""
+
+    inception: Tensor  # uint8 [3, 256, 256], or float32 [3, 299, 299] where the protocol resizes on the CPU
+    clip: Tensor | None  # float32 [3, side, side]
+
+
 class Looker:
     """Pictures in, what the protocol keeps of them out: a row for each, and no picture stays."""
 
     def __init__(self, protocol: Protocol, inception: Inception, clip: ClipScorer | None) -> None:
         self.protocol, self.inception, self.clip = protocol, inception, clip
 
-    def look(self, pictures: Tensor, captions: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """uint8 [B, 3, 256, 256] to features [B, 2048], and with captions their CLIP scores [B]; float32."""
-        rows = {"features": self.inception.features(pictures, self.protocol.resize)}
+    def prepare(self, picture: Image.Image, *, scored: bool) -> Ready:
+        """All that is done to a picture before a network sees it; for CLIP too if it is `scored`. Any thread may."""
+        pixels = square(picture)
+        features = clean_resize(pixels) if self.protocol.resize == "clean" else pixels
+        return Ready(features, self.clip.prepare(pixels) if scored and self.clip else None)
+
+    def look(self, pictures: Sequence[Ready], captions: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Features [B, 2048] of pictures, and with captions their CLIP scores [B]; float32."""
+        rows = {"features": self.inception.features(torch.stack([p.inception for p in pictures]))}
+        seen = [p.clip for p in pictures if p.clip is not None]
         if captions is not None and self.clip:
-            rows["clip"] = self.clip.scores(pictures, captions, self.protocol.prefix)
+            rows["clip"] = self.clip.scores(torch.stack(seen), captions, self.protocol.prefix)
         return rows
 
     def made(self, batches: Iterable[Tensor], captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Rows of pictures that a model makes, uint8 [b, 3, H, W] in the captions' order; prepared on other threads."""
+        """Rows of pictures that a model makes, uint8 [b, 3, H, W] in the captions' order.
+
+        A batch is made while those before it are prepared on other threads; networks on a GPU wait for neither.
+        """
         first = 0
-        with ThreadPoolExecutor(os.cpu_count()) as workers:
-            for batch in batches:
-                pictures = torch.stack(list(workers.map(lambda p: square(to_image(p)), batch)))
-                yield self.look(pictures, captions[first : first + len(batch)])
-                first += len(batch)
+        for pictures in ahead(lambda p: self.prepare(to_image(p), scored=True), batches):
+            yield self.look(pictures, captions[first : first + len(pictures)])
+            first += len(pictures)
 
     def read(
         self, files: Sequence[Path], bad: Bad, captions: Sequence[str] | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """Rows of picture files; the next batch is decoded while this one is looked at. A bad file's row is NaN."""
-        with ThreadPoolExecutor(os.cpu_count()) as workers:
-            starts = range(0, len(files), BATCH)
-            waiting = {s: workers.map(_open, files[s : s + BATCH]) for s in starts[:2]}
-            for start in starts:
-                if start + 2 * BATCH < len(files):
-                    waiting[start + 2 * BATCH] = workers.map(_open, files[start + 2 * BATCH : start + 3 * BATCH])
-                opened = list(waiting.pop(start))
-                for file, picture in zip(files[start : start + BATCH], opened, strict=True):
-                    if picture is None:
-                        bad.note(file)
-                gray = torch.full((3, SIDE, SIDE), 128, dtype=torch.uint8)
-                pictures = torch.stack([gray if p is None else p for p in opened])
-                rows = self.look(pictures, captions[start : start + BATCH] if captions is not None else None)
-                wrong = torch.tensor([p is None for p in opened])
-                yield {
-                    name: value.masked_fill(wrong.view(-1, *[1] * (value.dim() - 1)), torch.nan)
-                    for name, value in rows.items()
-                }
+        """Rows of picture files, decoded and prepared while those before them are looked at. A bad one's are NaN."""
+        gray = self.prepare(Image.new("RGB", (SIDE, SIDE), (128, 128, 128)), scored=captions is not None)
+        starts = range(0, len(files), BATCH)
+        opened = ahead(lambda f: self._open(f, scored=captions is not None), (files[s : s + BATCH] for s in starts))
+        for start, pictures in zip(starts, opened, strict=True):
+            for file, picture in zip(files[start : start + BATCH], pictures, strict=True):
+                if picture is None:
+                    bad.note(file)
+            rows = self.look(
+                [picture or gray for picture in pictures],
+                captions[start : start + BATCH] if captions is not None else None,
+            )
+            wrong = torch.tensor([picture is None for picture in pictures])
+            yield {
+                name: value.masked_fill(wrong.view(-1, *[1] * (value.dim() - 1)), torch.nan)
+                for name, value in rows.items()
+            }
+
+    def _open(self, file: Path, *, scored: bool) -> Ready | None:
+        """A file's picture, prepared; None if it cannot be read whole."""
+        try:
+            with Image.open(file) as picture:
+                return self.prepare(picture, scored=scored)
+        except Exception:  # Pillow's decoders raise what they like on damaged files
+            return None
 
 
 class Bad:
@@ -193,12 +214,3 @@ class Bad:
                 f"{printable(file)} is {'no picture' if file.is_file() else 'missing'}",
                 f"fetch it again, or go on without such files: --max-bad {self.most + 1} or more",
             )
-
-
-def _open(file: Path) -> Tensor | None:
-    """A file's picture as the protocol has it; None if it cannot be read whole."""
-    try:
-        with Image.open(file) as picture:
-            return square(picture)
-    except Exception:  # Pillow's decoders raise what they like on damaged files
-        return None

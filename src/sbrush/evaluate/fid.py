@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+CHUNK = 1000  # rows held in float64 at once
+
 
 class FID:
     """FID of features that come in any batches, in any order: update, then compute; the result is the same."""
@@ -21,8 +23,8 @@ class FID:
 
     def update(self, features: Tensor, *, real: bool) -> None:
         """Takes the features of more pictures, float [B, width], to the real side or to the model's."""
-        if len(features):
-            self._metric.update(features.double(), real=real)
+        for part in features.split(CHUNK) if len(features) else ():
+            self._metric.update(part.double(), real=real)
 
     def compute(self) -> float:
         """The distance so far, 0 or more; each side needs two pictures at least, else RuntimeError."""

@@ -93,15 +93,14 @@ class Inception(nn.Sequential):
         return net.to(device)
 
     @torch.inference_mode()
-    def features(self, pictures: Tensor, resize: Resize = "clean") -> Tensor:
-        """Pool3 of pictures: uint8 [B, 3, H, W] to float32 [B, 2048], on the CPU."""
-        device = next(self.parameters()).device
-        if resize == "clean":
-            x = torch.stack([clean_resize(picture) for picture in pictures]).to(device)
-        else:
-            x = interpolate_bilinear_2d_like_tensorflow1x(
-                pictures.to(device).float(), (SIDE, SIDE), align_corners=False
-            )
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pool3 of pictures: [B, 3, H, W] to float32 [B, 2048], on the CPU.
+
+        Those in uint8 are resized here, as the first FID code did; those that `clean_resize` gave, float32, are ready.
+        """
+        x = pictures.to(next(self.parameters()).device)
+        if not x.is_floating_point():
+            x = interpolate_bilinear_2d_like_tensorflow1x(x.float(), (SIDE, SIDE), align_corners=False)
         out: Tensor = self((x - 128) / 128)
         return out.float().cpu()
 

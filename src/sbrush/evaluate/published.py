@@ -84,7 +84,7 @@ class BenchmarkReport:
         ]
         rules = self.manifest["protocol"]["name"]
         groups: Groups = [(f"measured: {self.name}", mine), ("reported elsewhere, not measured by us", theirs)]
-        about = {name: str(value) for name, value in self.manifest.items()}
+        about = {name: _told(value) for name, value in self.manifest.items()}
         standard = self.manifest["protocol"]["pictures"]
         notes = []
         if self.manifest["pictures"] != standard:
@@ -94,3 +94,10 @@ class BenchmarkReport:
         if self.manifest["captions"] != "COCO's own":
             notes.append("the captions are a list of the user's")
         return ["FID etc.", "CLIP score"], groups, about, notes
+
+
+def _told(value: Any) -> str:
+    """A value of the manifest as people read it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(what)}" for name, what in value.items())
+    return ", ".join(map(_told, value)) if isinstance(value, list) else str(value)

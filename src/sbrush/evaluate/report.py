@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sbrush.console import SbrushError, printable
 from sbrush.files import write_text
@@ -21,6 +21,7 @@ Pictures = Mapping[str, Sequence[tuple[str, Image.Image]]]
 """For each heading, pictures with the caption that stands under each."""
 Groups = list[tuple[str, list[tuple[str, list[str]]]]]
 """A table: groups of rows by heading, each row a label and a cell for each column."""
+EDGE = 256  # pixels; larger pictures are shown reduced, or a report would be megabytes
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def page(
         shown += f'<h2>{escape(heading)}</h2>\n<div class="pictures">\n'
         for caption, picture in items:
             text = escape(caption)
+            picture = ImageOps.contain(picture, (EDGE, EDGE)) if max(picture.size) > EDGE else picture
             shown += f'<figure><img alt="{text}" src="data:image/png;base64,{png(picture)}">'
             shown += f"<figcaption>{text}</figcaption></figure>\n"
         shown += "</div>\n"

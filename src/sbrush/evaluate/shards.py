@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -57,5 +56,14 @@ class Shards:
                 for rows in batches(self.rows):
                     self.append(rows)
                     bar.advance(len(next(iter(rows.values()))))
-        parts = [load_file(file) for file in self._files]
-        return {name: torch.cat([part[name] for part in parts])[:total] for name in parts[0]}
+        return self._rows(total)
+
+    def _rows(self, total: int) -> dict[str, Tensor]:
+        """The first `total` rows by name, read so that they are held once."""
+        held, first = dict[str, Tensor](), 0
+        for file in self._files:
+            rows = {name: value[: max(0, total - first)] for name, value in load_file(file).items()}
+            for name, value in rows.items():
+                held.setdefault(name, value.new_empty(total, *value.shape[1:]))[first : first + len(value)] = value
+            first += len(value)
+        return held

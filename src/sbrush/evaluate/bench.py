@@ -1,0 +1,186 @@
+"""`sbrush eval --coco-30k` against the usual way and against the floor, in one run.  `make bench-eval`
+
+The usual way: plain diffusers writes PNGs, a pass of torch's DataLoader over them as clean-fid has it, and one for
+CLIP. Both take turns with the same student, metrics and pictures; the metrics' weights are random, for speed does not
+depend on them. The floor: the FLOPs of student, VAE, Inception and CLIP over the rate of the matrix products that the
+same device does in the same run, in the student's dtype. The reference is not in it: its pictures are looked at once.
+
+On a GPU:  python -m sbrush.evaluate.bench --student DIR --clip ViT-g-14 --pictures 3000
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import open_clip
+import torch
+import typer
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from sbrush.console import out, out_json, say
+from sbrush.device import pick_device, pick_dtype
+from sbrush.evaluate.clip import ClipScorer
+from sbrush.evaluate.coco import BATCH, PROTOCOLS, Looker
+from sbrush.evaluate.inception import Inception
+from sbrush.evaluate.shards import Shards
+from sbrush.models.load import load_student
+from sbrush.models.model import Model
+from sbrush.pictures import to_image
+from sbrush.sample import student_pictures
+from sbrush.stickers.world import random_caption, stream
+
+TURNS = 3
+
+
+def ours(student: Model, looker: Looker, texts: list[str], folder: Path, *, batch: int) -> dict[str, Tensor]:
+    """Features and CLIP scores of a student's pictures as `sbrush eval --coco-30k` takes them: rows by name."""
+    return Shards(folder).fill(
+        len(texts), "sbrush",
+        lambda first: looker.made(
+            student_pictures(student, texts[first:], range(first, len(texts)), batch=batch), texts[first:]
+        ),
+    )  # fmt: skip
+
+
+def usual(student: Model, looker: Looker, texts: list[str], folder: Path, *, batch: int) -> dict[str, Tensor]:
+    """The same in three passes: pictures to disk, features, CLIP scores."""
+    parts = {part: getattr(student, part) for part in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(**parts, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    for first in range(0, len(texts), batch):
+        some = texts[first : first + batch]
+        noise = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
+        drawn = pipe(some, num_inference_steps=1, guidance_scale=1, generator=noise).images
+        for i, picture in enumerate(drawn, first):
+            picture.save(folder / f"{i}.png")
+
+    def passed(part: str) -> DataLoader[Tensor]:
+        files = _Files([folder / f"{i}.png" for i in range(len(texts))], looker, part)
+        return DataLoader(files, BATCH, num_workers=os.cpu_count() or 1, multiprocessing_context="fork")
+
+    features = [looker.inception.features(pictures) for pictures in passed("inception")]
+    assert looker.clip is not None
+    spoken = (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
+    scores = [looker.clip.scores(p, said) for p, said in zip(passed("clip"), spoken, strict=True)]
+    return {"features": torch.cat(features), "clip": torch.cat(scores)}
+
+
+class _Files(torch.utils.data.Dataset[Tensor]):
+    """Picture files, each as one of the networks takes it."""
+
+    def __init__(self, files: list[Path], looker: Looker, part: str) -> None:
+        self._files, self._looker, self._part = files, looker, part
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, i: int) -> Tensor:
+        with Image.open(self._files[i]) as picture:
+            return getattr(self._looker.prepare(picture, scored=self._part == "clip"), self._part)
+
+
+def flops(student: Model, looker: Looker, texts: Sequence[str]) -> dict[str, float]:
+    """FLOPs of a picture by what takes them, counted while pictures for `texts` are made and looked at."""
+    pictures = torch.empty(0)
+
+    def make() -> None:
+        nonlocal pictures
+        pictures = torch.cat(list(student_pictures(student, texts, range(len(texts)), batch=len(texts))))
+
+    def counted(work: Callable[[], Any]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() / len(texts)
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it is one operation, which the counter does not know
+    try:
+        found = {"student and VAE": counted(make)}
+        ready = [looker.prepare(to_image(p), scored=True) for p in pictures]
+        found["Inception"] = counted(lambda: looker.look(ready))
+        found["CLIP"] = counted(lambda: looker.look(ready, texts)) - found["Inception"]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return found
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products, the best of several."""
+    side, best = 8192 if device.startswith("cuda") else 2048, 0.0
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(6):
+        taken = _seconds(lambda: a @ b, device)
+        best = max(best, 2 * side**3 / taken)
+    return best
+
+
+def _seconds(work: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main(
+    student: Annotated[str | None, typer.Option(help="A student's folder; by default the shipped one.")] = None,
+    clip: Annotated[str, typer.Option(help="open_clip's name of a model; the benchmark's is ViT-g-14.")] = "ViT-B-32",
+    pictures: Annotated[int, typer.Option(help="Pictures in all, shared by the turns.", min=TURNS)] = 300,
+    batch: Annotated[int, typer.Option(help="Pictures made at once.", min=1)] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Pictures/s of `sbrush eval --coco-30k` and of the usual way, and the share of the floor."""
+    where = pick_device(device)
+    dtype = pick_dtype("auto", where)
+    model = load_student(student, device=where, dtype=dtype)
+    network, _, preprocess = open_clip.create_model_and_transforms(clip, device=where)
+    scorer = ClipScorer(network, preprocess, open_clip.get_tokenizer(clip), clip)
+    looker = Looker(PROTOCOLS["swiftbrush"], Inception().requires_grad_(False).eval().to(where), scorer)
+    texts = [random_caption(stream("bench", i)).text for i in range(pictures // TURNS)]
+    taken: dict[str, list[float]] = {"usual": [], "sbrush": []}
+    for turn in range(-1, TURNS):  # the first warms up, on a batch
+        some = texts if turn >= 0 else texts[:batch]
+        for name, way in (("usual", usual), ("sbrush", ours)):
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = _seconds(partial(way, model, looker, some, Path(folder), batch=batch), where)
+            if turn >= 0:
+                taken[name].append(seconds)
+                say(f"turn {turn + 1} of {TURNS}, {name}: {len(some) / seconds:.3g} pictures/s")
+    work, rate = flops(model, looker, texts[:2]), matrix_rate(where, dtype)
+    floor = sum(work.values()) / rate
+    rates = {name: len(texts) / statistics.median(times) for name, times in taken.items()}
+    ratio = statistics.median(u / o for u, o in zip(taken["usual"], taken["sbrush"], strict=True))
+    if json_:
+        out_json(
+            {
+                "device": where, "dtype": str(dtype), "clip": clip, "pictures_a_turn": len(texts),
+                "pictures_per_second": rates, "times_usual": ratio, "gflop_a_picture":
+                {name: count / 1e9 for name, count in work.items()}, "matrix_gflop_per_second": rate / 1e9,
+                "share_of_floor": {name: floor * r for name, r in rates.items()}, "torch": torch.__version__,
+            }
+        )  # fmt: skip
+        return
+    out(f"{where}, {dtype}, CLIP {clip}, {TURNS} turns of {len(texts)} pictures, torch {torch.__version__}")
+    for name, count in work.items():
+        out(f"{name:26} {count / 1e9:8.1f} GFLOP a picture")
+    out(f"{'matrix products':26} {rate / 1e12:8.2f} TFLOP/s: at most {1 / floor:.1f} pictures/s")
+    for name, label in (("usual", "PNGs, then two passes"), ("sbrush", "sbrush eval --coco-30k")):
+        out(f"{label:26} {rates[name]:8.2f} pictures/s   {100 * floor * rates[name]:.0f} % of the floor")
+    out(f"{'':26} {ratio:8.2f} times the usual way")
+
+
+if __name__ == "__main__":
+    typer.run(main)
