@@ -125,6 +125,19 @@ def test_a_lora_student_is_exported_whole_and_as_a_lora_for_plain_diffusers(tmp_
     theirs = pipe("a red cat", generator=torch.Generator().manual_seed(5), **options).images[0]
     assert (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours).abs().max() <= 1
 
+    # As ComfyUI reads it: kohya's names, made of diffusers' by dots for underscores; W + alpha / rank * up down.
+    file = load_file(tmp_path / "run" / "student-lora" / "comfyui.safetensors")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    plain, merged = load_file(tiny_teacher / name), load_file(student / name)
+    for key in [k for k in plain if k.endswith(".weight")]:
+        module = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+        if f"{module}.alpha" in file:
+            down, up = file.pop(f"{module}.lora_down.weight"), file.pop(f"{module}.lora_up.weight")
+            product = (up.flatten(1) @ down.flatten(1)).view_as(plain[key])
+            plain[key] += file.pop(f"{module}.alpha") / len(down) * product
+        assert torch.allclose(plain[key], merged[key], atol=1e-6), key
+    assert not file
+
 
 def test_a_lora_student_and_init_are_refused_together(tmp_path, tiny_teacher):
     student = run(tiny_teacher, tmp_path / "run")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,7 +41,10 @@ def one_step_scheduler(teacher: Model, t_init: int | None = None) -> DDIMSchedul
 
 
 def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role) -> None:
-    """Writes a role's LoRA in the layout that diffusers' load_lora_weights and ComfyUI read; its scale is inside it."""
+    """Writes a role's LoRA twice, its scale inside it: as diffusers' load_lora_weights takes it, and as ComfyUI does.
+
+    ComfyUI knows attention layers by kohya's names alone, lora_unet_..._to_q.lora_down.weight.
+    """
     from peft.tuners.lora import LoraLayer
 
     tensors: dict[str, Tensor] = {}
@@ -50,8 +54,9 @@ def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role) -> None:
             scaled = module.lora_B[role].weight.detach() * module.scaling[role]
             tensors[f"unet.{name}.lora_B.weight"] = scaled.cpu().contiguous()
     folder.mkdir(exist_ok=True)
-    with whole(folder / "pytorch_lora_weights.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    for name, content in {"pytorch_lora_weights": tensors, "comfyui": convert_state_dict_to_kohya(tensors)}.items():
+        with whole(folder / f"{name}.safetensors") as partial:
+            save_file(content, partial, metadata={"format": "pt"})
 
 
 def export_student(
