@@ -44,20 +44,24 @@ TEXT = {  # width, layers, heads, activation
 }  # fmt: skip
 
 
-def make(name: str, folder: Path) -> Path:
-    """The folder, its weights in float16."""
+def make(name: str, folder: Path, *, latent: int | None = None) -> Path:
+    """The folder, its weights in float16. `latent`: its pictures' side in latents, if not that of its kind.
+
+    A smaller one leaves every weight as it is and makes a step quick.
+    """
     torch.manual_seed(0)
+    side = latent or UNETS[name]["sample_size"]
     tokenizer = build_tokenizer(folder / "tokenizer")
     _text_encoder(CLIPTextModel, tokenizer, *TEXT[name]).save_pretrained(folder / "text_encoder")
     if name == "sdxl":
         tokenizer.save_pretrained(folder / "tokenizer_2")
         second = _text_encoder(CLIPTextModelWithProjection, tokenizer, 1280, 32, 20, "gelu", projection=1280)
         second.save_pretrained(folder / "text_encoder_2")
-    UNet2DConditionModel(**UNETS[name]).half().save_pretrained(folder / "unet")
+    UNet2DConditionModel(**UNETS[name] | {"sample_size": side}).half().save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
-        sample_size=8 * UNETS[name]["sample_size"], scaling_factor=0.13025 if name == "sdxl" else 0.18215,
+        sample_size=8 * side, scaling_factor=0.13025 if name == "sdxl" else 0.18215,
     ).half().save_pretrained(folder / "vae")  # fmt: skip
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
