@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
+import shutil
 import subprocess
 from collections import Counter
 from html.parser import HTMLParser
@@ -20,7 +22,7 @@ from torch import Tensor
 from conftest import sbrush
 from sbrush.console import SbrushError
 from sbrush.evaluate.clip import ClipScorer
-from sbrush.evaluate.coco import Bad, Coco, picture_files, read_captions, square
+from sbrush.evaluate.coco import Bad, Coco, read_captions, square
 from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.inception import Inception, clean_resize
 from sbrush.evaluate.kid import kid, mmd
@@ -261,6 +263,20 @@ class TestShards:
         assert torch.equal(Shards(tmp_path).fill(10, "test", batches)["features"], rows)
         assert asked == [8, 4]
 
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shards = Shards(tmp_path)
+        shards.append({"features": torch.zeros(4, 2)})
+
+        def full(_: object, file: Path) -> None:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("sbrush.evaluate.shards.save_file", full)
+        with pytest.raises(SbrushError, match="No space left") as stopped:
+            shards.append({"features": torch.ones(4, 2)})
+        assert "goes on" in stopped.value.hint
+        assert [f.name for f in tmp_path.iterdir()] == ["000000.safetensors"] and Shards(tmp_path).rows == 4
+
 
 class TestBadInput:
     def test_annotations(self, tmp_path: Path) -> None:
@@ -315,15 +331,10 @@ class TestBadInput:
         with pytest.raises(SbrushError, match="missing"):
             bad.note(tmp_path / "two.jpg")
 
-    def test_captions_and_folders(self, tmp_path: Path) -> None:
+    def test_captions(self, tmp_path: Path) -> None:
         (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(SbrushError, match="UTF-8"):
             read_captions(tmp_path / "c.txt")
-        with pytest.raises(SbrushError, match="cannot read"):
-            picture_files(tmp_path / "none")
-        for name in ("10.png", "9.png", "notes.txt"):
-            (tmp_path / name).touch()
-        assert [f.name for f in picture_files(tmp_path)] == ["9.png", "10.png"]
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +378,24 @@ class TestCommand:
 
         other = evaluate("--json", "--seed", 1)
         assert json.loads(other.stdout)["figures"]["fid"] != told["figures"]["fid"]
-        assert evaluate("--json", "--protocol", "torchmetrics").returncode == 0
+        before = {place.name for place in work.glob("coco-*")}
+        resized = evaluate("--json", "--protocol", "torchmetrics", "--images", work / "pictures")
+        assert json.loads(resized.stdout)["figures"]["fid"] != figures["fid"]
+        assert len({place.name for place in work.glob("coco-*")} - before) == 2  # nothing of another protocol is used
+
+    def test_captions_beside_the_pictures(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        """Real pictures with COCO's captions, and with others beside them: another CLIP score, the same FID."""
+        for i, file in enumerate(Coco.read(coco).files[:20]):
+            shutil.copy(file, tmp_path / f"{i}.jpg")
+        theirs = json.loads(evaluate("--json", "--images", tmp_path).stdout)
+        (tmp_path / "captions.txt").write_text("\n".join(f"some text {i}" for i in range(20)))
+        own = json.loads(evaluate("--json", "--images", tmp_path).stdout)
+        assert (theirs["manifest"]["captions"], own["manifest"]["captions"]) == (
+            "COCO's own",
+            "captions.txt beside the pictures",
+        )
+        assert theirs["figures"]["fid"] == own["figures"]["fid"]
+        assert theirs["figures"]["clip_score"] != own["figures"]["clip_score"]
 
     def test_figures_are_those_of_the_rows(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         """By the metrics alone, from what lies on disk; and a limit that they miss is an error."""
@@ -390,6 +418,7 @@ class TestCommand:
             (["--limit", 20, "--images", "."], "pictures for 20 captions"),
             (["--teacher", "x", "--student", "y"], "several things"),
             (["--coco-root", "nowhere"], "COCO is not there"),
+            (["--teacher", "x", "--start-timestep", 9], "is the student's"),
         ],
     )
     def test_contradictions(self, evaluate, flags: list[object], says: str) -> None:  # type: ignore[no-untyped-def]

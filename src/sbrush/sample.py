@@ -40,8 +40,8 @@ def student_latents(
     """The same before decoding: x0, float32 [b, C, H, W] on the student's device."""
     reparameterised = student.about.get("reparameterised", True)
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
-        z = picture_noise(some_seeds, student.latent_shape).to(student.device)
-        t = student.schedule.start(len(z))
+        z = student.noise_scale * picture_noise(some_seeds, student.latent_shape).to(student.device)
+        t = student.schedule.start(len(z), student.start_timestep)
         output = student.denoise(z, t, _embed(student, some_prompts))
         yield student_x0(output, z, t, student.schedule, student.prediction, reparameterised=reparameterised)
 
@@ -90,6 +90,11 @@ def scale_for(teacher: Model, guidance: float | None) -> float:
     return guidance if guidance is not None else float(teacher.about.get("guidance", 7.5))
 
 
+def one_step(student: Model) -> str:
+    """What a student takes, for reports."""
+    return "1 step" if student.start_timestep is None else f"1 step at t = {student.start_timestep}"
+
+
 def sample_to_files(
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -105,6 +110,7 @@ def sample_to_files(
     device: str,
     dtype: torch.dtype,
     teacher_config: str | None = None,
+    start_timestep: int | None = None,
 ) -> list[Path]:
     """Draws every prompt with every seed and writes the pictures; the paths written.
 
@@ -112,7 +118,7 @@ def sample_to_files(
     is a folder that gets a PNG for each picture. With `compare` a picture has the teacher's on its right.
     """
     _check_target(out)
-    model = load_student(student, device=device, dtype=dtype)
+    model = load_student(student, start_timestep=start_timestep, device=device, dtype=dtype)
     if strange := sorted({word for prompt in prompts for word in unknown_words(prompt)}):
         if model.about.get("world") == "stickers":
             say(f"note: the built-in world has never seen: {printable(', '.join(strange))}")
@@ -128,6 +134,7 @@ def sample_to_files(
             "prompt": prompt, "seed": seed, "steps": 1, "guidance": 1, "sampler": "SwiftBrush one step",
             "size": f"{drawn.shape[-1]}x{drawn.shape[-2]}", "model": model.name, "version": sbrush.__version__,
         }
+        | ({"start_timestep": start_timestep} if start_timestep is not None else {})
         for prompt, seed in pairs
     ]  # fmt: skip
 

@@ -17,6 +17,7 @@ from sbrush.cli.flags import (
     Dtype,
     DtypeFlag,
     JsonFlag,
+    StartFlag,
     StudentFlag,
     TeacherConfigFlag,
     TeacherFlag,
@@ -36,6 +37,7 @@ class Protocol(StrEnum):
 
 def evaluate(
     student: StudentFlag = None,
+    start_timestep: StartFlag = None,
     teacher: TeacherFlag = None,
     teacher_config: TeacherConfigFlag = None,
     limit: Annotated[
@@ -51,7 +53,8 @@ def evaluate(
         Protocol, typer.Option(help="Which figures it compares with.", rich_help_panel=COCO)
     ] = Protocol.swiftbrush,
     images: Annotated[
-        Path | None, typer.Option(help="Measure this folder's pictures, in their numbers' order.", rich_help_panel=COCO)
+        Path | None,
+        typer.Option(help="Measure this folder's pictures, with the captions beside them.", rich_help_panel=COCO),
     ] = None,
     captions: Annotated[Path | None, typer.Option(help="Another list, one a line.", rich_help_panel=COCO)] = None,
     seed: Annotated[int, typer.Option(help="Of the pictures.", min=0, rich_help_panel=COCO)] = 0,
@@ -61,7 +64,10 @@ def evaluate(
     ] = None,
     clip_score: Annotated[bool, typer.Option(" /--no-clip-score", help="Leave it out.", rich_help_panel=COCO)] = True,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch the metrics' weights if they are missing.", rich_help_panel=COCO)
+        bool,
+        typer.Option(
+            "--download", help="Fetch COCO and the metrics' weights if they are missing.", rich_help_panel=COCO
+        ),
     ] = False,
     max_bad: Annotated[int, typer.Option(help="Unreadable pictures to pass over.", min=0, rich_help_panel=COCO)] = 0,
     max_fid: Annotated[
@@ -96,7 +102,8 @@ def evaluate(
         from sbrush.evaluate.benchmark import benchmark
 
         result = benchmark(
-            root=coco_root, protocol=protocol.value, student=student, teacher=teacher, teacher_config=teacher_config,
+            root=coco_root, protocol=protocol.value, student=student, start_timestep=start_timestep, teacher=teacher,
+            teacher_config=teacher_config,
             images=images, captions=captions, n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception,
             clip_weights=clip_weights, clip_score=clip_score, download=download, max_bad=max_bad, work=work,
             save_images=save_images, report=report, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
@@ -115,7 +122,7 @@ def evaluate(
     result = measure(
         student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
         report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
-        teacher_config=teacher_config,
+        teacher_config=teacher_config, start_timestep=start_timestep,
     )  # fmt: skip
     _print_result(result, report, json_)
 

@@ -27,6 +27,10 @@ DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the networks; x0 i
 StudentFlag = Annotated[
     str | None, typer.Option("--student", help="Folder, a run's --out, or Hub id. Default: shipped.")
 ]
+StartFlag = Annotated[
+    int | None,
+    typer.Option("--start-timestep", help="Where the student takes noise for x_t. Default: its schedule's end.", min=1),
+]
 TeacherFlag = Annotated[
     str | None, typer.Option("--teacher", help="Folder, Hub id or .safetensors. Default: built in.")
 ]

@@ -13,6 +13,7 @@ from sbrush.cli.flags import (
     DeviceFlag,
     Dtype,
     DtypeFlag,
+    StartFlag,
     StudentFlag,
     TeacherConfigFlag,
     TeacherFlag,
@@ -30,6 +31,7 @@ def sample(
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
     seed: Annotated[str, typer.Option(help="7, 1-8 or 1,5,9-12: one picture a prompt and seed.")] = "0",
     student: StudentFlag = None,
+    start_timestep: StartFlag = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="The teacher's many steps beside the student's one.")
     ] = False,
@@ -59,7 +61,7 @@ def sample(
     paths = sample_to_files(
         texts, seeds, out, student=student, teacher=teacher, compare=compare, steps=steps, guidance=guidance,
         metadata=metadata, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
-        teacher_config=teacher_config,
+        teacher_config=teacher_config, start_timestep=start_timestep,
     )  # fmt: skip
     for path in paths:
         console.out(path)

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from sbrush.console import SbrushError, printable, say
 from sbrush.evaluate.clip import ClipScorer
-from sbrush.evaluate.coco import PROTOCOLS, Bad, Coco, Looker, hash_of, picture_files, read_captions
+from sbrush.evaluate.coco import PROTOCOLS, Bad, Coco, Looker, Protocol, hash_of, read_captions
+from sbrush.evaluate.download import fetch_coco
 from sbrush.evaluate.fid import fid, fid_error
+from sbrush.evaluate.gallery import Gallery
 from sbrush.evaluate.inception import Inception
 from sbrush.evaluate.kid import kid
 from sbrush.evaluate.memory import versions
@@ -33,7 +35,7 @@ from sbrush.evaluate.shards import Shards
 from sbrush.files import user_cache
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.pictures import save_png, to_image
-from sbrush.sample import scale_for, student_pictures, teacher_pictures
+from sbrush.sample import one_step, scale_for, student_pictures, teacher_pictures
 
 SHOWN = 24
 
@@ -53,6 +55,7 @@ def benchmark(
     root: Path,
     protocol: str,
     student: str | None,
+    start_timestep: int | None,
     teacher: str | None,
     teacher_config: str | None,
     images: Path | None,
@@ -75,10 +78,15 @@ def benchmark(
 ) -> BenchmarkReport:
     """Measures, writes `report` and a .json beside it. SbrushError if anything that it needs is missing or damaged."""
     began, rules = time.monotonic(), PROTOCOLS[protocol]
+    if sum(x is not None for x in (student, teacher, images)) > 1:
+        raise SbrushError("several things to measure", "one of --student, --teacher and --images", code=2)
+    if start_timestep is not None and (teacher or images):
+        raise SbrushError("--start-timestep is the student's", "leave it out, or give --student", code=2)
+    gallery = Gallery.read(images) if images else None
+    if download:
+        fetch_coco(root)
     coco = Coco.read(root)
-    if captions is None and rules.captions is None:
-        raise SbrushError(f"the {protocol} protocol's captions are a list of its own", "--captions FILE", code=2)
-    texts = read_captions(captions) if captions else coco.captions
+    texts, whose = _captions(captions, gallery, coco, rules)
     wanted = n or rules.pictures
     if wanted > len(texts):
         raise SbrushError(
@@ -90,7 +98,14 @@ def benchmark(
     net = Inception.load(inception, download=download, device=device)
     clip = ClipScorer.load(clip_weights, download=download, device=device) if clip_score else None
     looker, folder = Looker(rules, net, clip), work or user_cache() or Path("runs/eval")
-    subject = _subject(student, teacher, teacher_config, images, steps, guidance, batch, device, dtype, wanted)
+    if gallery and images:
+        _check_count(images, len(gallery.files), wanted, first=n is not None)
+        content = gallery.digest(wanted, folder)
+        subject = Subject(f"pictures of {images.name}", ["images", content], None, gallery.files[:wanted])
+    else:
+        subject = _subject(
+            student, start_timestep, teacher, teacher_config, steps, guidance, batch, device, dtype
+        )  # fmt: skip
     say(f"{printable(subject.name)}: {wanted} pictures under the {protocol} protocol")
 
     bad = Bad(max_bad)
@@ -132,7 +147,7 @@ def benchmark(
             "precision": precision, "recall": recall,
         },
         manifest={
-            "protocol": asdict(rules), "captions": str(captions) if captions else "COCO's own",
+            "protocol": asdict(rules), "captions": whose,
             "captions_sha256": hash_of(texts), "pictures": int(good.sum()),
             "reference_pictures": int(good_real.sum()), "reference_sha256": hash_of(listed),
             "bad_pictures": int((~good_real).sum() + (~good).sum()),
@@ -151,23 +166,10 @@ def benchmark(
 
 
 def _subject(
-    student: str | None, teacher: str | None,
-    teacher_config: str | None, images: Path | None, steps: int, guidance: float | None, batch: int,
-    device: str, dtype: torch.dtype, wanted: int,
+    student: str | None, start_timestep: int | None, teacher: str | None, teacher_config: str | None,
+    steps: int, guidance: float | None, batch: int, device: str, dtype: torch.dtype,
 ) -> Subject:  # fmt: skip
-    """What the flags ask for: at most one of the three."""
-    if sum(x is not None for x in (student, teacher, images)) > 1:
-        raise SbrushError("several things to measure", "one of --student, --teacher and --images", code=2)
-    if images is not None:
-        files = picture_files(images)
-        if len(files) < wanted:
-            raise SbrushError(
-                f"{printable(images)} has {len(files)} pictures for {wanted} captions",
-                "--limit N for the first N",
-                code=2,
-            )
-        content = hash_of(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files[:wanted])
-        return Subject(f"pictures of {images.name}", ["images", content], None, files[:wanted])
+    """The teacher that the flags ask for, or else the student."""
     if teacher is not None:
         many = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
         scale = scale_for(many, guidance)
@@ -175,11 +177,30 @@ def _subject(
             f"{many.name}, {steps} steps, guidance {scale:g}", ["teacher", digest(many), steps, scale, str(dtype)],
             lambda texts, seeds: teacher_pictures(many, texts, seeds, steps=steps, guidance=scale, batch=batch),
         )  # fmt: skip
-    one = load_student(student, device=device, dtype=dtype)
+    one = load_student(student, start_timestep=start_timestep, device=device, dtype=dtype)
     return Subject(
-        f"{one.name}, 1 step", ["student", digest(one), str(dtype)],
+        f"{one.name}, {one_step(one)}", ["student", digest(one), one.start_timestep, one.noise_scale, str(dtype)],
         lambda texts, seeds: student_pictures(one, texts, seeds, batch=batch),
     )  # fmt: skip
+
+
+def _captions(file: Path | None, gallery: Gallery | None, coco: Coco, rules: Protocol) -> tuple[list[str], str]:
+    """The captions, and for the report whose they are: a file's, else those beside the pictures, else COCO's."""
+    if file:
+        return read_captions(file), str(file)
+    if gallery and gallery.captions:
+        return gallery.captions, f"{gallery.source} beside the pictures"
+    if rules.captions is None:
+        raise SbrushError(f"the {rules.name} protocol's captions are a list of its own", "--captions FILE", code=2)
+    return coco.captions, "COCO's own"
+
+
+def _check_count(images: Path, count: int, wanted: int, *, first: bool) -> None:
+    """SbrushError if a folder has not as many pictures as captions are wanted; `first`: or more."""
+    if count < wanted or (count > wanted and not first):
+        raise SbrushError(
+            f"{printable(images)} has {count} pictures for {wanted} captions", "--limit N for the first N", code=2
+        )
 
 
 def _place(folder: Path, what: str, key: list[Any]) -> Path:

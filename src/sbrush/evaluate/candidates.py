@@ -13,7 +13,7 @@ from sbrush.evaluate.report import Report
 from sbrush.evaluate.stickers import Candidate, evaluate_stickers
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
-from sbrush.sample import scale_for, student_pictures, teacher_pictures
+from sbrush.sample import one_step, scale_for, student_pictures, teacher_pictures
 from sbrush.stickers.judge import Judge
 
 
@@ -31,14 +31,15 @@ def evaluate(
     device: str,
     dtype: torch.dtype,
     teacher_config: str | None = None,
+    start_timestep: int | None = None,
 ) -> Report:
     """Measures and writes the HTML report; the teacher's figures are remembered, the student's measured each time."""
-    one = load_student(student, device=device, dtype=dtype)
+    one = load_student(student, start_timestep=start_timestep, device=device, dtype=dtype)
     many = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
     scale = scale_for(many, guidance)
     say(f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, {n} held-out pairs")
     candidates = [
-        student_candidate("student, 1 step", one, batch=batch),
+        student_candidate(f"student, {one_step(one)}", one, batch=batch),
         teacher_candidate(many, steps, scale, batch=batch),
         teacher_candidate(many, 1, scale, batch=batch),
     ]

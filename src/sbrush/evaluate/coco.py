@@ -25,12 +25,12 @@ from torch import Tensor
 from sbrush.console import SbrushError, printable, say
 from sbrush.evaluate.ahead import ahead
 from sbrush.evaluate.clip import PREFIX, ClipScorer
+from sbrush.evaluate.download import SOURCE
 from sbrush.evaluate.inception import Inception, Resize, clean_resize
 from sbrush.pictures import to_image
 
 SIDE = 256
 BATCH = 50  # pictures looked at at once
-SOURCE = "https://cocodataset.org/#download: val2014.zip (6.2 GB) and annotations_trainval2014.zip (241 MB)"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Coco:
         for part in (annotations, folder):
             if not part.exists():
                 raise SbrushError(
-                    f"COCO is not there: no {printable(part)}", f"from {SOURCE}, into --coco-root", code=2
+                    f"COCO is not there: no {printable(part)}",
+                    f"--download fetches it; or unpack into --coco-root {SOURCE}",
+                    code=2,
                 )
         try:
             content = json.loads(annotations.read_text(encoding="utf-8"))
@@ -85,7 +87,8 @@ class Coco:
             captions = [first[image["id"]] for image in images]
         except (ValueError, KeyError, TypeError, RecursionError, OSError) as problem:
             raise SbrushError(
-                f"{printable(annotations)} is damaged ({type(problem).__name__})", f"fetch it again from {SOURCE}"
+                f"{printable(annotations)} is damaged ({type(problem).__name__})",
+                f"remove it and fetch it again: --download, or {SOURCE}",
             ) from problem
         if strange := next((name for name in names if Path(name).name != name), None):
             raise SbrushError(f"{printable(annotations)} names {printable(strange)}", "it must name files of val2014/")
@@ -98,19 +101,6 @@ def read_captions(file: Path) -> list[str]:
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as problem:
         raise SbrushError(f"cannot read {printable(file)} as UTF-8 text", "one caption a line", code=2) from problem
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures of a folder that another tool made, in the order of the numbers or else the names that they have."""
-    try:
-        files = [f for f in folder.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
-    except OSError as problem:
-        raise SbrushError(
-            f"cannot read {printable(folder)}", "--images takes a folder of pictures", code=2
-        ) from problem
-    if all(f.stem.isdecimal() for f in files):
-        return sorted(files, key=lambda f: int(f.stem))
-    return sorted(files)
 
 
 def hash_of(lines: Iterable[object]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +25,7 @@ from sbrush.models.checks import (
 )
 from sbrush.models.hub import fetch
 from sbrush.models.model import Model
+from sbrush.models.schedule import noise_scale, read_scheduler
 from sbrush.models.sdxl import ModelXL
 from sbrush.models.single_file import Entry, convert, is_single_file, known_configuration, read_header
 
@@ -57,14 +58,34 @@ def load_teacher(
     return _load([_resolve(source)], source, device, dtype)
 
 
-def load_student(source: str | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """A one-step student from a folder or a Hub id; None is the shipped student, which shares its teacher's parts."""
+def load_student(
+    source: str | None = None,
+    *,
+    start_timestep: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A one-step student from a folder or a Hub id; None is the shipped student, which shares its teacher's parts.
+
+    Its step is at the schedule's T, of noise as its own scheduler scales it; or, with `start_timestep`, there, of unit
+    noise taken for x_t, as DMD2's is at 399.
+    """
     if source is None:
-        return _load([BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)", device, dtype)
-    folder = _resolve(source)
-    if not (folder / "model_index.json").is_file() and (folder / "student" / "model_index.json").is_file():
-        folder = folder / "student"  # a run's folder stands for the student in it
-    return _load([folder], str(source), device, dtype)
+        places, name = [BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)"
+    else:
+        places, name = [_resolve(source)], source
+        if not (places[0] / "model_index.json").is_file() and (places[0] / "student" / "model_index.json").is_file():
+            places = [places[0] / "student"]  # a run's folder stands for the student in it
+    model = _load(places, name, device, dtype, student=True)
+    if start_timestep is None:
+        return model
+    if not 0 < start_timestep < len(model.schedule):
+        raise SbrushError(
+            f"--start-timestep {start_timestep} is not in the schedule of {printable(name)}",
+            f"take 1 to {len(model.schedule) - 1}",
+            code=2,
+        )
+    return dataclasses.replace(model, start_timestep=start_timestep, noise_scale=1.0)
 
 
 def load_shapes(source: str | None, *, config: str | None = None) -> Model:
@@ -111,7 +132,7 @@ def _configuration(file: Path, header: dict[str, Entry], config: str | None) -> 
     return _load([folder], known, "meta", torch.float32)
 
 
-def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Model:
+def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, student: bool = False) -> Model:
     """The model whose parts lie in `places`, each in the first that has it."""
     transformers_logging.disable_progress_bar()  # its bars say nothing that ours do not
     try:
@@ -129,9 +150,7 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
         for part, folder in folders.items():
             check_configuration(folder / part)
         config = read_json(folders["scheduler"] / "scheduler" / "scheduler_config.json")
-        scheduler = DDIMScheduler.from_config(
-            config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-        )
+        scheduler = read_scheduler(config, name)
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise SbrushError(
                 f"{printable(name)} predicts {printable(scheduler.config.prediction_type)}",
@@ -141,9 +160,12 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype) -> Mod
         about = read_json(about_file) if about_file.is_file() else {}
         if index_file:
             about = _stated(index_file.parent, index) | about
-        parts = {part: _read_part(folders[part] / part, part, family, device, dtype) for part in family.parts}
+        parts: dict[str, Any] = {
+            part: _read_part(folders[part] / part, part, family, device, dtype) for part in family.parts
+        }
         model = family(
-            name=name, folders=folders, about=about, index=index, **(parts | {"scheduler": scheduler})
+            name=name, folders=folders, about=about, index=index, **(parts | {"scheduler": scheduler}),
+            noise_scale=noise_scale(config) if student else 1.0,
         )  # fmt: skip
         check_fit(model)
     except SbrushError:

@@ -1,0 +1,54 @@
+"""Schedulers in, whichever of diffusers': the noise schedule that they all describe, and how they scale noise."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin
+
+from sbrush.console import SbrushError, printable
+
+
+def read_scheduler(config: dict[str, Any], name: str) -> DDIMScheduler:
+    """DDIM on the noise schedule of a scheduler's configuration, of whatever class: PNDM, Euler, LCM ...
+
+    What a configuration leaves out is its own class's default. SbrushError if that class has no beta_t, as flow
+    matching has none; `name` is the model's.
+    """
+    kind = _kind(config)
+    if kind is None:
+        raise SbrushError(
+            f"{printable(name)} has the scheduler {printable(config['_class_name'])}",
+            "sbrush reads schedulers whose noise schedule is given by betas, such as DDIM, PNDM, Euler or LCM",
+        )
+    fields = inspect.signature(DDIMScheduler).parameters
+    own = {key: p.default for key, p in inspect.signature(kind).parameters.items() if key in fields}
+    ours = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    return DDIMScheduler.from_config({**own, **config, "_class_name": "DDIMScheduler"}, **ours)
+
+
+def noise_scale(config: dict[str, Any]) -> float:
+    """What a scheduler multiplies unit noise by before the UNet sees it at T.
+
+    1 for most. Those that count in sigma_t / alpha_t (Euler, Heun, LMS ...) with "trailing" spacing, as SD-Turbo's,
+    start from (sigma_T / alpha_T) z, of which the UNet sees sigma_T z: .9977 z for Stable Diffusion's schedule. It
+    matters little, (1 - sigma_T) / alpha_T = .034 z in x0, but it is what such a student was trained on.
+    """
+    kind = _kind(config)
+    if kind in (None, DDIMScheduler):
+        return 1.0
+    own = kind.from_config(config)
+    T = torch.tensor(float(own.config.num_train_timesteps - 1))
+    return float(own.scale_model_input(torch.ones(()) * own.init_noise_sigma, T))
+
+
+def _kind(config: dict[str, Any]) -> Any:
+    """The scheduler's class, None if it is none that has betas."""
+    name = str(config.get("_class_name", "DDIMScheduler"))
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") and name.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        return None
+    return kind if "beta_start" in inspect.signature(kind).parameters else None
