@@ -19,6 +19,8 @@ from sbrush.models.schedule import noise_scale, read_scheduler
 from sbrush.noise import picture_noise
 from sbrush.sample import sample_to_files, student_latents
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
+
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SWIFTBRUSH = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1)  # the teacher's own, multi-step
 TURBO = diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="trailing", steps_offset=1)
@@ -101,7 +103,6 @@ def test_a_start_beyond_the_schedule(tiny_teacher: Path, tmp_path: Path) -> None
         sample_to_files(["a"], [1], tmp_path / "x.png", **options, start_timestep=1000)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
 @pytest.mark.parametrize(
     "name", ["PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "LCM", "DPMSolverMultistep", "TCD"]
 )
