@@ -26,12 +26,18 @@ def exported(teacher, folder, t_init=None):
     return folder
 
 
+@pytest.mark.parametrize("half", [False, True])  # of half a teacher's weights, as most folders on the Hub have them
 @pytest.mark.parametrize("t_init", [None, 750, 1])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_student_folder_gives_the_same_picture_in_plain_diffusers(tmp_path, prediction, t_init):
-    from diffusers import StableDiffusionPipeline
+def test_a_student_folder_gives_the_same_picture_in_plain_diffusers(tmp_path, prediction, t_init, half):
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextModel
 
-    teacher = load_teacher(str(build_tiny_teacher(tmp_path / "teacher", prediction=prediction)))
+    source = build_tiny_teacher(tmp_path / "teacher", prediction=prediction)
+    if half:
+        for kind, part in ((CLIPTextModel, "text_encoder"), (AutoencoderKL, "vae")):
+            kind.from_pretrained(source / part).half().save_pretrained(source / part)
+    teacher = load_teacher(str(source))
     folder = exported(teacher, tmp_path / "student", t_init)
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

@@ -11,11 +11,12 @@ from typing import Any
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sbrush.files import whole, write_json
-from sbrush.models.checks import model_files
+from sbrush.models.checks import model_files, read_json
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
 from sbrush.models.unet import Role
@@ -80,7 +81,7 @@ def export_student(
             continue
         (partial / part).mkdir()
         for file in model_files(teacher.folders[part] / part):
-            shutil.copyfile(file, partial / part / file.name)
+            _copy_in_float32(file, partial / part / file.name)
     unet.save_pretrained(partial / "unet")
     one_step_scheduler(teacher, t_init).save_pretrained(partial / "scheduler")
     write_json(partial / "model_index.json", teacher.student_index())
@@ -91,3 +92,21 @@ def export_student(
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_in_float32(file: Path, target: Path) -> None:
+    """Copies a file of a part; weights in half precision become float32, as the student's are.
+
+    Plain diffusers would otherwise load the UNet in one number format and the text encoder in another, and fail.
+    """
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}
+        if kinds & {"F16", "BF16"}:
+            widened = {name: t.float() if t.is_floating_point() else t for name, t in load_file(file).items()}
+            save_file(widened, target, metadata={"format": "pt"})
+            return
+    if file.name == "config.json" and (stated := {"dtype", "torch_dtype"} & (config := read_json(file)).keys()):
+        write_json(target, config | dict.fromkeys(stated, "float32"))
+        return
+    shutil.copyfile(file, target)
