@@ -100,9 +100,12 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+START: list[str] = []  # what stands between python and -m sbrush: another launcher
+
+
 def sbrush(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """`sbrush ARGUMENTS` as its own process."""
     return subprocess.run(
-        [sys.executable, "-m", "sbrush", *map(str, arguments)],
+        [sys.executable, *START, "-m", "sbrush", *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, encoding="utf-8",
     )  # fmt: skip

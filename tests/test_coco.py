@@ -26,7 +26,7 @@ from sbrush.evaluate.coco import Bad, Coco, read_captions, square
 from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.inception import Inception, clean_resize
 from sbrush.evaluate.kid import kid, mmd
-from sbrush.evaluate.published import BenchmarkReport
+from sbrush.evaluate.published import BenchmarkReport, Measured
 from sbrush.evaluate.shards import Shards
 from sbrush.files import write_json
 from sbrush.stickers.draw import draw
@@ -207,16 +207,18 @@ class TestReport:
         names = ("fid", "fid_standard_error", "kid", "kid_spread", "clip_score", "precision", "recall")
         evil = "<script>alert('x')</script>"
         manifest = {"protocol": {"name": "swiftbrush", "pictures": 30_000}, "pictures": 300, "captions": evil, "x": [1]}
-        report = BenchmarkReport(f"runs/{evil}", dict.fromkeys(names, 0.25), manifest)
+        report = BenchmarkReport(
+            [Measured(f"runs/{evil}", dict.fromkeys(names, 0.25), [], {"pictures": 1})] * 2, manifest
+        )
         pictures = [(f"{i} {evil}", Image.new("RGB", (600, 400), (i, 0, 0))) for i in range(3)]
         report.write(tmp_path / "report.html", {"The first": pictures, "The lowest": pictures[:1]})
         page = Tags((tmp_path / "report.html").read_text(encoding="utf-8"))
         assert not page.open and page.count["table"] == 1 and page.count["script"] == 0
         assert {cells for cells in page.rows if cells > 1} == {3}  # a label, two columns; a heading has 1
-        assert page.count["img"] == page.count["figcaption"] == 4
-        assert page.text.count(evil) == 2 + 4 and "name swiftbrush, pictures 30000" in page.text
+        assert page.count["img"] == page.count["figcaption"] + 1 == 5  # the plot has no caption
+        assert page.text.count(evil) == 3 + 4 and "name swiftbrush, pictures 30000" in page.text
         sizes = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in page.sources]
-        assert sizes == [(256, 171)] * 4
+        assert sizes == [(700, 500)] + [(256, 171)] * 4
 
 
 class Tags(HTMLParser):
@@ -245,37 +247,34 @@ class Tags(HTMLParser):
 
 
 class TestShards:
-    def test_goes_on_where_it_stopped_and_redoes_what_is_damaged(self, tmp_path: Path) -> None:
-        rows = torch.arange(10.0)[:, None]
+    def test_blocks_go_on_where_they_stopped_and_damaged_ones_are_done_again(self, tmp_path: Path) -> None:
+        rows = torch.arange(450.0)[:, None]
 
-        def batches(first: int):  # type: ignore[no-untyped-def]
-            asked.append(first)
-            yield from ({"features": part} for part in rows[first:].split(4))
+        def batches(blocks):  # type: ignore[no-untyped-def]
+            asked.extend(block.start for block in blocks)
+            for block in blocks:
+                yield from ({"features": part} for part in rows[block.start : block.stop].split(64))
 
         asked: list[int] = []
-        half = Shards(tmp_path)
-        half.append({"features": rows[:4]})
-        half.append({"features": rows[4:8]})
-        assert torch.equal(Shards(tmp_path).fill(10, "test", batches)["features"], rows)
-        (tmp_path / "000004.safetensors").write_bytes(b"cut")
-        assert torch.equal(Shards(tmp_path).fill(10, "test", batches)["features"], rows)
-        assert asked == [8, 4]
-        assert torch.equal(Shards(tmp_path).fill(10, "test", batches)["features"], rows)
-        assert asked == [8, 4]
+        Shards(tmp_path, 450).fill("test", batches, process=1, processes=2)
+        assert asked == [200]
+        Shards(tmp_path, 450).fill("test", batches)  # another number of processes goes on
+        assert asked == [200, 0, 400] and torch.equal(Shards(tmp_path, 450).rows()["features"], rows)
+        (tmp_path / "000200.safetensors").write_bytes(b"cut")
+        Shards(tmp_path, 450).fill("test", batches)
+        assert asked[3:] == [200] and torch.equal(Shards(tmp_path, 450).rows()["features"], rows)
+        Shards(tmp_path, 420).fill("test", batches)  # fewer: the last block is another
+        assert asked[4:] == [400] and torch.equal(Shards(tmp_path, 420).rows()["features"], rows[:420])
 
     def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        shards = Shards(tmp_path)
-        shards.append({"features": torch.zeros(4, 2)})
-
         def full(_: object, file: Path) -> None:
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr("sbrush.evaluate.shards.save_file", full)
         with pytest.raises(SbrushError, match="No space left") as stopped:
-            shards.append({"features": torch.ones(4, 2)})
-        assert "goes on" in stopped.value.hint
-        assert [f.name for f in tmp_path.iterdir()] == ["000000.safetensors"] and Shards(tmp_path).rows == 4
+            Shards(tmp_path, 4).fill("test", lambda _: [{"features": torch.zeros(4, 2)}])
+        assert "goes on" in stopped.value.hint and not list(tmp_path.iterdir())
 
 
 class TestBadInput:
@@ -368,19 +367,21 @@ class TestCommand:
         shards = sorted(work.glob("coco-pictures-*/*.safetensors"))
         shards[-1].unlink()  # as if stopped before the last one
         again = evaluate("--json")
-        assert json.loads(again.stdout)["figures"] == told["figures"]
+        assert json.loads(again.stdout)["points"][0]["figures"] == told["points"][0]["figures"]
 
         same = evaluate("--json", "--images", work / "pictures")  # what was kept gives the same again
         assert same.returncode == 0, same.stderr
-        figures = json.loads(same.stdout)["figures"]
-        assert figures.pop("fid_standard_error") is told["figures"].pop("fid_standard_error") is None  # of 20 pictures
-        assert figures == pytest.approx(told["figures"], rel=1e-5, abs=1e-6)
+        figures = json.loads(same.stdout)["points"][0]["figures"]
+        assert (
+            figures.pop("fid_standard_error") is told["points"][0]["figures"].pop("fid_standard_error") is None
+        )  # of 20 pictures
+        assert figures == pytest.approx(told["points"][0]["figures"], rel=1e-5, abs=1e-6)
 
         other = evaluate("--json", "--seed", 1)
-        assert json.loads(other.stdout)["figures"]["fid"] != told["figures"]["fid"]
+        assert json.loads(other.stdout)["points"][0]["figures"]["fid"] != told["points"][0]["figures"]["fid"]
         before = {place.name for place in work.glob("coco-*")}
         resized = evaluate("--json", "--protocol", "torchmetrics", "--images", work / "pictures")
-        assert json.loads(resized.stdout)["figures"]["fid"] != figures["fid"]
+        assert json.loads(resized.stdout)["points"][0]["figures"]["fid"] != figures["fid"]
         assert len({place.name for place in work.glob("coco-*")} - before) == 2  # nothing of another protocol is used
 
     def test_captions_beside_the_pictures(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -394,13 +395,13 @@ class TestCommand:
             "COCO's own",
             "captions.txt beside the pictures",
         )
-        assert theirs["figures"]["fid"] == own["figures"]["fid"]
-        assert theirs["figures"]["clip_score"] != own["figures"]["clip_score"]
+        assert theirs["points"][0]["figures"]["fid"] == own["points"][0]["figures"]["fid"]
+        assert theirs["points"][0]["figures"]["clip_score"] != own["points"][0]["figures"]["clip_score"]
 
     def test_figures_are_those_of_the_rows(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         """By the metrics alone, from what lies on disk; and a limit that they miss is an error."""
         done = evaluate("--work", tmp_path, "--json", "--max-fid", 0.001)
-        told = json.loads(done.stdout)["figures"]
+        told = json.loads(done.stdout)["points"][0]["figures"]
         rows = {
             what: [load_file(f) for f in sorted(tmp_path.glob(f"coco-{what}-*/*.safetensors"))]
             for what in ("reference", "pictures")
@@ -409,6 +410,24 @@ class TestCommand:
         assert told["fid"] == pytest.approx(fid(real, fake), rel=1e-9)
         assert told["clip_score"] == pytest.approx(torch.cat([row["clip"] for row in rows["pictures"]]).mean().item())
         assert done.returncode == 1 and "is above 0.001" in done.stderr
+
+    def test_a_sweep_and_two_processes(self, evaluate, tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+        """Two guidance scales; then the second one by two processes from nothing: the same figures exactly."""
+        report, flags = tmp_path / "sweep.html", ["--teacher", tiny_teacher, "--steps", 2, "--json"]
+        done = evaluate(*flags, "--sweep", "1,5", "--report", report)
+        assert done.returncode == 0, done.stderr
+        one, five = json.loads(done.stdout)["points"]
+        assert "guidance 1" in one["name"] and one["figures"] != five["figures"]
+        with Image.open(report.with_suffix(".png")) as plot:
+            assert plot.size == (700, 500) and len(set(plot.convert("L").get_flattened_data())) > 20
+        assert 'class="plot"' in report.read_text()
+
+        monkeypatch.setattr("conftest.START", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+        work = tmp_path / "work"
+        two = evaluate(*flags, "--guidance", 5, "--device", "cpu", "--work", work)
+        assert two.returncode == 0, two.stderr
+        assert json.loads(two.stdout)["points"] == [five]
+        assert two.stderr.count("measuring") == 1  # one of them talks
 
     @pytest.mark.parametrize(
         "flags, says",
@@ -419,6 +438,9 @@ class TestCommand:
             (["--teacher", "x", "--student", "y"], "several things"),
             (["--coco-root", "nowhere"], "COCO is not there"),
             (["--teacher", "x", "--start-timestep", 9], "is the student's"),
+            (["--sweep", "1,2", "--student", "y"], "several things"),
+            (["--sweep", "1,two", "--teacher", "x"], "no list of guidance scales"),
+            (["--sweep", "a,b", "--no-clip-score"], "FID against CLIP score"),
         ],
     )
     def test_contradictions(self, evaluate, flags: list[object], says: str) -> None:  # type: ignore[no-untyped-def]

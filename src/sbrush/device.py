@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from datetime import timedelta
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 
 from sbrush.console import SbrushError
 
@@ -49,3 +54,15 @@ def has_cpu_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16 or AMX); without, bfloat16 is slower."""
     asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask() for ask in asks if ask)
+
+
+@contextmanager
+def crew(device: str) -> Iterator[PartialState]:
+    """The processes that torchrun or accelerate started together, one if none did; only the main one talks.
+
+    They wait for each other as long as it takes.
+    """
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with nullcontext() if state.is_main_process else redirect_stderr(nowhere):
+            yield state

@@ -56,6 +56,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Measure this folder's pictures, with the captions beside them.", rich_help_panel=COCO),
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="A,B,C: guidance scales of --teacher, or students; FID-CLIP plot.", rich_help_panel=COCO),
+    ] = None,
     captions: Annotated[Path | None, typer.Option(help="Another list, one a line.", rich_help_panel=COCO)] = None,
     seed: Annotated[int, typer.Option(help="Of the pictures.", min=0, rich_help_panel=COCO)] = 0,
     inception: Annotated[Path | None, typer.Option(help="Inception's weights.", rich_help_panel=COCO)] = None,
@@ -103,16 +107,21 @@ def evaluate(
 
         result = benchmark(
             root=coco_root, protocol=protocol.value, student=student, start_timestep=start_timestep, teacher=teacher,
-            teacher_config=teacher_config,
-            images=images, captions=captions, n=limit, steps=steps, guidance=guidance, seed=seed, inception=inception,
-            clip_weights=clip_weights, clip_score=clip_score, download=download, max_bad=max_bad, work=work,
-            save_images=save_images, report=report, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+            teacher_config=teacher_config, images=images, sweep=sweep, captions=captions, n=limit, steps=steps,
+            guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights, clip_score=clip_score,
+            download=download, max_bad=max_bad, work=work, save_images=save_images, report=report, batch=batch,
+            device=where, dtype=pick_dtype(dtype.value, where),
         )  # fmt: skip
+        if result is None:  # another process has it
+            return
         _print_result(result, report, json_)
-        if max_fid is not None and result.figures["fid"] > max_fid:
-            raise SbrushError(f"FID {result.figures['fid']:.2f} is above {max_fid:g}", f"see {printable(report)}")
+        best = min(point.figures["fid"] for point in result.points)
+        if max_fid is not None and best > max_fid:
+            raise SbrushError(f"FID {best:.2f} is above {max_fid:g}", f"see {printable(report)}")
         return
-    if any(given is not None for given in (images, captions, inception, clip_weights, work, save_images, max_fid)):
+    if any(
+        given is not None for given in (images, sweep, captions, inception, clip_weights, work, save_images, max_fid)
+    ):
         raise SbrushError("these options are for COCO", "add --coco-30k", code=2)
     limit = limit or 5000
     if limit < 100:

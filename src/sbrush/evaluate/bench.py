@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,12 +45,14 @@ TURNS = 3
 
 def ours(student: Model, looker: Looker, texts: list[str], folder: Path, *, batch: int) -> dict[str, Tensor]:
     """Features and CLIP scores of a student's pictures as `sbrush eval --coco-30k` takes them: rows by name."""
-    return Shards(folder).fill(
-        len(texts), "sbrush",
-        lambda first: looker.made(
-            student_pictures(student, texts[first:], range(first, len(texts)), batch=batch), texts[first:]
-        ),
-    )  # fmt: skip
+    shards = Shards(folder, len(texts))
+
+    def drawn(blocks: Sequence[range]) -> Iterator[Tensor]:
+        for block in blocks:
+            yield from student_pictures(student, [texts[i] for i in block], block, batch=batch)
+
+    shards.fill("sbrush", lambda blocks: looker.made(drawn(blocks), [texts[i] for block in blocks for i in block]))
+    return shards.rows()
 
 
 def usual(student: Model, looker: Looker, texts: list[str], folder: Path, *, batch: int) -> dict[str, Tensor]:

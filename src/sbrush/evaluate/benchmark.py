@@ -1,53 +1,33 @@
-"""`sbrush eval --coco-30k`: a student, a teacher or a folder of pictures under one of coco.py's protocols.
+"""`sbrush eval --coco-30k`: a student, a teacher or a folder of pictures, or a sweep, under one of coco.py's protocols.
 
-Generate, prepare, look, forget: features and scores stay, on disk, in shards under a key of all that they depend on. So
-the same command goes on where it was stopped, and the reference is looked at once. A picture's noise depends on
-its caption's number and the seed alone: torch.Generator().manual_seed(seed * 1,000,000 + number).
+How one of them is measured is measurement.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from sbrush.console import SbrushError, printable, say
+from sbrush.device import crew
 from sbrush.evaluate.clip import ClipScorer
-from sbrush.evaluate.coco import PROTOCOLS, Bad, Coco, Looker, Protocol, hash_of, read_captions
+from sbrush.evaluate.coco import PROTOCOLS, Coco, Looker, Protocol, hash_of, read_captions
 from sbrush.evaluate.download import fetch_coco
-from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.gallery import Gallery
 from sbrush.evaluate.inception import Inception
-from sbrush.evaluate.kid import kid
+from sbrush.evaluate.measurement import Measurement, Subject
 from sbrush.evaluate.memory import versions
-from sbrush.evaluate.precision_recall import NEIGHBOURS, precision_recall
-from sbrush.evaluate.published import BenchmarkReport
-from sbrush.evaluate.shards import Shards
+from sbrush.evaluate.precision_recall import NEIGHBOURS
+from sbrush.evaluate.published import BenchmarkReport, Measured
 from sbrush.files import user_cache
 from sbrush.models.load import digest, load_student, load_teacher
-from sbrush.pictures import save_png, to_image
 from sbrush.sample import one_step, scale_for, student_pictures, teacher_pictures
-
-SHOWN = 24
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: a name, all that its pictures depend on, and the pictures of captions from a number on."""
-
-    name: str
-    key: list[Any]
-    pictures: Callable[[list[str], list[int]], Iterator[Tensor]] | None  # None: they are files
-    files: list[Path] | None = None
 
 
 def benchmark(
@@ -59,6 +39,7 @@ def benchmark(
     teacher: str | None,
     teacher_config: str | None,
     images: Path | None,
+    sweep: str | None,
     captions: Path | None,
     n: int | None,
     steps: int,
@@ -75,13 +56,14 @@ def benchmark(
     batch: int,
     device: str,
     dtype: torch.dtype,
-) -> BenchmarkReport:
-    """Measures, writes `report` and a .json beside it. SbrushError if anything that it needs is missing or damaged."""
+) -> BenchmarkReport | None:
+    """Measures, writes `report` and a .json beside it. SbrushError if anything that it needs is missing or damaged.
+
+    `sweep`: guidance scales of the teacher, or students, with commas between. Of several processes only the main one
+    has a report; the others get None.
+    """
     began, rules = time.monotonic(), PROTOCOLS[protocol]
-    if sum(x is not None for x in (student, teacher, images)) > 1:
-        raise SbrushError("several things to measure", "one of --student, --teacher and --images", code=2)
-    if start_timestep is not None and (teacher or images):
-        raise SbrushError("--start-timestep is the student's", "leave it out, or give --student", code=2)
+    _check_request(student, start_timestep, teacher, images, sweep, clip_score, save_images)
     gallery = Gallery.read(images) if images else None
     if download:
         fetch_coco(root)
@@ -94,75 +76,79 @@ def benchmark(
         )
     if wanted <= NEIGHBOURS or len(coco.files) <= NEIGHBOURS:
         raise SbrushError(f"{wanted} pictures are too few to measure", "--limit 100 or more", code=2)
-    texts = texts[:wanted]
-    net = Inception.load(inception, download=download, device=device)
-    clip = ClipScorer.load(clip_weights, download=download, device=device) if clip_score else None
-    looker, folder = Looker(rules, net, clip), work or user_cache() or Path("runs/eval")
     if gallery and images:
         _check_count(images, len(gallery.files), wanted, first=n is not None)
-        content = gallery.digest(wanted, folder)
-        subject = Subject(f"pictures of {images.name}", ["images", content], None, gallery.files[:wanted])
-    else:
-        subject = _subject(
-            student, start_timestep, teacher, teacher_config, steps, guidance, batch, device, dtype
+    with crew(device) as together:
+        where = str(together.device) if together.num_processes > 1 else device
+        net = Inception.load(inception, download=download, device=where)
+        clip = ClipScorer.load(clip_weights, download=download, device=where) if clip_score else None
+        folder = work or user_cache() or Path("runs/eval")
+        measurement = Measurement(
+            coco=coco, texts=texts[:wanted], looker=Looker(rules, net, clip), folder=folder, seed=seed, max_bad=max_bad,
+            save_images=save_images, device=where, crew=together,
         )  # fmt: skip
-    say(f"{printable(subject.name)}: {wanted} pictures under the {protocol} protocol")
 
-    bad = Bad(max_bad)
-    listed = [f"{f.name} {f.stat().st_size if f.is_file() else 'missing'}" for f in coco.files]
-    reference_key = [*rules.key(), net.digest, hash_of(listed)]
-    real = Shards(_place(folder, "coco-reference", reference_key)).fill(
-        len(coco.files), "reference", lambda first: looker.read(coco.files[first:], bad)
-    )["features"]
-    made_key = [*rules.key(), net.digest, clip.name if clip else None, subject.key, seed, hash_of(texts)]
-    shards, shown = Shards(_place(folder, "coco-pictures", made_key)), list[tuple[int, Image.Image]]()
+        def subjects() -> Iterator[Subject]:
+            if gallery and images:
+                content = gallery.digest(wanted, folder)
+                yield Subject(f"pictures of {images.name}", ["images", content], None, gallery.files[:wanted])
+            elif sweep is None:
+                yield _subject(student, start_timestep, teacher, teacher_config, steps, guidance, batch, where, dtype)
+            elif teacher is not None:
+                for scale in _scales(sweep):
+                    yield _subject(None, None, teacher, teacher_config, steps, scale, batch, where, dtype)
+            else:
+                for name in sweep.split(","):
+                    yield _subject(name, start_timestep, None, None, steps, None, batch, where, dtype)
 
-    def rows(first: int) -> Iterator[dict[str, Tensor]]:
-        if subject.pictures is None:
-            yield from looker.read((subject.files or [])[first:wanted], bad, texts[first:])
-            return
-        seeds = [seed * 1_000_000 + i for i in range(first, wanted)]
-        drawn = _kept(subject.pictures(texts[first:], seeds), first, save_images, shown)
-        yield from looker.made(drawn, texts[first:])
-
-    made = shards.fill(wanted, subject.name, rows)
-    good_real, good = (~x.isnan().any(dim=1) for x in (real, made["features"]))
-    if (~good_real).sum() + (~good).sum() > max_bad:
-        raise SbrushError(
-            f"{int((~good_real).sum() + (~good).sum())} pictures could not be read",
-            "see --max-bad, or fetch them again",
-        )
-    say("measuring ...")
-    r, f = real[good_real].to(device), made["features"][good].to(device)
-    precision, recall = precision_recall(r, f)
-    r, f = r.cpu(), f.cpu()
-    distance, error = fid(r, f), fid_error(r, f) if len(f) >= 100 else None
-    mean, spread = kid(r, f)
-    scores = made["clip"][good] if clip else None
-    result = BenchmarkReport(
-        name=subject.name,
-        figures={
-            "fid": distance, "fid_standard_error": error, "kid": mean, "kid_spread": spread,
-            "clip_score": scores.mean().item() if scores is not None else None,
-            "precision": precision, "recall": recall,
-        },
-        manifest={
-            "protocol": asdict(rules), "captions": whose,
-            "captions_sha256": hash_of(texts), "pictures": int(good.sum()),
-            "reference_pictures": int(good_real.sum()), "reference_sha256": hash_of(listed),
-            "bad_pictures": int((~good_real).sum() + (~good).sum()),
-            "inception_sha256": net.digest, "clip": clip.name if clip else None,
-            "model": subject.key, "seed": seed, "versions": versions(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began),
-        },
-    )  # fmt: skip
-    shown = shown or _redrawn(subject, texts, seed)
-    worst = _worst(subject, texts, seed, scores, good) if scores is not None else []
-    result.write(report, {
-        "The first captions": [(texts[i], picture) for i, picture in shown],
-        "The lowest CLIP scores": [(f"{score:.3f} {texts[i]}", picture) for i, score, picture in worst],
-    })  # fmt: skip
+        points, pictures = list[Measured](), dict[str, list[tuple[str, Image.Image]]]()
+        for subject in subjects():
+            say(f"{printable(subject.name)}: {wanted} pictures under the {protocol} protocol")
+            if not together.is_main_process:
+                measurement.look(subject)
+                continue
+            point, shown = measurement.of(subject)
+            points.append(point)
+            pictures |= {f"{subject.name}: {heading}": items for heading, items in shown.items()}
+        if not together.is_main_process:
+            return None
+    manifest = {
+        "protocol": asdict(rules), "captions": whose, "captions_sha256": hash_of(texts[:wanted]),
+        "reference_sha256": hash_of(measurement.listed), **points[0].counts,
+        "inception_sha256": net.digest, "clip": clip.name if clip else None, "seed": seed, "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began),
+    }  # fmt: skip
+    result = BenchmarkReport(points, manifest)
+    result.write(report, pictures)
     return result
+
+
+def _check_request(
+    student: str | None, start_timestep: int | None, teacher: str | None, images: Path | None, sweep: str | None,
+    clip_score: bool, save_images: Path | None,
+) -> None:  # fmt: skip
+    """SbrushError if the flags contradict each other."""
+    if sum(x is not None for x in (student, teacher, images)) > 1 or (sweep is not None and (student or images)):
+        hint = "one of --student, --teacher and --images; or --sweep A,B with students, or with --teacher and scales"
+        raise SbrushError("several things to measure", hint, code=2)
+    if start_timestep is not None and (teacher or images):
+        raise SbrushError("--start-timestep is the student's", "leave it out, or give --student", code=2)
+    if sweep is not None and not clip_score:
+        raise SbrushError("a sweep is FID against CLIP score", "leave out --no-clip-score", code=2)
+    if sweep is not None and save_images is not None:
+        raise SbrushError("the pictures of a sweep would overwrite each other", "leave out --save-images", code=2)
+    if sweep is not None and teacher is not None:
+        _scales(sweep)
+
+
+def _scales(sweep: str) -> list[float]:
+    try:
+        scales = [float(text) for text in sweep.split(",")]
+    except ValueError:
+        scales = [-1.0]
+    if not all(0 <= scale < 1000 for scale in scales):
+        raise SbrushError(f"--sweep {printable(sweep)} is no list of guidance scales", "--sweep 1,2,4.5,7.5", code=2)
+    return scales
 
 
 def _subject(
@@ -201,52 +187,3 @@ def _check_count(images: Path, count: int, wanted: int, *, first: bool) -> None:
         raise SbrushError(
             f"{printable(images)} has {count} pictures for {wanted} captions", "--limit N for the first N", code=2
         )
-
-
-def _place(folder: Path, what: str, key: list[Any]) -> Path:
-    return folder / f"{what}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
-
-
-def _kept(
-    batches: Iterator[Tensor], first: int, save: Path | None, shown: list[tuple[int, Image.Image]]
-) -> Iterator[Tensor]:
-    """The batches as they pass; saved as PNG if asked for, and the very first ones shown."""
-    for batch in batches:
-        for i, picture in enumerate(batch, first):
-            if save is not None:
-                try:
-                    save_png(save / f"{i:05d}.png", to_image(picture))
-                except OSError as problem:
-                    raise SbrushError(
-                        f"cannot write to {printable(save)}: {problem.strerror}", "--save-images elsewhere"
-                    ) from problem
-            if i < SHOWN:
-                shown.append((i, to_image(picture)))
-        yield batch
-        first += len(batch)
-
-
-def _redrawn(subject: Subject, texts: list[str], seed: int) -> list[tuple[int, Image.Image]]:
-    """The first pictures again, for the report of what was looked at before."""
-    return [(i, picture) for i, picture in enumerate(_some(subject, texts, seed, range(min(SHOWN, len(texts)))))]
-
-
-def _worst(
-    subject: Subject, texts: list[str], seed: int, scores: Tensor, good: Tensor
-) -> list[tuple[int, float, Image.Image]]:
-    """The pictures that fit their captions least: number, CLIP score, picture."""
-    order = scores.argsort()[:12]
-    numbers = good.nonzero()[order, 0].tolist()
-    return list(zip(numbers, scores[order].tolist(), _some(subject, texts, seed, numbers), strict=True))
-
-
-def _some(subject: Subject, texts: list[str], seed: int, numbers: Any) -> list[Image.Image]:
-    """Some of the pictures, by number."""
-    if subject.pictures is None:
-        pictures = []
-        for i in numbers:
-            with Image.open((subject.files or [])[i]) as picture:
-                pictures.append(picture.convert("RGB"))
-        return pictures
-    drawn = subject.pictures([texts[i] for i in numbers], [seed * 1_000_000 + i for i in numbers])
-    return [to_image(picture) for batch in drawn for picture in batch]

@@ -19,7 +19,7 @@ class FID:
 
     def __init__(self, width: int) -> None:
         """`width`: numbers in a picture's features."""
-        self._metric = FrechetInceptionDistance(feature=_AsTheyAre(width))
+        self._metric = FrechetInceptionDistance(feature=_AsTheyAre(width), sync_on_compute=False)
 
     def update(self, features: Tensor, *, real: bool) -> None:
         """Takes the features of more pictures, float [B, width], to the real side or to the model's."""

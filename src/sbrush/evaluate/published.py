@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from sbrush.console import SbrushError, printable
 from sbrush.evaluate.report import Groups, Pictures, page, table
+from sbrush.evaluate.tradeoff import tradeoff
 from sbrush.files import write_json, write_text
+from sbrush.pictures import save_png
 
 
 class Published(NamedTuple):
@@ -37,55 +41,62 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True)
-class BenchmarkReport:
-    """One model's figures under one protocol, and all that is needed to check them."""
+class Measured:
+    """One model's figures: its name, them, all that its pictures depend on, and how many pictures there were."""
 
     name: str
     figures: dict[str, float | None]
+    model: list[Any]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """Figures under one protocol, several in a sweep, and all that is needed to check them."""
+
+    points: list[Measured]
     manifest: dict[str, Any]
 
     def json(self) -> dict[str, Any]:
         """Everything as plain data."""
         published = [{**p._asdict(), "measured_by_us": False} for p in PUBLISHED]
-        return {"name": self.name, "figures": self.figures, "manifest": self.manifest, "published": published}
+        return {"points": [asdict(p) for p in self.points], "manifest": self.manifest, "published": published}
 
     def table(self) -> str:
         """The figures and the published ones as aligned text, the manifest below."""
         return table(*self._content())
 
     def write(self, path: Path, pictures: Pictures) -> None:
-        """`path`, one HTML file with everything in it, and a .json beside it; SbrushError if they cannot be written."""
+        """`path`, one HTML file with everything in it, a .json beside it, and of a sweep the plot as a .png.
+
+        SbrushError if they cannot be written.
+        """
+        plot = self._plot() if len(self.points) > 1 else None
         try:
             write_json(path.with_suffix(".json"), self.json())
-            write_text(path, page(*self._content(), pictures))
+            if plot:
+                save_png(path.with_suffix(".png"), plot)
+            write_text(path, page(*self._content(), pictures, plot))
         except OSError as problem:
             raise SbrushError(
                 f"cannot write {printable(path)}: {problem.strerror}", "choose another --report"
             ) from problem
 
-    def _content(self) -> tuple[list[str], Groups, dict[str, str], list[str]]:
-        def cell(name: str, digits: int) -> str:
-            value = self.figures[name]
-            return "-" if value is None else f"{value:.{digits}f}"
+    def _plot(self) -> Image.Image:
+        found = [(p.name, p.figures["clip_score"], p.figures["fid"]) for p in self.points]
+        line = [(name, clip, fid) for name, clip, fid in found if clip is not None and fid is not None]
+        rules = self.manifest["protocol"]["name"]
+        return tradeoff({"": line}, f"{self.points[0].counts['pictures']} pictures, {rules} protocol")
 
-        error = self.figures["fid_standard_error"]
-        interval = "-" if error is None else f"+- {1.96 * error:.2f}"
-        mine = [
-            ("FID, lower is better", [cell("fid", 2), ""]),
-            ("its interval, 95 % (jackknife)", [interval, ""]),
-            ("KID x 1000, lower is better", [f"{1000 * (self.figures['kid'] or 0):.3f}", ""]),
-            ("CLIP score", ["", cell("clip_score", 3)]),
-            ("precision", [cell("precision", 3), ""]),
-            ("recall", [cell("recall", 3), ""]),
-        ]
+    def _content(self) -> tuple[list[str], Groups, dict[str, str], list[str]]:
         theirs = [
             (f"{p.name} ({p.source})", [f"{p.fid:.2f}", "-" if p.clip_score is None else f"{p.clip_score:.2f}"])
             for p in PUBLISHED
         ]
-        rules = self.manifest["protocol"]["name"]
-        groups: Groups = [(f"measured: {self.name}", mine), ("reported elsewhere, not measured by us", theirs)]
+        groups: Groups = [(f"measured: {point.name}", _rows(point.figures)) for point in self.points]
+        groups.append(("reported elsewhere, not measured by us", theirs))
         about = {name: _told(value) for name, value in self.manifest.items()}
-        standard = self.manifest["protocol"]["pictures"]
+        rules, standard = self.manifest["protocol"]["name"], self.manifest["protocol"]["pictures"]
         notes = []
         if self.manifest["pictures"] != standard:
             notes.append(
@@ -94,6 +105,24 @@ class BenchmarkReport:
         if self.manifest["captions"] != "COCO's own":
             notes.append("the captions are a list of the user's")
         return ["FID etc.", "CLIP score"], groups, about, notes
+
+
+def _rows(figures: dict[str, float | None]) -> list[tuple[str, list[str]]]:
+    """The table's rows of one model."""
+
+    def cell(name: str, digits: int) -> str:
+        value = figures[name]
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    error = figures["fid_standard_error"]
+    return [
+        ("FID, lower is better", [cell("fid", 2), ""]),
+        ("its interval, 95 % (jackknife)", ["-" if error is None else f"+- {1.96 * error:.2f}", ""]),
+        ("KID x 1000, lower is better", [f"{1000 * (figures['kid'] or 0):.3f}", ""]),
+        ("CLIP score", ["", cell("clip_score", 3)]),
+        ("precision", [cell("precision", 3), ""]),
+        ("recall", [cell("recall", 3), ""]),
+    ]
 
 
 def _told(value: Any) -> str:

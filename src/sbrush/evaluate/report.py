@@ -201,14 +201,20 @@ tbody th[colspan] { padding-top: .9rem; border-bottom: 1px solid var(--line); }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
 .pictures { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; width: 96px; }
 img { width: 96px; height: auto; border-radius: 8px; image-rendering: pixelated; background: var(--soft); }
+img.plot { width: 100%; max-width: 700px; image-rendering: auto; }
 figcaption { font-size: .72rem; line-height: 1.25; }
 """
 
 
 def page(
-    columns: Sequence[str], groups: Groups, about: Mapping[str, str], notes: Sequence[str], pictures: Pictures
+    columns: Sequence[str],
+    groups: Groups,
+    about: Mapping[str, str],
+    notes: Sequence[str],
+    pictures: Pictures,
+    plot: Image.Image | None = None,
 ) -> str:
-    """The whole HTML file; all text that comes from outside is escaped."""
+    """The whole HTML file, `plot` below the table; all text that comes from outside is escaped."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = ""
     for group, rows in groups:
@@ -217,6 +223,7 @@ def page(
             body += f"<tr><th>{escape(label)}</th>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>\n"
     points = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in about.items())
     remarks = "".join(f"<p>{escape(note)}</p>\n" for note in notes)
+    plotted = f'<img class="plot" alt="FID and CLIP score" src="data:image/png;base64,{png(plot)}">\n' if plot else ""
     shown = ""
     for heading, items in pictures.items():
         shown += f'<h2>{escape(heading)}</h2>\n<div class="pictures">\n'
@@ -242,7 +249,7 @@ def page(
 <tbody>
 {body}</tbody>
 </table></div>
-{remarks}<h2>Protocol</h2>
+{remarks}{plotted}<h2>Protocol</h2>
 <dl>
 {points}</dl>
 {shown}</body>

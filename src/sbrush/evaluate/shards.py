@@ -2,68 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sbrush.console import SbrushError, printable, progress, say
 from sbrush.files import whole
 
+BLOCK = 200  # pictures a file: what is lost at most when the work is stopped
+
 
 class Shards:
-    """A folder of safetensors files, each with a row for every picture from its number on; without gaps.
+    """A folder of safetensors files, each with a row for every picture of a block, named by the block's first.
 
-    What the rows depend on belongs into the folder's name: another key, another folder.
+    No file depends on another, and a block is the same whoever fills it: so any number of processes fill a folder, one
+    after another or at once. What the rows depend on belongs into the folder's name: another key, another folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, total: int) -> None:
         self.folder = folder
-        self.rows = 0  # pictures that are done
-        self._files: list[Path] = []
-        for file in sorted(folder.glob("*.safetensors")):
-            try:
-                length = len(next(iter(load_file(file).values())))
-            except (OSError, SafetensorError, StopIteration):
-                length = 0
-            if file.stem != f"{self.rows:06d}" or not length:  # damaged, or behind a gap: done again
-                say(f"{printable(file)} is damaged; going on from picture {self.rows}")
-                break
-            self._files.append(file)
-            self.rows += length
+        self.blocks = [range(first, min(first + BLOCK, total)) for first in range(0, total, BLOCK)]
 
-    def append(self, rows: dict[str, Tensor]) -> None:
-        """Keeps the next pictures' rows: float32 [b, ...] by name."""
-        file = self.folder / f"{self.rows:06d}.safetensors"
+    def fill(
+        self,
+        what: str,
+        batches: Callable[[Sequence[range]], Iterable[dict[str, Tensor]]],
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        """Writes the missing ones of this process's blocks.
+
+        `batches`: the rows of blocks of picture numbers by name, float32 [b, ...]; in order, no batch in two blocks.
+        """
+        mine = self.blocks[process::processes]
+        missing = [block for block in mine if not self._has(block)]
+        if not missing:
+            return
+        pictures, rows = sum(map(len, mine)), iter(batches(missing))
+        done = pictures - sum(map(len, missing))
+        with progress(what, pictures, done=done, unit="pictures") as bar:
+            for block in missing:
+                parts: list[dict[str, Tensor]] = []
+                while sum(map(_length, parts)) < len(block):
+                    parts.append(next(rows))
+                    bar.advance(_length(parts[-1]))
+                self._write(block, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def rows(self) -> dict[str, Tensor]:
+        """All rows by name, [total, ...], read so that they are held once; every block must be there."""
+        held = dict[str, Tensor]()
+        for block in self.blocks:
+            for name, value in load_file(self._file(block)).items():
+                total = self.blocks[-1].stop
+                held.setdefault(name, value.new_empty(total, *value.shape[1:]))[block.start : block.stop] = value
+        return held
+
+    def _file(self, block: range) -> Path:
+        return self.folder / f"{block.start:06d}.safetensors"
+
+    def _has(self, block: range) -> bool:
+        """Whether a block's rows are there, all of them."""
+        file = self._file(block)
+        if not file.exists():
+            return False
+        try:
+            with safe_open(file, "pt") as rows:
+                lengths = {rows.get_slice(name).get_shape()[0] for name in rows.keys()}
+        except (OSError, SafetensorError):
+            lengths = set()
+            say(f"{printable(file)} is damaged; its pictures are looked at again")
+        return lengths == {len(block)}
+
+    def _write(self, block: range, rows: dict[str, Tensor]) -> None:
+        file = self._file(block)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole(file) as partial:
-                save_file({name: value.contiguous() for name, value in rows.items()}, partial)
+                save_file(rows, partial)
         except (OSError, SafetensorError) as problem:
             raise SbrushError(
                 f"cannot write {printable(file)}: {printable(problem)}",
                 "make room or choose another --work; the same command goes on",
             ) from problem
-        self._files.append(file)
-        self.rows += len(next(iter(rows.values())))
 
-    def fill(self, total: int, what: str, batches: Callable[[int], Iterable[dict[str, Tensor]]]) -> dict[str, Tensor]:
-        """All rows, [total, ...] by name: those on disk, and the rest from `batches(first row that is missing)`."""
-        if self.rows < total:
-            with progress(what, total, done=self.rows, unit="pictures") as bar:
-                for rows in batches(self.rows):
-                    self.append(rows)
-                    bar.advance(len(next(iter(rows.values()))))
-        return self._rows(total)
 
-    def _rows(self, total: int) -> dict[str, Tensor]:
-        """The first `total` rows by name, read so that they are held once."""
-        held, first = dict[str, Tensor](), 0
-        for file in self._files:
-            rows = {name: value[: max(0, total - first)] for name, value in load_file(file).items()}
-            for name, value in rows.items():
-                held.setdefault(name, value.new_empty(total, *value.shape[1:]))[first : first + len(value)] = value
-            first += len(value)
-        return held
+def _length(rows: dict[str, Tensor]) -> int:
+    return len(next(iter(rows.values())))

@@ -22,13 +22,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from sbrush.console import SbrushError, progress, say
 from sbrush.evaluate.candidates import student_candidate, teacher_candidate
 from sbrush.evaluate.stickers import evaluate_stickers
-from sbrush.files import whole, write_json
+from sbrush.evaluate.tradeoff import tradeoff
+from sbrush.files import write_json
 from sbrush.models.load import load_student, load_teacher
 from sbrush.pictures import save_png, sheet
 from sbrush.sample import student_pictures
@@ -103,24 +102,18 @@ def _side_by_side(students: dict[str, Any], figures: dict[str, Any], path: Path)
 
 def _curve(figures: dict[str, Any], path: Path) -> None:
     """FID against CLIP score over the guidance scales, of students and of the teacher."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
     lines = {
         "students, 1 step": [f"guidance {scale}" for scale in SCALES],
         "teacher, 25 steps": [f"teacher, guidance {scale}" for scale in SCALES],
     }
-    for label, names in lines.items():
-        points = [(figures[name]["clip_score"], figures[name]["fid"]) for name in names]
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-        for scale, point in zip(SCALES, points, strict=True):
-            axes.annotate(f"{scale:g}", point, xytext=(5, 5), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("CLIP score (more is better)")
-    axes.set_ylabel("FID (less is better)")
-    axes.set_title("Guidance scale, on the built-in world", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    with whole(path) as partial:
-        FigureCanvasAgg(figure).print_png(partial)
+    points = {
+        label: [
+            (f"{scale:g}", figures[name]["clip_score"], figures[name]["fid"])
+            for scale, name in zip(SCALES, names, strict=True)
+        ]
+        for label, names in lines.items()
+    }
+    save_png(path, tradeoff(points, "Guidance scale, on the built-in world"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+"""One measurement on COCO: a subject's pictures looked at, and what figures they give. benchmark.py does several.
+
+Generate, prepare, look, forget: features and scores stay, on disk, in shards under a key of all that they depend on. So
+the same command goes on where it was stopped, and the reference is looked at once. A picture's noise depends on
+its caption's number and the seed alone: torch.Generator().manual_seed(seed * 1,000,000 + number).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from sbrush.console import SbrushError, printable, say
+from sbrush.evaluate.coco import Bad, Coco, Looker, hash_of
+from sbrush.evaluate.fid import fid, fid_error
+from sbrush.evaluate.kid import kid
+from sbrush.evaluate.precision_recall import precision_recall
+from sbrush.evaluate.published import Measured
+from sbrush.evaluate.shards import Shards
+from sbrush.pictures import save_png, to_image
+
+SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a name, all that its pictures depend on, and the pictures of captions with seeds."""
+
+    name: str
+    key: list[Any]
+    pictures: Callable[[list[str], list[int]], Iterator[Tensor]] | None  # None: they are files
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is the same for every subject: reference, captions, the networks that look, who works on it."""
+
+    coco: Coco
+    texts: list[str]
+    looker: Looker
+    folder: Path  # of shards
+    seed: int
+    max_bad: int
+    save_images: Path | None
+    device: str
+    crew: PartialState
+    bad: Bad = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bad", Bad(self.max_bad))
+
+    @cached_property
+    def listed(self) -> list[str]:
+        """The reference's files as far as can be told without reading them."""
+        return [f"{f.name} {f.stat().st_size if f.is_file() else 'missing'}" for f in self.coco.files]
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Features of the real pictures, [N, 2048]; a row of NaN for each that cannot be read."""
+        key = [*self._rules, hash_of(self.listed)]
+        files = self.coco.files
+        return self._filled(
+            "reference", key, len(files), lambda blocks: self.looker.read(_at(files, blocks), self.bad)
+        )["features"]
+
+    def of(self, subject: Subject) -> tuple[Measured, dict[str, list[tuple[str, Image.Image]]]]:
+        """A subject's figures, and pictures to show, captions below, by heading; meant for the main process alone."""
+        shown: dict[int, Image.Image] = {}
+        rows = self.look(subject, shown)
+        good_real, good = (~x.isnan().any(dim=1) for x in (self.reference, rows["features"]))
+        bad = int((~good_real).sum() + (~good).sum())
+        if bad > self.max_bad:
+            raise SbrushError(f"{bad} pictures could not be read", "see --max-bad, or fetch them again")
+        say("measuring ...")
+        r, f = (x.to(self.device) for x in (self.reference[good_real], rows["features"][good]))
+        precision, recall = precision_recall(r, f)
+        r, f = r.cpu(), f.cpu()
+        mean, spread = kid(r, f)
+        figures = {
+            "fid": fid(r, f), "fid_standard_error": fid_error(r, f) if len(f) >= 100 else None,
+            "kid": mean, "kid_spread": spread,
+            "clip_score": rows["clip"][good].mean().item() if "clip" in rows else None,
+            "precision": precision, "recall": recall,
+        }  # fmt: skip
+        counts = {"pictures": int(good.sum()), "reference_pictures": int(good_real.sum()), "bad_pictures": bad}
+        measured = Measured(subject.name, figures, subject.key, counts)
+        first = range(min(SHOWN, len(self.texts)))
+        drawn = [shown[i] for i in first] if all(i in shown for i in first) else self._again(subject, first)
+        pictures = {"the first captions": [(self.texts[i], picture) for i, picture in zip(first, drawn, strict=True)]}
+        if "clip" in rows:
+            scores = rows["clip"].masked_fill(~good, torch.inf)
+            worst = scores.argsort()[:12].tolist()
+            told = [f"{scores[i]:.3f} {self.texts[i]}" for i in worst]
+            pictures["the lowest CLIP scores"] = list(zip(told, self._again(subject, worst), strict=True))
+        return measured, pictures
+
+    def look(self, subject: Subject, shown: dict[int, Image.Image] | None = None) -> dict[str, Tensor]:
+        """What was seen of a subject's pictures, by name, [captions, ...]; the very first ones go into `shown`.
+
+        All processes call this together, in the same order.
+        """
+        shown = {} if shown is None else shown
+        len(self.reference)  # its turn comes first
+
+        def batches(blocks: Sequence[range]) -> Iterable[dict[str, Tensor]]:
+            texts = _at(self.texts, blocks)
+            if subject.pictures is None:
+                return self.looker.read(_at(subject.files, blocks), self.bad, texts)
+            return self.looker.made(self._drawn(subject, blocks, shown), texts)
+
+        clip = self.looker.clip
+        key = [*self._rules, clip.name if clip else None, subject.key, self.seed, hash_of(self.texts)]
+        return self._filled("pictures", key, len(self.texts), batches, what=subject.name)
+
+    @property
+    def _rules(self) -> list[Any]:
+        return [*self.looker.protocol.key(), self.looker.inception.digest]
+
+    def _filled(
+        self,
+        kind: str,
+        key: list[Any],
+        total: int,
+        batches: Callable[[Sequence[range]], Iterable[dict[str, Tensor]]],
+        what: str = "reference",
+    ) -> dict[str, Tensor]:
+        """The rows of a folder of shards that all processes fill together."""
+        name = f"coco-{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
+        shards = Shards(self.folder / name, total)
+        shards.fill(what, batches, process=self.crew.process_index, processes=self.crew.num_processes)
+        self.crew.wait_for_everyone()
+        return shards.rows()
+
+    def _drawn(self, subject: Subject, blocks: Sequence[range], shown: dict[int, Image.Image]) -> Iterator[Tensor]:
+        """A model's pictures of blocks of captions, uint8 [b, 3, H, W]; saved as PNG if asked for."""
+        assert subject.pictures is not None
+        for block in blocks:
+            numbers = iter(block)
+            for batch in subject.pictures([self.texts[i] for i in block], [self._seed(i) for i in block]):
+                for i, picture in zip(numbers, batch, strict=False):
+                    if self.save_images is not None:
+                        _save(self.save_images, i, picture)
+                    if i < SHOWN:
+                        shown[i] = to_image(picture)
+                yield batch
+
+    def _again(self, subject: Subject, numbers: Iterable[int]) -> list[Image.Image]:
+        """Some of the pictures, by number."""
+        numbers = list(numbers)
+        if subject.pictures is None:
+            return [_opened(subject.files[i]) for i in numbers]
+        drawn = subject.pictures([self.texts[i] for i in numbers], [self._seed(i) for i in numbers])
+        return [to_image(picture) for batch in drawn for picture in batch]
+
+    def _seed(self, number: int) -> int:
+        return self.seed * 1_000_000 + number
+
+
+def _at(items: Sequence[Any], blocks: Sequence[range]) -> list[Any]:
+    return [items[i] for i in chain.from_iterable(blocks)]
+
+
+def _opened(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
+
+
+def _save(folder: Path, number: int, picture: Tensor) -> None:
+    try:
+        save_png(folder / f"{number:05d}.png", to_image(picture))
+    except OSError as problem:
+        raise SbrushError(
+            f"cannot write to {printable(folder)}: {problem.strerror}", "--save-images elsewhere"
+        ) from problem
