@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,6 +401,28 @@ def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_
     rest, _, said = run([sys.executable], "two")
     assert "going on after step 2" in said
     agrees(rest)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, tiny_teacher, victim):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
+    command = ["-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", "run"]
+    command += ["--recipe", "swiftbrush", "--batch", "4", "--device", "cpu", "--precision", "float32"]
+    command += ["--checkpoint-every", "2", "--sheet-every", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    long = [*command, "--steps", "5000"]
+    both = subprocess.Popen([*launch, *long], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while both.poll() is None and not (tmp_path / "run" / "checkpoints" / "step-000004").exists():
+        time.sleep(0.05)
+    for process in Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split():
+        if f"RANK={victim}" in Path(f"/proc/{process}/environ").read_text().split("\0"):
+            os.kill(int(process), signal.SIGKILL)
+    said = both.communicate(timeout=120)[1]  # it ends, and nobody waits for the dead
+    assert both.returncode != 0
+    if victim == 1:
+        assert "error: another process of this run has ended" in said and "\nhint: what is in run/checkpoints" in said
+    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert kept and kept.step >= 4 and kept.part("student") and kept.part("lora_optimizer")
 
 
 def test_the_shipped_prompt_file_holds_no_held_out_combination():

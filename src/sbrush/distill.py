@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from sbrush import checkpoint
@@ -70,7 +72,10 @@ def prepare(
     bf16 = trains_in_bf16(precision, device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no")
+    # A process that hangs, a machine that has gone: given up after a time that no export of a large student takes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    mixed = "bf16" if bf16 else "no"
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
     guide = load_teacher(teacher, config=teacher_config)
     start = load_student(init) if init else None
     if start and recipe.student_rank:
@@ -114,6 +119,18 @@ def distill(plan: Plan) -> bool:
             f"cannot write to {printable(run.out)}: {problem.strerror or problem}",
             "what is in its checkpoints/ is kept: mend that and give the same command again",
         ) from problem
+    except RuntimeError as problem:
+        if plan.accelerator.num_processes == 1 or not _parted(problem):
+            raise
+        raise SbrushError(
+            "another process of this run has ended, or is out of reach",
+            f"what is in {printable(run.checkpoints)} is kept: the same command goes on, with any number of processes",
+        ) from problem
+
+
+def _parted(problem: RuntimeError) -> bool:
+    """Whether processes have lost each other: gloo says so by nothing but its text."""
+    return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem) or "NCCL" in str(problem)
 
 
 def _train(plan: Plan) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sbrush.console import SbrushError, printable
 from sbrush.models.model import Model
+
+COUNTS = re.compile(r"(^|_)num_|layers|_channels|_(size|dim|heads)$")  # settings that count something
 
 
 def check_part(folder: Path, part: str, parts: Iterable[str], *, weights: bool = True) -> None:
@@ -55,6 +58,8 @@ def check_configuration(folder: Path) -> None:
             raise ValueError(f"{folder.name} is quantised")
         for key, value in config.items():
             values = value if isinstance(value, list) else [value]
+            if COUNTS.search(key) and any(isinstance(v, bool) for v in values):
+                raise ValueError(f"{printable(key)} of {folder.name} is no number")
             numbers = [v for v in values if isinstance(v, int | float)]
             most = 1000 if "layers" in key else 1_000_000
             if len(values) > (100_000 if key == "trained_betas" else 100) or any(
