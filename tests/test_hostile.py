@@ -59,6 +59,7 @@ def test_sixty_damaged_folders_are_refused_or_do_no_harm(tmp_path):
         ("unet/config.json", {"layers_per_block": 10**8}),
         ("unet/config.json", {"block_out_channels": [10**9, 10**9]}),
         ("unet/config.json", {"sample_size": 10**6}),
+        ("unet/config.json", {"norm_num_groups": True}),
         ("text_encoder/config.json", {"num_hidden_layers": 10**7}),
         ("text_encoder/config.json", {"vocab_size": 10**12}),
         ("text_encoder/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}),
