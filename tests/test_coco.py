@@ -204,7 +204,7 @@ class TestMetrics:
 class TestReport:
     def test_the_page_is_whole_html_with_every_cell(self, tmp_path: Path) -> None:
         """By Python's parser: what is opened is closed, each row has its cells, and nothing from outside is a tag."""
-        names = ("fid", "fid_standard_error", "kid", "kid_spread", "clip_score", "precision", "recall")
+        names = ("fid", "fid_standard_error", "kid", "kid_spread", "clip_score", "hps", "precision", "recall")
         evil = "<script>alert('x')</script>"
         manifest = {"protocol": {"name": "swiftbrush", "pictures": 30_000}, "pictures": 300, "captions": evil, "x": [1]}
         report = BenchmarkReport(
@@ -411,6 +411,27 @@ class TestCommand:
         assert told["clip_score"] == pytest.approx(torch.cat([row["clip"] for row in rows["pictures"]]).mean().item())
         assert done.returncode == 1 and "is above 0.001" in done.stderr
 
+    def test_hps_is_the_cosine_without_prefix_of_the_picture_at_its_own_size(  # type: ignore[no-untyped-def]
+        self, evaluate, coco: Path, clip_folder: Path, tmp_path: Path
+    ) -> None:
+        """By open_clip alone; another tiny model in HPS's place."""
+        import open_clip
+
+        for i, file in enumerate(Coco.read(coco).files[:20]):
+            shutil.copy(file, tmp_path / f"{i}.jpg")
+        done = evaluate("--json", "--images", tmp_path, "--hps-weights", clip_folder, "--hps-version", "2.1")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+        tokenizer, scores = open_clip.get_tokenizer(f"local-dir:{clip_folder}"), []
+        with torch.no_grad():
+            for i, caption in enumerate(Coco.read(coco).captions[:20]):
+                with Image.open(tmp_path / f"{i}.jpg") as picture:
+                    seen = model.encode_image(preprocess(picture.convert("RGB"))[None], normalize=True)
+                scores.append((seen * model.encode_text(tokenizer([caption]), normalize=True)).sum().item())
+        assert told["points"][0]["figures"]["hps"] == pytest.approx(100 * np.mean(scores), abs=1e-3)
+        assert told["manifest"]["hps"].startswith("v2.1 ") and told["points"][0]["figures"]["clip_score"]
+
     def test_a_sweep_and_two_processes(self, evaluate, tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
         """Two guidance scales; then the second one by two processes from nothing: the same figures exactly."""
         report, flags = tmp_path / "sweep.html", ["--teacher", tiny_teacher, "--steps", 2, "--json"]
@@ -439,6 +460,7 @@ class TestCommand:
             (["--coco-root", "nowhere"], "COCO is not there"),
             (["--teacher", "x", "--start-timestep", 9], "is the student's"),
             (["--sweep", "1,2", "--student", "y"], "several things"),
+            (["--hps-weights", "x"], "which version"),
             (["--sweep", "1,two", "--teacher", "x"], "no list of guidance scales"),
             (["--sweep", "a,b", "--no-clip-score"], "FID against CLIP score"),
         ],

@@ -35,6 +35,13 @@ class Protocol(StrEnum):
     torchmetrics = "torchmetrics"
 
 
+class HpsVersion(StrEnum):
+    """Their figures do not compare."""
+
+    v2_0 = "2.0"
+    v2_1 = "2.1"
+
+
 def evaluate(
     student: StudentFlag = None,
     start_timestep: StartFlag = None,
@@ -67,6 +74,10 @@ def evaluate(
         Path | None, typer.Option(help="ViT-g-14's weights, or an open_clip folder.", rich_help_panel=COCO)
     ] = None,
     clip_score: Annotated[bool, typer.Option(" /--no-clip-score", help="Leave it out.", rich_help_panel=COCO)] = True,
+    hps_weights: Annotated[
+        Path | None, typer.Option(help="HPS v2's ViT-H-14, to score with it too.", rich_help_panel=COCO)
+    ] = None,
+    hps_version: Annotated[HpsVersion | None, typer.Option(help="Of --hps-weights.", rich_help_panel=COCO)] = None,
     download: Annotated[
         bool,
         typer.Option(
@@ -109,8 +120,9 @@ def evaluate(
             root=coco_root, protocol=protocol.value, student=student, start_timestep=start_timestep, teacher=teacher,
             teacher_config=teacher_config, images=images, sweep=sweep, captions=captions, n=limit, steps=steps,
             guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights, clip_score=clip_score,
-            download=download, max_bad=max_bad, work=work, save_images=save_images, report=report, batch=batch,
-            device=where, dtype=pick_dtype(dtype.value, where),
+            hps_weights=hps_weights, hps_version=hps_version.value if hps_version else None, download=download,
+            max_bad=max_bad, work=work, save_images=save_images, report=report, batch=batch, device=where,
+            dtype=pick_dtype(dtype.value, where),
         )  # fmt: skip
         if result is None:  # another process has it
             return
@@ -120,7 +132,8 @@ def evaluate(
             raise SbrushError(f"FID {best:.2f} is above {max_fid:g}", f"see {printable(report)}")
         return
     if any(
-        given is not None for given in (images, sweep, captions, inception, clip_weights, work, save_images, max_fid)
+        given is not None
+        for given in (images, sweep, captions, inception, clip_weights, hps_weights, work, save_images, max_fid)
     ):
         raise SbrushError("these options are for COCO", "add --coco-30k", code=2)
     limit = limit or 5000

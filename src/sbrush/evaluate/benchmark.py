@@ -16,7 +16,7 @@ from PIL import Image
 
 from sbrush.console import SbrushError, printable, say
 from sbrush.device import crew
-from sbrush.evaluate.clip import ClipScorer
+from sbrush.evaluate.clip import HPS_MODEL, ClipScorer
 from sbrush.evaluate.coco import PROTOCOLS, Coco, Looker, Protocol, hash_of, read_captions
 from sbrush.evaluate.download import fetch_coco
 from sbrush.evaluate.gallery import Gallery
@@ -48,6 +48,8 @@ def benchmark(
     inception: Path | None,
     clip_weights: Path | None,
     clip_score: bool,
+    hps_weights: Path | None,
+    hps_version: str | None,
     download: bool,
     max_bad: int,
     work: Path | None,
@@ -63,6 +65,12 @@ def benchmark(
     has a report; the others get None.
     """
     began, rules = time.monotonic(), PROTOCOLS[protocol]
+    if (hps_weights is None) != (hps_version is None):
+        raise SbrushError(
+            "HPS v2's weights do not say which version they are",
+            "--hps-weights FILE and --hps-version 2.0 or 2.1, both or neither",
+            code=2,
+        )
     _check_request(student, start_timestep, teacher, images, sweep, clip_score, save_images)
     gallery = Gallery.read(images) if images else None
     if download:
@@ -82,10 +90,11 @@ def benchmark(
         where = str(together.device) if together.num_processes > 1 else device
         net = Inception.load(inception, download=download, device=where)
         clip = ClipScorer.load(clip_weights, download=download, device=where) if clip_score else None
+        hps = ClipScorer.load(hps_weights, model_name=HPS_MODEL, device=where) if hps_weights else None
         folder = work or user_cache() or Path("runs/eval")
         measurement = Measurement(
-            coco=coco, texts=texts[:wanted], looker=Looker(rules, net, clip), folder=folder, seed=seed, max_bad=max_bad,
-            save_images=save_images, device=where, crew=together,
+            coco=coco, texts=texts[:wanted], looker=Looker(rules, net, clip, hps), folder=folder, seed=seed,
+            max_bad=max_bad, save_images=save_images, device=where, crew=together,
         )  # fmt: skip
 
         def subjects() -> Iterator[Subject]:
@@ -115,7 +124,8 @@ def benchmark(
     manifest = {
         "protocol": asdict(rules), "captions": whose, "captions_sha256": hash_of(texts[:wanted]),
         "reference_sha256": hash_of(measurement.listed), **points[0].counts,
-        "inception_sha256": net.digest, "clip": clip.name if clip else None, "seed": seed, "versions": versions(),
+        "inception_sha256": net.digest, "clip": clip.name if clip else None,
+        "hps": f"v{hps_version} {hps.name}" if hps else None, "seed": seed, "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began),
     }  # fmt: skip
     result = BenchmarkReport(points, manifest)

@@ -1,4 +1,8 @@
-"""CLIP score: the cosine of a picture and its caption, by an open_clip model. 0 to 1 in practice, not times 100."""
+"""CLIP score: the cosine of a picture and its caption, by an open_clip model. 0 to 1 in practice, not times 100.
+
+HPS v2 (arXiv 2306.09341) is the same by a ViT-H-14 that was trained on people's preferences, without a prefix, of the
+picture at its own size; times 100 in papers and here. Its two versions' figures do not compare.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from sbrush.pictures import to_image
 
 MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with
 PREFIX = "A photo depicts "
+HPS_MODEL = "ViT-H-14"
 
 
 class ClipScorer:
@@ -26,17 +31,20 @@ class ClipScorer:
         self.name = name  # with the weights' digest, for the manifest
 
     @classmethod
-    def load(cls, weights: Path | None = None, *, download: bool = False, device: str = "cpu") -> ClipScorer:
-        """ViT-g-14 of LAION-2B from a file, or any model from a folder in open_clip's own layout.
+    def load(
+        cls, weights: Path | None = None, *, model_name: str = MODEL, download: bool = False, device: str = "cpu"
+    ) -> ClipScorer:
+        """ViT-g-14 of LAION-2B, or another of open_clip's models, from a file; any from a folder in open_clip's layout.
 
-        `weights`: .safetensors or a state dict for ViT-g-14, or a folder with open_clip_config.json and
-        open_clip_model.safetensors; None takes the Hub's cache, filled only if `download`. SbrushError if it fails.
+        `weights`: .safetensors or a state dict for `model_name`, or a folder with open_clip_config.json and
+        open_clip_model.safetensors; None takes ViT-g-14's from the Hub's cache, filled only if `download`. SbrushError
+        if it fails.
         """
-        source = f"local-dir:{weights}" if weights and weights.is_dir() else MODEL
+        source = f"local-dir:{weights}" if weights and weights.is_dir() else model_name
         try:
             if weights is None:
                 weights = Path(_cached(download))
-            given = {} if source != MODEL else {"pretrained": str(weights)}
+            given = {} if source != model_name else {"pretrained": str(weights)}
             model, _, preprocess = open_clip.create_model_and_transforms(
                 source, device=device, weights_only=True, **given
             )
@@ -47,11 +55,12 @@ class ClipScorer:
         except SbrushError:
             raise
         except Exception as problem:  # whatever open_clip makes of a file that is none of its own
+            wanted = f"{MODEL} {PRETRAINED}" if model_name == MODEL else model_name
             raise SbrushError(
                 f"{printable(weights)} does not hold a CLIP model ({type(problem).__name__})",
-                f"it is open_clip's {MODEL} {PRETRAINED}, as a state dict or safetensors, or a folder of open_clip's",
+                f"it is open_clip's {wanted}, as a state dict or safetensors, or a folder of open_clip's",
             ) from problem
-        return cls(model, preprocess, tokenizer, f"{source if source == MODEL else weights.name} {digest[:16]}")
+        return cls(model, preprocess, tokenizer, f"{source if source == model_name else weights.name} {digest[:16]}")
 
     def prepare(self, picture: Tensor) -> Tensor:
         """The model's own preprocessing: uint8 [3, H, W] to float32 [3, side, side], on the CPU. Any thread may."""

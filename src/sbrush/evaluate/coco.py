@@ -127,26 +127,37 @@ class Ready(NamedTuple):
 
     inception: Tensor  # uint8 [3, 256, 256], or float32 [3, 299, 299] where the protocol resizes on the CPU
     clip: Tensor | None  # float32 [3, side, side]
+    hps: Tensor | None  # likewise, of the picture as it came
 
 
 class Looker:
     """Pictures in, what the protocol keeps of them out: a row for each, and no picture stays."""
 
-    def __init__(self, protocol: Protocol, inception: Inception, clip: ClipScorer | None) -> None:
-        self.protocol, self.inception, self.clip = protocol, inception, clip
+    def __init__(
+        self, protocol: Protocol, inception: Inception, clip: ClipScorer | None, hps: ClipScorer | None = None
+    ) -> None:
+        self.protocol, self.inception, self.clip, self.hps = protocol, inception, clip, hps
 
     def prepare(self, picture: Image.Image, *, scored: bool) -> Ready:
         """All that is done to a picture before a network sees it; for CLIP too if it is `scored`. Any thread may."""
         pixels = square(picture)
         features = clean_resize(pixels) if self.protocol.resize == "clean" else pixels
-        return Ready(features, self.clip.prepare(pixels) if scored and self.clip else None)
+        whole = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) if scored and self.hps else pixels
+        return Ready(
+            features,
+            self.clip.prepare(pixels) if scored and self.clip else None,
+            self.hps.prepare(whole) if scored and self.hps else None,
+        )
 
     def look(self, pictures: Sequence[Ready], captions: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Features [B, 2048] of pictures, and with captions their CLIP scores [B]; float32."""
+        """Features [B, 2048] of pictures, and with captions their CLIP and HPS scores [B]; float32."""
         rows = {"features": self.inception.features(torch.stack([p.inception for p in pictures]))}
         seen = [p.clip for p in pictures if p.clip is not None]
         if captions is not None and self.clip:
             rows["clip"] = self.clip.scores(torch.stack(seen), captions, self.protocol.prefix)
+        liked = [p.hps for p in pictures if p.hps is not None]
+        if captions is not None and self.hps:
+            rows["hps"] = 100 * self.hps.scores(torch.stack(liked), captions, "")
         return rows
 
     def made(self, batches: Iterable[Tensor], captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:

@@ -92,6 +92,7 @@ class Measurement:
             "fid": fid(r, f), "fid_standard_error": fid_error(r, f) if len(f) >= 100 else None,
             "kid": mean, "kid_spread": spread,
             "clip_score": rows["clip"][good].mean().item() if "clip" in rows else None,
+            "hps": rows["hps"][good].mean().item() if "hps" in rows else None,
             "precision": precision, "recall": recall,
         }  # fmt: skip
         counts = {"pictures": int(good.sum()), "reference_pictures": int(good_real.sum()), "bad_pictures": bad}
@@ -120,8 +121,8 @@ class Measurement:
                 return self.looker.read(_at(subject.files, blocks), self.bad, texts)
             return self.looker.made(self._drawn(subject, blocks, shown), texts)
 
-        clip = self.looker.clip
-        key = [*self._rules, clip.name if clip else None, subject.key, self.seed, hash_of(self.texts)]
+        scorers = [scorer.name if scorer else None for scorer in (self.looker.clip, self.looker.hps)]
+        key = [*self._rules, *scorers, subject.key, self.seed, hash_of(self.texts)]
         return self._filled("pictures", key, len(self.texts), batches, what=subject.name)
 
     @property

@@ -120,6 +120,7 @@ def _rows(figures: dict[str, float | None]) -> list[tuple[str, list[str]]]:
         ("its interval, 95 % (jackknife)", ["-" if error is None else f"+- {1.96 * error:.2f}", ""]),
         ("KID x 1000, lower is better", [f"{1000 * (figures['kid'] or 0):.3f}", ""]),
         ("CLIP score", ["", cell("clip_score", 3)]),
+        *([("HPS v2 x 100", ["", cell("hps", 2)])] if figures.get("hps") is not None else []),
         ("precision", [cell("precision", 3), ""]),
         ("recall", [cell("recall", 3), ""]),
     ]
