@@ -83,6 +83,25 @@ def build_tiny_xl(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def build_clip(folder: Path) -> Path:
+    """A tiny model in open_clip's own layout, with the true tokenizer."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    from sbrush.files import write_json
+
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 16, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 32},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_xl(tmp_path_factory.mktemp("tiny-xl"))
@@ -91,6 +110,11 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_teacher(tmp_path_factory.mktemp("tiny-teacher"))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+from conftest import build_clip
 from sbrush.stickers.world import random_caption, stream
-from test_coco import make_clip, make_coco, make_inception
+from test_coco import make_coco, make_inception
 
 QUICK = """
 import torch
@@ -43,7 +44,7 @@ def main(sizes: list[int], quick: bool) -> None:
         captions, coco = folder / "captions.txt", make_coco(folder / "coco")
         captions.write_text("".join(random_caption(stream("memory", i)).text + "\n" for i in range(max(sizes))))
         (folder / "clip").mkdir()
-        networks = "--inception", make_inception(folder / "i.pth"), "--clip-weights", make_clip(folder / "clip")
+        networks = "--inception", make_inception(folder / "i.pth"), "--clip-weights", build_clip(folder / "clip")
         for size in sizes:
             start = [sys.executable, *(("-c", QUICK) if quick else ("-m", "sbrush"))]
             command = [*start, "eval", "--coco-30k", "--coco-root", coco, *networks]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import sbrush
@@ -78,26 +78,6 @@ def make_inception(file: Path) -> Path:
         net.train()(torch.rand(8, 3, 299, 299) * 2 - 1)
     torch.save({**net.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, file)
     return file
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip(tmp_path_factory.mktemp("clip"))
-
-
-def make_clip(folder: Path) -> Path:
-    """A tiny model in open_clip's own layout, with the true tokenizer."""
-    import open_clip
-
-    torch.manual_seed(0)
-    config = {
-        "embed_dim": 16, "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 32},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }  # fmt: skip
-    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
-    return folder
 
 
 def noise(count: int, height: int, width: int) -> Tensor:

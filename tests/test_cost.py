@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import sbrush
@@ -106,3 +107,16 @@ def test_a_dry_run_reads_no_weights(tmp_path, tiny_teacher, prompt_file):
     done = sbrush("distill", prompt_file, "--teacher", folder, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0 and "expected peak" in done.stdout and "UNet forwards" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_clamped_clip_loss_is_counted(tiny_teacher, clip_folder):
+    without = estimate(str(tiny_teacher), SMALL, Fit(), bf16=False)
+    with_loss = estimate(
+        str(tiny_teacher), dataclasses.replace(SMALL, clip_weight=0.1), Fit(), bf16=False, clip_weights=clip_folder
+    )
+    name = "CLIP model and tiny VAE, frozen"
+    assert without.memory[name] == 0
+    assert with_loss.memory[name] == size(load_file(clip_folder / "open_clip_model.safetensors").values())
+    activations = [[v for k, v in told.memory.items() if "activations" in k] for told in (without, with_loss)]
+    # Of four pictures of 32 x 32 the decoder keeps at least eight channels in float32, a few times.
+    assert activations[1][0] - activations[0][0] > 3 * 4 * 8 * 32 * 32 * 4

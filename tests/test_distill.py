@@ -327,6 +327,17 @@ def test_a_changed_configuration_is_refused_with_the_difference(tmp_path, tiny_t
         plan(tiny_teacher, tmp_path / "run", seed=4).run.claim()
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path, tiny_teacher):
+    plan(tiny_teacher, tmp_path / "run").run.claim()
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    del config["recipe"]["student_rank"], config["clip"]
+    file.write_text(json.dumps(config))
+    plan(tiny_teacher, tmp_path / "run").run.claim()
+    with pytest.raises(SbrushError, match=r"recipe.student_rank was 0, now 3"):
+        plan(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, student_rank=3)).run.claim()
+
+
 def test_a_folder_of_somebody_elses_is_left_alone(tmp_path, tiny_teacher):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(SbrushError, match="no run of sbrush"):

@@ -19,7 +19,7 @@ One update of the student theta, then one of the LoRA teacher psi:
 
     x0 = student_x0(output of theta at (z, T, y), z, T)                     f_theta(z, y)
     gap = vsd_gap(guided eps_phi, guided eps_psi at x_t = add_noise(x0))    no gradient through the teachers
-    theta follows vsd_loss(x0, gap)                                         and pair_loss, if the recipe has it
+    theta follows vsd_loss(x0, gap)                                         and pair_loss, clamped_clip_loss, if asked
     psi follows lora_loss(eps_psi at x_t' = add_noise(x0.detach()), noise, t')
 """
 
@@ -187,6 +187,14 @@ def pair_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
     picture, so that no mode is lost, while the score difference makes the pictures sharp.
     """
     return 0.5 * (x0.float() - teacher_x0.detach().float()).pow(2).mean()
+
+
+def clamped_clip_loss(cosine: Tensor, tau: float) -> Tensor:
+    """mean max(0, tau - cos(picture, prompt)), the cosines [B] by a CLIP model (SwiftBrush v2, arXiv 2408.14176).
+
+    Pictures that fit their prompt well enough are let be: without the clamp the loss makes FID worse.
+    """
+    return (tau - cosine.float()).clamp(min=0).mean()
 
 
 def lora_loss(

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from sbrush.alignment import Alignment
 from sbrush.core import Words
 from sbrush.distiller import Fit
 from sbrush.models.load import load_shapes
@@ -77,13 +79,22 @@ def estimate(
     bf16: bool,
     world: int = 1,
     device: str = "cpu",
+    clip_weights: Path | None = None,
+    clip_model: str = "ViT-B-32",
+    tiny_vae: Path | None = None,
 ) -> Cost:
-    """The cost of a run with this teacher; SbrushError if the teacher cannot be had."""
+    """The cost of a run with this teacher; SbrushError if the teacher cannot be had.
+
+    `clip_weights`, `clip_model`, `tiny_vae`: see Alignment.load; no weights are read.
+    """
     teacher = load_shapes(source, config=config)
+    alignment = None
+    if recipe.clip_weight:
+        alignment = Alignment.shapes(teacher, clip_weights, clip_model=clip_model, tiny_vae=tiny_vae)
     share = max(1, recipe.batch // world // fit.micro_batches)
     with torch.device("meta"):
         student, base, trained, lora = _networks(teacher, recipe, fit, bf16, device)
-        working, flops = _play(teacher, student, base, recipe, share)
+        working, flops = _play(teacher, student, base, recipe, share, alignment)
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in _named(teacher).items()}
     count["LoRA teacher"], count["student, trained"] = lora, trained
     frozen = 2 if bf16 else 4
@@ -95,6 +106,7 @@ def estimate(
     memory = {
         "teacher's UNet, frozen": frozen * count["UNet"],
         "text encoder and autoencoder, frozen": others * (count["text encoder"] + count["VAE"]),
+        "CLIP model and tiny VAE, frozen": 4 * sum(p.numel() for p in alignment.own_parameters()) if alignment else 0,
         "student's weights, float32": 4 * trained,
         "student's weights, bfloat16 copy": copies,
         "student's Adam": moments * trained,
@@ -144,7 +156,9 @@ def _networks(
     return student, base, trained, lora
 
 
-def _play(teacher: Model, student: nn.Module, base: nn.Module, recipe: Recipe, share: int) -> tuple[int, float]:
+def _play(
+    teacher: Model, student: nn.Module, base: nn.Module, recipe: Recipe, share: int, alignment: Alignment | None
+) -> tuple[int, float]:
     """The most bytes held at once by one part of a batch, gradients included; FLOPs of one forward of one picture."""
     dtype = next(base.parameters()).dtype  # under autocast activations are of the dtype of matrix products
 
@@ -163,7 +177,7 @@ def _play(teacher: Model, student: nn.Module, base: nn.Module, recipe: Recipe, s
     with counter, torch.no_grad():
         answer_as(base, "teacher")
         forward(base, 1)
-    held = Held([student, base])
+    held = Held([student, base, *(alignment.networks if alignment else ())])
     with held, flash_attention():
         answer_as(student, "student")
         x0 = forward(student, share)
@@ -173,8 +187,9 @@ def _play(teacher: Model, student: nn.Module, base: nn.Module, recipe: Recipe, s
         answer_as(base, "lora_teacher")
         shared = forward(base, share) if recipe.shared_forward else None
         answer_as(student, "student")
-        x0.sum().backward()
-        del x0
+        loss = alignment.cosines(x0, [""] * share).sum() if alignment else x0.sum()
+        loss.backward()
+        del x0, loss
         answer_as(base, "lora_teacher")
         (forward(base, share) if shared is None else shared).sum().backward()
     return held.most, counter.get_total_flops()
@@ -185,8 +200,8 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32))
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod

@@ -18,6 +18,7 @@ PANELS = {
         "student_loss": "student",
         "lora_loss": "LoRA teacher",
         "pair_loss": "pairs",
+        "clip_cosine": "CLIP cosine",
         "lora_error": "LoRA teacher / teacher",
     },
     "latents": {"x0_mean": "mean", "x0_std": "deviation", "drift": "drift from the teacher's"},

@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from sbrush import checkpoint
+from sbrush.alignment import Alignment
 from sbrush.console import SbrushError, printable, progress, say
 from sbrush.device import Precision, trains_in_bf16
 from sbrush.distiller import Distiller, Fit
@@ -43,6 +44,7 @@ class Plan:
     init: Model | None
     accelerator: Accelerator
     fit: Fit
+    alignment: Alignment | None = None
 
     @property
     def main_process(self) -> bool:
@@ -64,10 +66,14 @@ def prepare(
     extend: int = 0,
     fit: Fit | None = None,
     teacher_config: str | None = None,
+    clip_weights: Path | None = None,
+    clip_model: str = "ViT-B-32",
+    tiny_vae: Path | None = None,
 ) -> Plan:
     """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
 
-    `extend`: steps to add to a run that is complete in `out`. `teacher_config`: see load_teacher.
+    `extend`: steps to add to a run that is complete in `out`. `teacher_config`: see load_teacher; `clip_weights`,
+    `clip_model`, `tiny_vae`: see Alignment.load, for a recipe with the clamped CLIP loss.
     """
     bf16 = trains_in_bf16(precision, device)
     if device.startswith("cuda:"):
@@ -97,11 +103,18 @@ def prepare(
         )
     if recipe.t_high > T:
         raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
+    alignment = None
+    if recipe.clip_weight:
+        alignment = Alignment.load(
+            guide, clip_weights, clip_model=clip_model, tiny_vae=tiny_vae, device=str(accelerator.device)
+        )
     config = make_config(
         recipe, prompts, teacher=teacher, teacher_sha256=digest(guide), init=init,
-        init_sha256=digest(start) if start else None, seed=seed, bf16=bf16,
+        init_sha256=digest(start) if start else None,
+        clip=alignment.name if alignment else None, seed=seed, bf16=bf16,
     )  # fmt: skip
-    return Plan(Run.plan(out, config, recipe, every, extend=extend), prompts, guide, start, accelerator, fit or Fit())
+    run = Run.plan(out, config, recipe, every, extend=extend)
+    return Plan(run, prompts, guide, start, accelerator, fit or Fit(), alignment)
 
 
 def distill(plan: Plan) -> bool:
@@ -143,7 +156,10 @@ def _train(plan: Plan) -> bool:
         what = f"{plan.prompts.describe()}; recipe {recipe.name}, {recipe.steps} steps of {recipe.batch}"
         say(f"{what}; writing to {printable(run.out)}")
     seed = run.config["seed"]
-    distiller = Distiller(plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, fit=plan.fit)
+    distiller = Distiller(
+        plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, fit=plan.fit,
+        alignment=plan.alignment,
+    )  # fmt: skip
     order, first = ShuffledPrompts(plan.prompts, seed), 1
     if saved := checkpoint.newest(run.checkpoints):
         distiller.load(saved)

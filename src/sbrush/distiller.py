@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sbrush import checkpoint, core, optimizer
+from sbrush.alignment import Alignment
 from sbrush.console import SbrushError
 from sbrush.core import Words
 from sbrush.ema import EMA
@@ -71,7 +72,12 @@ class Distiller:
         accelerator: Accelerator,
         init: Model | None = None,
         fit: Fit | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
+        """`alignment`: for the clamped CLIP loss, if the recipe has it."""
+        if recipe.clip_weight and not alignment:
+            raise ValueError("the clamped CLIP loss needs a CLIP model")
+        self.alignment = alignment
         self.teacher, self.recipe, self.seed, self.accelerator = teacher, recipe, seed, accelerator
         self.fit = fit or Fit()
         self._parts = self._share(accelerator.process_index, accelerator.num_processes)
@@ -168,7 +174,8 @@ class Distiller:
         """The student's pictures and what both teachers make of them; the student's gradients are added up."""
         recipe, schedule = self.recipe, self.schedule
         draw = StepNoise(self.seed, step, indices, self.accelerator.device)
-        cond = self.teacher.encode([prompts[(step - 1) * recipe.batch + i] for i in indices])
+        texts = [prompts[(step - 1) * recipe.batch + i] for i in indices]
+        cond = self.teacher.encode(texts)
         z = draw.normal(self.teacher.latent_shape)
         t_init = schedule.start(len(z), recipe.t_init)
 
@@ -206,13 +213,19 @@ class Distiller:
             words = {name: value[paired] for name, value in cond.items()}
             pair_loss = core.pair_loss(x0[paired], self._teacher_pictures(z[paired], words))
             student_loss = student_loss + recipe.pair_weight * len(paired) / len(z) * pair_loss
+        extra = {}
+        if self.alignment and (weight := recipe.clip_weight_at(step)):
+            with self.accelerator.autocast():
+                cosine = self.alignment.cosines(x0, texts)
+            student_loss = student_loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
+            extra["clip_cosine"] = cosine.detach().mean()
         self._backward(student_loss, "student")
         error, lora_error = ((eps - noise).abs().mean() for eps in (eps_teacher, eps_lora))
         metrics = {
             "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
             "gap_share": (eps_teacher - eps_lora).abs().mean() / error, "lora_error": lora_error / error,
         }  # fmt: skip
-        return Part(draw, cond, x0.detach(), x_t, t, eps_teacher, eps_lora, metrics, lora_loss)
+        return Part(draw, cond, x0.detach(), x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
 
     def _lora_loss(self, part: Part) -> Tensor:
         """The LoRA teacher's loss on the same pictures, with fresh noise."""

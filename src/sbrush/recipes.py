@@ -62,6 +62,8 @@ class Recipe:
     pair_guidance: float = 3.0
     pair_share: float = 1.0  # of the run, its beginning, in which there are pairs
     pair_weight: float = 1.0  # of that loss, against the score difference's on one sample
+    clip_weight: float = 0.0  # of core.clamped_clip_loss at the start, from which it falls to zero at the last step
+    clip_tau: float = 0.35  # the cosine from which on a picture fits its prompt well enough
 
     def __post_init__(self) -> None:
         for name, kind in _kinds().items():
@@ -119,6 +121,10 @@ class Recipe:
     def lora_lr_at(self, step: int) -> float:
         """The LoRA teacher's learning rate in a step, counted from 1."""
         return self.lora_lr * (self.lora_lr_end + (1 - self.lora_lr_end) * self._falling(step))
+
+    def clip_weight_at(self, step: int) -> float:
+        """The weight of the clamped CLIP loss in a step, counted from 1."""
+        return self.clip_weight * (1 - step / self.steps)
 
     def _falling(self, step: int) -> float:
         return min(1.0, (self.steps - step + 1) / max(1.0, self.cooldown * self.steps))

@@ -48,6 +48,7 @@ METRICS = (
     "student_loss",
     "lora_loss",
     "pair_loss",
+    "clip_cosine",  # of the student's pictures and their prompts, while the clamped CLIP loss is on
     "x0_mean",  # of the student's latents
     "x0_std",
     "student_grad",  # norms before clipping
@@ -59,6 +60,7 @@ METRICS = (
     "beyond",
 )
 SHEET_PROMPTS, SHEET_SEEDS = 8, 3
+LATER = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
 NOT_COMPARED = ("version", "extended_by")  # keys of config.json that may change between parts of one run
 
 
@@ -158,6 +160,8 @@ class Run:
                 f"cannot write to {shown}: {problem.strerror}", "name another folder with --out"
             ) from None
         before = read_config(self.out)
+        if isinstance(before.get("recipe"), dict):  # a setting that came later was what it is by default
+            before["recipe"] = LATER | before["recipe"]
         if before.get("format") != FORMAT:
             raise SbrushError(
                 f"the run in {shown} has format {printable(before.get('format'))}, this version writes {FORMAT}",
@@ -283,6 +287,7 @@ def make_config(
     teacher_sha256: str,
     init: str | None,
     init_sha256: str | None,
+    clip: str | None,
     seed: int,
     bf16: bool,
 ) -> dict[str, Any]:
@@ -295,6 +300,7 @@ def make_config(
         "teacher_sha256": teacher_sha256,
         "init": init,
         "init_sha256": init_sha256,
+        "clip": clip,
         "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
         "seed": seed,
         "bf16": bf16,

@@ -12,10 +12,11 @@ import typer
 
 from sbrush import console
 from sbrush.cli.flags import MACHINE, REPORT, DeviceFlag, TeacherConfigFlag, TeacherFlag, no_prompts
-from sbrush.console import printable, say
+from sbrush.console import SbrushError, printable, say
 from sbrush.recipes import RECIPES, Recipe
 
 MEMORY, ABLATIONS, OVERRIDES = "Less memory", "The paper's ablations", "Instead of the recipe's"
+CLIP = "Clamped CLIP loss"
 RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
 
 
@@ -66,6 +67,19 @@ def distill(
     reparameterisation: Annotated[
         bool, typer.Option(" /--no-reparameterisation", help="The UNet's output is x0.", rich_help_panel=ABLATIONS)
     ] = True,
+    clip_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the clamped CLIP loss at the start (SwiftBrush v2: 0.1).", min=0, rich_help_panel=CLIP
+        ),
+    ] = None,
+    clip_weights: Annotated[
+        Path | None, typer.Option(help="Of --clip-model, or an open_clip folder.", rich_help_panel=CLIP)
+    ] = None,
+    clip_model: Annotated[str, typer.Option(help="open_clip's name of it.", rich_help_panel=CLIP)] = "ViT-B-32",
+    tiny_vae: Annotated[
+        Path | None, typer.Option(help="AutoencoderTiny folder, in place of the teacher's VAE.", rich_help_panel=CLIP)
+    ] = None,
     log_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 10,
     sheet_every: Annotated[
         int, typer.Option(help="Steps between contact sheets; 0: none.", min=0, rich_help_panel=REPORT)
@@ -91,6 +105,7 @@ def distill(
         "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
         "lora_updates": lora_updates, "student_rank": student_lora, "t_init": t_init,
         "reparameterised": reparameterisation, "optimizer": "adam8bit" if adam_8bit else None,
+        "clip_weight": clip_loss,
     }  # fmt: skip
     if guidance is not None:
         chosen = chosen.with_settings(guidance_to=None)
@@ -108,6 +123,13 @@ def distill(
     from sbrush.prompts import read_prompts
     from sbrush.run import Intervals
 
+    if not chosen.clip_weight and (clip_weights or tiny_vae):
+        raise SbrushError(
+            "--clip-weights and --tiny-vae are for the clamped CLIP loss, which is off",
+            "give its weight too, such as --clip-loss 0.1, or leave them out",
+            code=2,
+        )
+    seen_by: Any = {"clip_weights": clip_weights, "clip_model": clip_model, "tiny_vae": tiny_vae}
     texts = read_prompts(prompts)
     fit = Fit(micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu)
     if dry_run:
@@ -125,14 +147,15 @@ def distill(
         }
         for name, value in facts.items():
             console.out(f"{name}: {printable(value)}")
-        for line in estimate(teacher, chosen, fit, config=teacher_config, bf16=bf16, device=where).lines(chosen):
+        cost = estimate(teacher, chosen, fit, config=teacher_config, bf16=bf16, device=where, **seen_by)
+        for line in cost.lines(chosen):
             console.out(line)
         return
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
         every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every), extend=extend,
-        fit=fit, teacher_config=teacher_config,
+        fit=fit, teacher_config=teacher_config, **seen_by,
     )  # fmt: skip
     shown = printable(plan.run.out)
     if not train(plan):

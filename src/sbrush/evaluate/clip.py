@@ -27,7 +27,7 @@ class ClipScorer:
     """An open_clip model with its own preprocessing and tokenizer."""
 
     def __init__(self, model: Any, preprocess: Any, tokenizer: Any, name: str) -> None:
-        self._model, self._preprocess, self._tokenizer = model.requires_grad_(False).eval(), preprocess, tokenizer
+        self.network, self._preprocess, self._tokenizer = model.requires_grad_(False).eval(), preprocess, tokenizer
         self.name = name  # with the weights' digest, for the manifest
 
     @classmethod
@@ -40,7 +40,7 @@ class ClipScorer:
         open_clip_model.safetensors; None takes ViT-g-14's from the Hub's cache, filled only if `download`. SbrushError
         if it fails.
         """
-        source = f"local-dir:{weights}" if weights and weights.is_dir() else model_name
+        source = _source(weights, model_name)
         try:
             if weights is None:
                 weights = Path(_cached(download))
@@ -62,19 +62,49 @@ class ClipScorer:
             ) from problem
         return cls(model, preprocess, tokenizer, f"{source if source == model_name else weights.name} {digest[:16]}")
 
+    @classmethod
+    def shapes(cls, weights: Path | None, *, model_name: str) -> ClipScorer:
+        """What `load` gives, its network with shapes and no numbers (device "meta"); no weights are read."""
+        source = _source(weights, model_name)
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(source, device="meta", load_weights=False)
+            return cls(model, preprocess, open_clip.get_tokenizer(source), source)
+        except Exception as problem:
+            raise SbrushError(
+                f"open_clip has no model {printable(weights if source != model_name else model_name)}",
+                "a folder of open_clip's, or one of the names that open_clip.list_models() gives",
+                code=2,
+            ) from problem
+
     def prepare(self, picture: Tensor) -> Tensor:
         """The model's own preprocessing: uint8 [3, H, W] to float32 [3, side, side], on the CPU. Any thread may."""
         ready: Tensor = self._preprocess(to_image(picture))
         return ready
 
-    @torch.inference_mode()
     def scores(self, pictures: Tensor, captions: Sequence[str], prefix: str = PREFIX) -> Tensor:
         """Cosines: prepared pictures float32 [B, 3, side, side] and B captions to float32 [B], -1 to 1, on the CPU."""
-        device = next(self._model.parameters()).device
-        seen = self._model.encode_image(pictures.to(device), normalize=True)
-        said = self._model.encode_text(self._tokenizer([prefix + c for c in captions]).to(device), normalize=True)
-        cosines: Tensor = (seen.float() * said.float()).sum(dim=-1).cpu()
-        return cosines
+        with torch.inference_mode():
+            return self._cosines(pictures, captions, prefix).cpu()
+
+    def cosines(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosines through which pictures, float32 [B, 3, H, W] of 0 to 1, can be trained: float32 [B], no prefix."""
+        *resizing, normalise = self._preprocess.transforms
+        for resize in resizing:
+            pictures = resize(pictures)
+        # torchvision's own would wait for the device, to see that no deviation is zero.
+        mean, std = (pictures.new_tensor(v).view(1, 3, 1, 1) for v in (normalise.mean, normalise.std))
+        return self._cosines((pictures - mean) / std, captions, "")
+
+    def _cosines(self, prepared: Tensor, captions: Sequence[str], prefix: str) -> Tensor:
+        device = next(self.network.parameters()).device
+        seen = self.network.encode_image(prepared.to(device), normalize=True)
+        said = self.network.encode_text(self._tokenizer([prefix + c for c in captions]).to(device), normalize=True)
+        return (seen.float() * said.float()).sum(dim=-1)
+
+
+def _source(weights: Path | None, model_name: str) -> str:
+    """What open_clip calls the model: a name of its list, or a folder."""
+    return f"local-dir:{weights}" if weights and weights.is_dir() else model_name
 
 
 def _cached(download: bool) -> str:

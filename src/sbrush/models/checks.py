@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,13 @@ def model_files(folder: Path) -> list[Path]:
                 f"{printable(file)} is a link to a file outside its model", "put the file itself there", code=2
             )
     return files
+
+
+def digest_of(files: Mapping[str, Path]) -> str:
+    """SHA-256, in hexadecimal, over files and what they are called, in the mapping's order."""
+    whole = hashlib.sha256()
+    for name, file in files.items():
+        whole.update(name.encode())
+        with file.open("rb") as handle:
+            whole.update(hashlib.file_digest(handle, "sha256").digest())
+    return whole.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sbrush.models.checks import (
     check_configuration,
     check_fit,
     check_part,
+    digest_of,
     model_files,
     read_json,
     read_network,
@@ -101,13 +101,8 @@ def load_shapes(source: str | None, *, config: str | None = None) -> Model:
 
 def digest(model: Model) -> str:
     """SHA-256 over the weights and configuration files of all of a model's parts, by name."""
-    whole = hashlib.sha256()
-    for part in model.parts:
-        for file in sorted(model_files(model.folders[part] / part)):
-            whole.update(f"{part}/{file.name}".encode())
-            with file.open("rb") as handle:
-                whole.update(hashlib.file_digest(handle, "sha256").digest())
-    return whole.hexdigest()
+    files = ((part, file) for part in model.parts for file in sorted(model_files(model.folders[part] / part)))
+    return digest_of({f"{part}/{file.name}": file for part, file in files})
 
 
 def _check_config(source: str | None, config: str | None) -> None:
