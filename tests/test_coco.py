@@ -429,6 +429,16 @@ class TestCommand:
         assert json.loads(two.stdout)["points"] == [five]
         assert two.stderr.count("measuring") == 1  # one of them talks
 
+    def test_a_sweep_over_a_runs_checkpoints(self, evaluate, tiny_teacher: Path, prompt_file: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+        shape = "--batch", 2, "--steps", 2, "--checkpoint-every", 1, "--sheet-every", 0, "--student-lr", 1e-2
+        made = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--out", tmp_path / "run", *shape)
+        assert made.returncode == 0, made.stderr
+        done = evaluate("--sweep", tmp_path / "run" / "checkpoints", "--json")
+        assert done.returncode == 0, done.stderr
+        points = json.loads(done.stdout)["points"]
+        assert [point["name"] for point in points] == [f"run after step {n}, 1 step" for n in (1, 2)]
+        assert points[0]["figures"] != points[1]["figures"]
+
     @pytest.mark.parametrize(
         "flags, says",
         [

@@ -12,7 +12,7 @@ from sbrush import checkpoint
 from sbrush.console import SbrushError
 from sbrush.distill import distill, prepare
 from sbrush.distiller import Distiller, Fit
-from sbrush.models.load import load_student, load_teacher
+from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.unet import answer_as
 from sbrush.noise import picture_noise
 from sbrush.prompts import ShuffledPrompts, make_prompts
@@ -90,7 +90,7 @@ def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher)
 def run(teacher, out, recipe=SMALL, **options):
     plan = prepare(
         recipe, PROMPTS, out=out, teacher=str(teacher), init=options.pop("init", None), seed=3, device="cpu",
-        precision="float32", every=Intervals(log=2, sheet=3, checkpoint=3), fit=Fit(**options),
+        precision="float32", every=options.pop("every", Intervals(log=2, sheet=3, checkpoint=3)), fit=Fit(**options),
     )  # fmt: skip
     assert distill(plan)
     return out / "student"
@@ -108,6 +108,36 @@ def test_a_run_of_any_kind_goes_on_from_its_checkpoint_exactly(tmp_path, tiny_te
     name = "unet/diffusion_pytorch_model.safetensors"
     one, two = load_file(whole / name), load_file(part / "student" / name)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "recipe", [SMALL, dataclasses.replace(LORA, t_init=700), dataclasses.replace(SMALL, ema=0.0, reparameterised=False)]
+)
+def test_a_checkpoint_is_the_student_of_its_step(tmp_path, tiny_teacher, recipe):
+    run(tiny_teacher, tmp_path / "run", recipe, every=Intervals(log=1, sheet=0, checkpoint=2, keep=3))
+    then = [load_student(str(path)) for path in reversed(checkpoint.paths(tmp_path / "run" / "checkpoints"))]
+    assert [model.name for model in then] == ["run after step 2", "run after step 4", "run after step 6"]
+    texts, seeds = ["a cat", "a dog"], [1, 2]
+    drawn = [torch.cat(list(student_pictures(model, texts, seeds))) for model in then]
+    exported = torch.cat(list(student_pictures(load_student(str(tmp_path / "run")), texts, seeds)))
+    assert torch.equal(drawn[2], exported) and not torch.equal(drawn[0], drawn[2])
+    assert len({digest(model) for model in then}) == 3  # by which measured features are kept apart
+
+
+def test_a_checkpoint_without_its_teacher_or_its_bytes_is_refused(tmp_path):
+    teacher = build_tiny_teacher(tmp_path / "teacher")
+    run(teacher, tmp_path / "run", dataclasses.replace(SMALL, steps=1))
+    saved = tmp_path / "run" / "checkpoints" / "step-000001"
+    build_tiny_teacher(tmp_path / "teacher", seed=1)
+    with pytest.raises(SbrushError, match="has changed since the run"):
+        load_student(str(saved))
+    with (saved / "ema.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(SbrushError, match="checksum of ema"):
+        load_student(str(saved))
+    (tmp_path / "run" / "config.json").write_text('{"teacher": 3}')
+    with pytest.raises(SbrushError, match="cannot read the checkpoint"):
+        load_student(str(saved))
 
 
 def test_a_lora_student_is_exported_whole_and_as_a_lora_for_plain_diffusers(tmp_path, tiny_teacher):

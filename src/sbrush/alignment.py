@@ -1,8 +1,8 @@
 """How well pictures fit their prompts, for the clamped CLIP loss (SwiftBrush v2, arXiv 2408.14176).
 
 Latents are decoded by a VAE and looked at by an open_clip model, both frozen; gradients pass through both. At Stable
-Diffusion's size the teacher's own decoder costs three UNet forwards a picture, and its backward six: a tiny VAE of the
-same latents (diffusers' AutoencoderTiny, such as TAESD) a twentieth of that, which is why SwiftBrush v2 has one.
+Diffusion's size the teacher's own decoder costs three UNet forwards a picture, and its backward as much; a tiny VAE of
+the same latents (diffusers' AutoencoderTiny, such as TAESD) a twentieth of that, which is why SwiftBrush v2 has one.
 """
 
 from __future__ import annotations

@@ -87,20 +87,8 @@ def newest(folder: Path) -> Checkpoint | None:
     kept = paths(folder)
     for path in kept:
         try:
-            extra = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if extra["format"] != FORMAT:
-                theirs = printable(extra["format"])
-                raise SbrushError(
-                    f"checkpoint {printable(path)} has format {theirs}, this version reads {FORMAT}",
-                    "finish the run with the version that began it, or start anew in another --out",
-                )
-            for part, digest in extra.pop("sha256").items():
-                if digest != _digest(path / f"{part}.safetensors"):
-                    raise ValueError(f"the checksum of {part} does not match")
-            if extra.pop("step") != _step(path):
-                raise ValueError("it is of another step than its name says")
-            return Checkpoint(path, _step(path), extra)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            return read(path)
+        except ValueError as problem:
             say(f"checkpoint {printable(path)} is damaged ({printable(problem)}); trying the one before")
     if kept:
         raise SbrushError(
@@ -108,6 +96,26 @@ def newest(folder: Path) -> Checkpoint | None:
             "put a good copy there, or start anew in another --out",
         )
     return None
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in its folder; ValueError if it is damaged, SbrushError if it has another format version."""
+    try:
+        extra = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if extra["format"] != FORMAT:
+            theirs = printable(extra["format"])
+            raise SbrushError(
+                f"checkpoint {printable(path)} has format {theirs}, this version reads {FORMAT}",
+                "finish the run with the version that began it, or start anew in another --out",
+            )
+        for part, digest in extra.pop("sha256").items():
+            if digest != _digest(path / f"{part}.safetensors"):
+                raise ValueError(f"the checksum of {part} does not match")
+        if extra.pop("step") != _step(path):
+            raise ValueError("it is of another step than its name says")
+        return Checkpoint(path, _step(path), extra)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(str(problem)) from problem
 
 
 def paths(folder: Path) -> list[Path]:

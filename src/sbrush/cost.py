@@ -41,15 +41,15 @@ class Cost:
     host_memory: dict[str, int]  # off it, if it is no CPU
     flops: float  # of one UNet forward for one picture
     forwards: float  # UNet forwards a picture takes, a backward counted as two
-    checkpoint: int  # bytes on disk; two are kept, and a third while it is written
+    checkpoint: int  # bytes on disk
 
     @property
     def peak(self) -> int:
         """Bytes on the device when most is held."""
         return sum(self.memory.values())
 
-    def lines(self, recipe: Recipe) -> list[str]:
-        """The cost as people read it."""
+    def lines(self, recipe: Recipe, *, keep: int = 2) -> list[str]:
+        """The cost as people read it; `keep`: of checkpoints."""
         pictures, each = recipe.steps * recipe.batch, self.forwards * self.flops
         return [
             "",
@@ -62,7 +62,8 @@ class Cost:
                 for name, size in self.host_memory.items()
                 if size
             ),
-            f"{'disk for checkpoints, three while one is written':56} {3 * self.checkpoint / GIB:10.3f} GiB",
+            f"{f'disk for checkpoints, {keep + 1} while one is written':56} "
+            f"{(keep + 1) * self.checkpoint / GIB:10.3f} GiB",
             "",
             f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP a picture: {each / 1e12:.3g} TFLOP",
             f"{recipe.steps} steps of {recipe.batch}: {pictures} pictures, {pictures * each / 1e15:.3g} PFLOP; "

@@ -109,7 +109,7 @@ def prepare(
             guide, clip_weights, clip_model=clip_model, tiny_vae=tiny_vae, device=str(accelerator.device)
         )
     config = make_config(
-        recipe, prompts, teacher=teacher, teacher_sha256=digest(guide), init=init,
+        recipe, prompts, teacher=teacher, teacher_config=teacher_config, teacher_sha256=digest(guide), init=init,
         init_sha256=digest(start) if start else None,
         clip=alignment.name if alignment else None, seed=seed, bf16=bf16,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def _train(plan: Plan) -> bool:
             if main:
                 bar.advance(note=note)
                 if save and (skipped == 0 or last or stopping):
-                    checkpoint.save(run.checkpoints, step, distiller.state())
+                    checkpoint.save(run.checkpoints, step, distiller.state(), keep=every.keep)
             if stopping and not last:
                 return False
     if main:

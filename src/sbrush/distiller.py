@@ -21,8 +21,8 @@ from sbrush.console import SbrushError
 from sbrush.core import Words
 from sbrush.ema import EMA
 from sbrush.models.checks import read_network
-from sbrush.models.export import one_step_scheduler
 from sbrush.models.model import Model
+from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import Role, add_lora, answer_as, attend_explicitly, merge_lora
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
@@ -312,7 +312,7 @@ class Distiller:
     def average(self) -> Iterator[Model]:
         """The student that would be exported now, the average, as a model; for as long as the context lasts."""
         answer_as(self.student, "student")
-        cut = one_step_scheduler(self.teacher, self.recipe.t_init)
+        cut = one_step_scheduler(self.teacher.scheduler, self.recipe.t_init)
         about = {"reparameterised": self.recipe.reparameterised}
         with self.ema.inside(), self.accelerator.autocast():
             yield replace(self.teacher, unet=self.student, about=about, scheduler=cut)

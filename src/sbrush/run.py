@@ -6,7 +6,7 @@ curves.png              the same drawn
 samples/step-000200.png the student's pictures, same prompts and seeds each time; samples/teacher.png beside them
 samples/teacher.json    what the teacher's pictures are like, for the alarms
 samples/x0-000200.png   one batch: student x0, the teacher's and the LoRA teacher's guess of it from x_t
-checkpoints/            the newest two states (checkpoint.py)
+checkpoints/            the newest states (checkpoint.py)
 student/                the result, a folder for diffusers
 student-lora/           the same as a LoRA, if the student is one
 .lock                   held while a run is at work here
@@ -71,6 +71,7 @@ class Intervals:
     log: int = 10
     sheet: int = 200
     checkpoint: int = 200
+    keep: int = 2  # how many of the newest checkpoints stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +285,7 @@ def make_config(
     prompts: Prompts,
     *,
     teacher: str | None,
+    teacher_config: str | None,
     teacher_sha256: str,
     init: str | None,
     init_sha256: str | None,
@@ -297,6 +299,7 @@ def make_config(
         "format": FORMAT,
         "version": sbrush.__version__,
         "teacher": teacher or "stickers (built in)",
+        "teacher_config": teacher_config,
         "teacher_sha256": teacher_sha256,
         "init": init,
         "init_sha256": init_sha256,

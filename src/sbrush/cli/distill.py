@@ -85,6 +85,7 @@ def distill(
         int, typer.Option(help="Steps between contact sheets; 0: none.", min=0, rich_help_panel=REPORT)
     ] = 200,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 200,
+    keep: Annotated[int, typer.Option(help="Newest checkpoints that stay.", min=1, rich_help_panel=REPORT)] = 2,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the recipes, and what this run would take; train nothing.")
     ] = False,
@@ -148,13 +149,13 @@ def distill(
         for name, value in facts.items():
             console.out(f"{name}: {printable(value)}")
         cost = estimate(teacher, chosen, fit, config=teacher_config, bf16=bf16, device=where, **seen_by)
-        for line in cost.lines(chosen):
+        for line in cost.lines(chosen, keep=keep):
             console.out(line)
         return
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
-        every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every), extend=extend,
+        every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every, keep=keep), extend=extend,
         fit=fit, teacher_config=teacher_config, **seen_by,
     )  # fmt: skip
     shown = printable(plan.run.out)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sbrush import checkpoint
 from sbrush.console import SbrushError, printable, say
 from sbrush.device import crew
 from sbrush.evaluate.clip import HPS_MODEL, ClipScorer
@@ -61,8 +62,8 @@ def benchmark(
 ) -> BenchmarkReport | None:
     """Measures, writes `report` and a .json beside it. SbrushError if anything that it needs is missing or damaged.
 
-    `sweep`: guidance scales of the teacher, or students, with commas between. Of several processes only the main one
-    has a report; the others get None.
+    `sweep`: guidance scales of the teacher, or students and folders of checkpoints, with commas between. Of several
+    processes only the main one has a report; the others get None.
     """
     began, rules = time.monotonic(), PROTOCOLS[protocol]
     if (hps_weights is None) != (hps_version is None):
@@ -107,7 +108,7 @@ def benchmark(
                 for scale in _scales(sweep):
                     yield _subject(None, None, teacher, teacher_config, steps, scale, batch, where, dtype)
             else:
-                for name in sweep.split(","):
+                for name in _students(sweep):
                     yield _subject(name, start_timestep, None, None, steps, None, batch, where, dtype)
 
         points, pictures = list[Measured](), dict[str, list[tuple[str, Image.Image]]]()
@@ -159,6 +160,15 @@ def _scales(sweep: str) -> list[float]:
     if not all(0 <= scale < 1000 for scale in scales):
         raise SbrushError(f"--sweep {printable(sweep)} is no list of guidance scales", "--sweep 1,2,4.5,7.5", code=2)
     return scales
+
+
+def _students(sweep: str) -> list[str]:
+    """Students by name; a folder of checkpoints stands for them all, oldest first."""
+    names = list[str]()
+    for name in sweep.split(","):
+        found = checkpoint.paths(Path(name).expanduser())
+        names += [str(path) for path in reversed(found)] or [name]
+    return names
 
 
 def _subject(

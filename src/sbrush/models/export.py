@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,26 +19,8 @@ from sbrush.files import whole, write_json
 from sbrush.models.checks import model_files, read_json
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
+from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import Role
-
-
-def one_step_scheduler(teacher: Model, t_init: int | None = None) -> DDIMScheduler:
-    """The scheduler with which plain diffusers' single step is core.student_x0: from T straight to alpha = 1.
-
-    With `t_init` the schedule ends there, so that the student's T is `t_init`.
-    """
-    cut: dict[str, Any] = {}
-    if t_init is not None:
-        betas = teacher.scheduler.betas[: t_init + 1].tolist()
-        cut = {"num_train_timesteps": len(betas), "trained_betas": betas, "rescale_betas_zero_snr": False}
-    return DDIMScheduler.from_config(
-        teacher.scheduler.config,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-        thresholding=False,
-        **cut,
-    )
 
 
 def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role) -> None:
@@ -83,7 +65,7 @@ def export_student(
         for file in model_files(teacher.folders[part] / part):
             _copy_in_float32(file, partial / part / file.name)
     unet.save_pretrained(partial / "unet")
-    one_step_scheduler(teacher, t_init).save_pretrained(partial / "scheduler")
+    one_step_scheduler(teacher.scheduler, t_init).save_pretrained(partial / "scheduler")
     write_json(partial / "model_index.json", teacher.student_index())
     write_json(partial / "sbrush.json", {"format": FORMAT, **about})
     (partial / "README.md").write_text(card, encoding="utf-8")

@@ -28,6 +28,7 @@ from sbrush.models.model import Model
 from sbrush.models.schedule import noise_scale, read_scheduler
 from sbrush.models.sdxl import ModelXL
 from sbrush.models.single_file import Entry, convert, is_single_file, known_configuration, read_header
+from sbrush.models.snapshot import Snapshot
 
 FORMAT = 1  # of sbrush.json
 BUILT_IN = Path(__file__).parent.parent / "stickers" / "weights"
@@ -67,6 +68,8 @@ def load_student(
 ) -> Model:
     """A one-step student from a folder or a Hub id; None is the shipped student, which shares its teacher's parts.
 
+    A run's folder stands for the student in it, one of its checkpoints for what the student was then.
+
     Its step is at the schedule's T, of noise as its own scheduler scales it; or, with `start_timestep`, there, of unit
     noise taken for x_t, as DMD2's is at 399.
     """
@@ -75,8 +78,11 @@ def load_student(
     else:
         places, name = [_resolve(source)], source
         if not (places[0] / "model_index.json").is_file() and (places[0] / "student" / "model_index.json").is_file():
-            places = [places[0] / "student"]  # a run's folder stands for the student in it
-    model = _load(places, name, device, dtype, student=True)
+            places = [places[0] / "student"]
+    if (places[0] / "state.json").is_file():
+        model = _of_checkpoint(places[0], device, dtype)
+    else:
+        model = _load(places, name, device, dtype, student=True)
     if start_timestep is None:
         return model
     if not 0 < start_timestep < len(model.schedule):
@@ -86,6 +92,21 @@ def load_student(
             code=2,
         )
     return dataclasses.replace(model, start_timestep=start_timestep, noise_scale=1.0)
+
+
+def _of_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Model:
+    """The student within a checkpoint; SbrushError if its run's teacher is another by now."""
+    snapshot = Snapshot.read(folder)
+    teacher = load_teacher(snapshot.teacher, config=snapshot.teacher_config)
+    if digest(teacher) != snapshot.teacher_sha256:
+        raise SbrushError(
+            f"the teacher {printable(teacher.name)} has changed since the run of {printable(folder)}",
+            "a checkpoint holds what was trained, and needs the teacher for the rest: put the old one back",
+        )
+    model = snapshot.student(teacher)
+    for network in model.networks:
+        network.to(device, dtype).requires_grad_(False).eval()
+    return model
 
 
 def load_shapes(source: str | None, *, config: str | None = None) -> Model:
@@ -100,9 +121,9 @@ def load_shapes(source: str | None, *, config: str | None = None) -> Model:
 
 
 def digest(model: Model) -> str:
-    """SHA-256 over the weights and configuration files of all of a model's parts, by name."""
+    """SHA-256 over the weights and configuration files of all of a model's parts, by name, and what it is made of."""
     files = ((part, file) for part in model.parts for file in sorted(model_files(model.folders[part] / part)))
-    return digest_of({f"{part}/{file.name}": file for part, file in files})
+    return digest_of({f"{part}/{file.name}": file for part, file in files} | model.made_of)
 
 
 def _check_config(source: str | None, config: str | None) -> None:

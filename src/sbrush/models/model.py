@@ -27,7 +27,8 @@ class Model:
     """A text-to-image latent diffusion model in memory: a teacher or a student, Stable Diffusion 1.x or 2.x.
 
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
-    each part was read from. A student's one step is at `start_timestep` (None: T), where x_t is `noise_scale` z.
+    each part was read from, `made_of` which other files its weights come from. A student's one step is at
+    `start_timestep` (None: T), where x_t is `noise_scale` z.
     """
 
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
@@ -54,6 +55,7 @@ class Model:
     folders: dict[str, Path]
     about: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
+    made_of: dict[str, Path] = field(default_factory=dict)
     start_timestep: int | None = None
     noise_scale: float = 1.0
 

@@ -1,4 +1,4 @@
-"""Schedulers in, whichever of diffusers': the noise schedule that they all describe, and how they scale noise."""
+"""Schedulers in, whichever of diffusers': noise schedule and scale of noise. A student's one-step scheduler out."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ def noise_scale(config: dict[str, Any]) -> float:
     own = kind.from_config(config)
     T = torch.tensor(float(own.config.num_train_timesteps - 1))
     return float(own.scale_model_input(torch.ones(()) * own.init_noise_sigma, T))
+
+
+def one_step_scheduler(teacher: DDIMScheduler, t_init: int | None = None) -> DDIMScheduler:
+    """The scheduler with which plain diffusers' single step is core.student_x0: from T straight to alpha = 1.
+
+    With `t_init` the schedule ends there, so that the student's T is `t_init`.
+    """
+    cut: dict[str, Any] = {}
+    if t_init is not None:
+        betas = teacher.betas[: t_init + 1].tolist()
+        cut = {"num_train_timesteps": len(betas), "trained_betas": betas, "rescale_betas_zero_snr": False}
+    return DDIMScheduler.from_config(
+        teacher.config,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        thresholding=False,
+        **cut,
+    )
 
 
 def _kind(config: dict[str, Any]) -> Any:

@@ -214,6 +214,7 @@ def _train(
 ) -> None:
     """Runs `loss_at` for steps 1 to `steps`, from the newest checkpoint on if there is one."""
     folder, first = work / "checkpoints" / name, 1
+    folder.mkdir(parents=True, exist_ok=True)
     if found := checkpoint.newest(folder):
         for part, net in nets.items():
             net.load_state_dict(found.part(part))

@@ -1,0 +1,77 @@
+"""The student within a checkpoint of a run: what it would be if the run ended there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from sbrush import checkpoint
+from sbrush.console import SbrushError, printable
+from sbrush.models.checks import read_json
+from sbrush.models.model import Model
+from sbrush.models.schedule import one_step_scheduler
+from sbrush.models.unet import add_lora, merge_lora
+from sbrush.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint and what its run's config.json says of how it came to be."""
+
+    saved: checkpoint.Checkpoint
+    recipe: Recipe
+    teacher: str | None
+    teacher_config: str | None
+    teacher_sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Snapshot:
+        """From `OUT/checkpoints/step-N`; SbrushError if it is damaged, or its run's configuration is."""
+        shown = printable(folder)
+        try:
+            config = read_json(folder.parent.parent / "config.json")
+            teacher, other = config["teacher"], config.get("teacher_config")
+            recipe = Recipe(**config["recipe"])
+            if not isinstance(teacher, str) or not isinstance(other, str | None):
+                raise ValueError("its teacher has no name")
+            built_in = teacher == "stickers (built in)"
+            return cls(
+                checkpoint.read(folder), recipe, None if built_in else teacher, other, str(config["teacher_sha256"])
+            )
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise SbrushError(
+                f"cannot read the checkpoint {shown}: {printable(problem)}",
+                "a checkpoint is OUT/checkpoints/step-N of a run, with its config.json in OUT; try the one before",
+            ) from problem
+
+    @torch.no_grad()
+    def student(self, teacher: Model) -> Model:
+        """The average, or the student itself if the recipe has none, in float32 on the CPU; takes the teacher's UNet.
+
+        SbrushError if the checkpoint is not made of this teacher's networks.
+        """
+        unet, part = teacher.unet, "ema" if self.recipe.ema else "student"
+        tensors = self.saved.part(part)
+        trained = dict(unet.named_parameters())
+        if rank := self.recipe.student_rank:
+            unet = copy.deepcopy(unet)
+            trained = add_lora(unet, "student", rank=rank, alpha=2 * rank, targets="all", seed=0)
+        if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise SbrushError(
+                f"the checkpoint {printable(self.saved.folder)} is not made of its teacher's networks",
+                "it was changed by something else; try the one before",
+            )
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+        if rank:
+            unet = merge_lora(unet, "student", teacher.unet)
+        return dataclasses.replace(
+            teacher, name=f"{self.saved.folder.parent.parent.name} after step {self.saved.step}", unet=unet,
+            scheduler=one_step_scheduler(teacher.scheduler, self.recipe.t_init),
+            about={"reparameterised": self.recipe.reparameterised} | teacher.about,
+            made_of={"config.json": self.saved.folder.parent.parent / "config.json",
+                     f"{part}.safetensors": self.saved.folder / f"{part}.safetensors"},
+        )  # fmt: skip

@@ -1,0 +1,31 @@
+"""The training of the built-in world: from nothing, and on from where it was stopped."""
+
+import pytest
+import torch
+
+from sbrush.ema import EMA
+from sbrush.stickers import teach
+
+
+def trained(work, steps, *, stop_after=None):
+    """A few steps of a network of one weight towards each step's random number; the weight, and its average."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    average = EMA(dict(net.named_parameters()), 0.5)
+
+    def loss(step, draw):
+        if step == stop_after:
+            raise KeyboardInterrupt
+        return (net(torch.ones(1, 1)) - torch.rand(1, generator=draw)).pow(2).sum()
+
+    teach._train("one", work, steps, {"net": net}, optimizer, loss, lr=lambda step: 0.1 / step, average=average)
+    return net.weight.item(), average.tensors["weight"].item()
+
+
+def test_it_starts_in_an_empty_folder_and_goes_on_from_its_checkpoint_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(teach, "CHECKPOINT_EVERY", 2)
+    whole = trained(tmp_path / "whole", 5)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped", 5, stop_after=4)
+    assert whole[0] != 0 and trained(tmp_path / "stopped", 5) == whole
