@@ -70,8 +70,8 @@ full-size: $(READY)  ## Stable Diffusion's full sizes, random weights: needs 24 
 ablations: $(READY)  ## the paper's ablations on the built-in world, with a picture each
 	$(BIN)/python -m sbrush.stickers.ablations
 
-bench: $(READY)  ## the training step against the plain formulation, side by side
-	$(BIN)/python -m sbrush.bench
+bench: $(READY)  ## the training step against the plain formulation and the floor; SIZE=sd21 for SD 2.1's, on a GPU
+	$(BIN)/python -m sbrush.bench $(if $(SIZE),--size $(SIZE) --minutes 9)
 
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the usual way, side by side
 	$(BIN)/python -m sbrush.evaluate.bench

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import sbrush
-from full_size import UNETS, make
+from sbrush.models.full_size import UNETS, make
 
 pytestmark = pytest.mark.slow
 FLAGS = ["--recipe", "swiftbrush", "--steps", "2", "--batch", "1", "--checkpointing", "--sheet-every", "0",

@@ -1,17 +1,29 @@
-"""The training step against the plain formulation, side by side in one run.  `make bench`
+"""The training step against the plain formulation and against the floor, in one run.  `make bench`
 
 The plain formulation is the official script's structure: four separate score calls (teacher and LoRA teacher, prompt
-and empty prompt), autocast over float32 weights, default memory layout, torch's fused attention. Both train the same
-networks on the same prompts; they take turns, so that a noisy machine slows both. Printed: pictures/s, UNet forwards a
-picture, the ratio.
+and empty prompt), autocast over float32 weights, default memory layout, torch's fused attention, nothing compiled. All
+train the same networks on the same prompts. On the built-in teacher they take turns, so that a noisy machine slows all;
+networks of full size are built and measured one after another, since a card may not hold two.
+
+The floor: the FLOPs of the forwards that a step must run, each backward as two, over the rate of the matrix products
+that the same device does in the same run; and the bytes that Adam and the average must move, over its rate of copies.
+
+    python -m sbrush.bench                              the built-in teacher
+    python -m sbrush.bench --size sd21 --minutes 9      SD 2.1's size, random weights, on a GPU
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
+import tempfile
 import time
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,22 +32,32 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from sbrush import core
-from sbrush.console import out, out_json
+from sbrush.console import out, out_json, say
 from sbrush.core import Words
+from sbrush.cost import GIB, Cost, estimate
 from sbrush.device import pick_device, trains_in_bf16
-from sbrush.distiller import Distiller
+from sbrush.distiller import Distiller, Fit
+from sbrush.floor import Floor, Rates, seconds
+from sbrush.models import full_size
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
+from sbrush.recipes import RECIPES, Recipe
 from sbrush.stickers.world import all_captions
 
-TURNS, STEPS = 5, 3
+PLAIN = "plain: four score calls"
+Size = StrEnum("Size", {name: name for name in full_size.UNETS})  # type: ignore[misc]
 
 
 class PlainDistiller(Distiller):
     """The same maths without batched score calls and without a memory layout chosen for speed."""
 
     memory_format = torch.contiguous_format
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.teacher.unet.float()
+        for unet in (self.student, self.teacher.unet):
+            unet.set_attn_processor(AttnProcessor2_0())
 
     def _guided(self, x_t: Tensor, t: Tensor, cond: Words, scale: float | Tensor) -> Tensor:
         def eps(words: Words) -> Tensor:
@@ -45,55 +67,179 @@ class PlainDistiller(Distiller):
         return core.guide(eps(cond), eps(null), scale)
 
 
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way to take the step."""
+
+    recipe: Recipe
+    kind: type[Distiller] = Distiller
+    fit: Fit = dataclasses.field(default_factory=Fit)
+
+
+def contenders(batch: int, *, built_in: bool, compiled: bool, student_rank: int = 0) -> dict[str, Contender]:
+    """By name; the first is the plain formulation."""
+    paper = dataclasses.replace(RECIPES["swiftbrush"], batch=batch, student_rank=student_rank)
+    shared = dataclasses.replace(paper, guide_lora=False, shared_forward=True)
+    found = {PLAIN: Contender(paper, PlainDistiller), "sbrush": Contender(paper)}
+    if compiled:
+        found["sbrush --compile"] = Contender(paper, fit=Fit(compile="inductor"))
+    found["sbrush, one LoRA forward"] = Contender(shared)
+    if compiled:
+        found["the same --compile"] = Contender(shared, fit=Fit(compile="inductor"))
+    if built_in:
+        found["sbrush, stickers recipe"] = Contender(dataclasses.replace(RECIPES["stickers"], batch=batch))
+    return found
+
+
+def measure(
+    ways: dict[str, Callable[[], Callable[[int], object]]],
+    device: str,
+    *,
+    turns: int,
+    steps: int,
+    at_once: bool,
+    until: float,
+    heard: Callable[[str, list[float]], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, dict[str, Any]]:
+    """Seconds a step of each way, by turn, and the most memory that it held; what there is no time for is left out.
+
+    `ways`: each makes a step of its own, which takes the step's number; the first turn, which warms up, is apart.
+    `at_once`: all ways are made first and take turns. `until`: the time, by `clock`, at which no turn begins any more.
+    `heard` is told of each way after each of its turns.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for group in [list(ways)] if at_once else [[name] for name in ways]:
+        if clock() >= until:
+            break
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        made = {name: ways[name]() for name in group}
+        for turn in range(-1, turns):
+            for name, step in made.items():
+                if clock() >= until:
+                    break
+                first = 1 + (turn + 1) * steps
+
+                def some(step: Callable[[int], object] = step, first: int = first) -> None:
+                    for number in range(first, first + steps):
+                        step(number)
+
+                taken = seconds(some, device) / steps
+                if turn < 0:
+                    found[name] = {"warm_up": taken * steps, "step": []}
+                    continue
+                found[name]["step"].append(taken)
+                if device.startswith("cuda") and not at_once:
+                    found[name]["peak"] = torch.cuda.max_memory_allocated()
+                heard(name, found[name]["step"])
+        made.clear()
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    return {name: row for name, row in found.items() if row["step"]}
+
+
+def rows(
+    measured: dict[str, dict[str, Any]], chosen: dict[str, Contender], costs: dict[str, Cost], bf16: bool, rates: Rates
+) -> dict[str, dict[str, Any]]:
+    """What is reported of each contender that was measured."""
+    found = {}
+    for name, row in measured.items():
+        recipe, cost = chosen[name].recipe, costs[name]
+        floor = Floor.of_step(
+            recipe, cost.flops, trained=cost.parameters["student, trained"], lora=cost.parameters["LoRA teacher"],
+            bf16=bf16, rates=rates,
+        )  # fmt: skip
+        taken = statistics.median(row["step"])
+        ratios = [p / t for p, t in zip(measured.get(PLAIN, {}).get("step", ()), row["step"], strict=False)]
+        found[name] = {
+            "pictures_per_second": recipe.batch / taken,
+            "forwards_per_picture": recipe.forwards,
+            "times_plain": statistics.median(ratios) if ratios else None,
+            "matrix_rate_share": floor.compute / taken,
+            "floor_share": floor.seconds / taken,
+            "bytes_add": floor.moving / floor.compute,
+            "peak_gib": row["peak"] / GIB if "peak" in row else None,
+            "expected_peak_gib": cost.peak / GIB,
+            "warm_up_seconds": row["warm_up"],
+        }
+    return found
+
+
+@contextmanager
+def _folder(teacher: str | None, size: str | None) -> Iterator[str | None]:
+    """The teacher to measure with: one given, or one of this size made for the occasion."""
+    if size is None:
+        yield teacher
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"making random weights of {size}'s shapes ...")
+        yield str(full_size.make(size, Path(folder)))
+
+
 def main(
+    size: Annotated[Size | None, typer.Option(help="Random weights of this size. Default: built in.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder or Hub id, in place of both.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     batch: Annotated[int, typer.Option(help="Pictures an update.", min=1)] = 16,
+    student_lora: Annotated[int, typer.Option(help="Rank of a student that is a LoRA; 0: a full copy.", min=0)] = 0,
+    turns: Annotated[int, typer.Option(help="Of each contender.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Of a turn.", min=1)] = 3,
+    minutes: Annotated[float, typer.Option(help="After which no turn begins.", min=0)] = 60,
+    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Pictures/s of sbrush's step, of the paper's recipe and the built-in one, and of the plain formulation."""
+    """Pictures/s of sbrush's step and of the plain formulation, and how far both are from the floor."""
+    until = time.monotonic() + 60 * minutes
     where = pick_device(device)
+    bf16 = trains_in_bf16("auto", where)
+    built_in = size is None and teacher is None
+    compiled = where != "cpu" if compiled is None else compiled
+    chosen = contenders(batch, built_in=built_in, compiled=compiled, student_rank=student_lora)
     prompts = ShuffledPrompts(make_prompts((c.text for c in all_captions()), "stickers"), 0)
-    paper = dataclasses.replace(RECIPES["swiftbrush"], lora_targets="all", batch=batch)  # as many LoRA layers as ours
-    bf16 = "bf16" if trains_in_bf16("auto", where) else "no"
-    accelerator = Accelerator(cpu=where == "cpu", mixed_precision=bf16)
-    contenders = {
-        "plain (four score calls)": PlainDistiller(load_teacher(), paper, seed=0, accelerator=accelerator),
-        "sbrush, swiftbrush loss": Distiller(load_teacher(), paper, seed=0, accelerator=accelerator),
-        "sbrush, stickers recipe": Distiller(
-            load_teacher(), dataclasses.replace(RECIPES["stickers"], batch=batch), seed=0, accelerator=accelerator
-        ),
-    }
-    plain = contenders["plain (four score calls)"]
-    plain.teacher.unet.float()
-    for unet in (plain.student, plain.teacher.unet):
-        unet.set_attn_processor(AttnProcessor2_0())
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(-1, TURNS):  # the first turn warms up
-        for name, distiller in contenders.items():
-            start = time.perf_counter()
-            for step in range(STEPS):
-                distiller.step(1 + (turn + 1) * STEPS + step, prompts)
-            if where != "cpu":
-                torch.cuda.synchronize()
-            if turn >= 0:
-                times[name].append((time.perf_counter() - start) / STEPS)
-    base = times["plain (four score calls)"]
-    rows = {
-        name: {
-            "pictures_per_second": round(batch / statistics.median(taken), 2),
-            "forwards_per_picture": distiller.recipe.forwards,
-            "times_plain": round(statistics.median(b / t for b, t in zip(base, taken, strict=True)), 2),
+    accelerator = Accelerator(cpu=where == "cpu", mixed_precision="bf16" if bf16 else "no")
+    rates = Rates.measure(where, torch.bfloat16 if bf16 else torch.float32)
+    name = torch.cuda.get_device_name() if where != "cpu" else f"CPU, {torch.get_num_threads()} threads"
+    about = f"{name}, batch {batch}, {'bf16' if bf16 else 'float32'}, torch {torch.__version__}"
+    say(f"{about}: matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
+    with _folder(teacher, size) as source:
+        told = {
+            recipe: estimate(source, recipe, Fit(), bf16=bf16, device=where)
+            for recipe in {one.recipe for one in chosen.values()}
         }
-        for (name, distiller), taken in zip(contenders.items(), times.values(), strict=True)
-    }
+        costs = {name: told[one.recipe] for name, one in chosen.items()}
+
+        def way(one: Contender) -> Callable[[int], object]:
+            made = one.kind(load_teacher(source), one.recipe, seed=0, accelerator=accelerator, fit=one.fit)
+            return lambda step: made.step(step, prompts)
+
+        measured = measure(
+            {name: lambda one=one: way(one) for name, one in chosen.items()},  # type: ignore[misc]
+            where, turns=turns, steps=steps, at_once=built_in, until=until,
+            heard=lambda name, taken: say(f"{name:26} turn {len(taken)}: {batch / taken[-1]:.3g} pictures/s"),
+        )  # fmt: skip
+    found = rows(measured, chosen, costs, bf16, rates)
     if json_:
-        out_json({"device": where, "batch": batch, "bf16": bf16, "torch": torch.__version__, "rows": rows})
+        out_json(
+            {
+                "device": name, "batch": batch, "bf16": bf16, "torch": torch.__version__, "size": size or teacher, "student_lora": student_lora,
+                "matrix_tflops": rates.matrix / 1e12, "copy_gb_per_second": rates.copy / 1e9, "rows": found,
+            }
+        )  # fmt: skip
         return
-    threads = torch.get_num_threads()
-    out(f"{where}, batch {batch}, mixed precision {bf16}, torch {torch.__version__}, {threads} threads")
-    for name, row in rows.items():
-        rate, forwards, ratio = row.values()
-        out(f"{name:26} {rate:8.2f} pictures/s   {forwards:g} UNet forwards a picture   {ratio:.2f} x plain")
+    out(about)
+    out(f"matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
+    for name, row in found.items():
+        times = f"{row['times_plain']:.2f} x plain" if row["times_plain"] else ""
+        peak = f"   peak {row['peak_gib']:.1f} GiB" if row["peak_gib"] else ""
+        out(
+            f"{name:26} {row['pictures_per_second']:8.2f} pictures/s   {row['forwards_per_picture']:g} UNet forwards"
+            f"   {100 * row['matrix_rate_share']:.0f} % of the matrix rate,"
+            f" {100 * row['floor_share']:.0f} % of the floor (bytes add {100 * row['bytes_add']:.0f} %)   {times}{peak}"
+        )
+    for name in chosen.keys() - found.keys():
+        out(f"{name:26} not measured: the minutes were over")
 
 
 if __name__ == "__main__":

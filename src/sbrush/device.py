@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from sbrush.console import SbrushError
 
@@ -30,6 +31,11 @@ def pick_device(name: str = "auto") -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise SbrushError("no CUDA device on this machine", "leave --device out, or use --device cpu", code=2)
     return name
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on another device, without waiting for what that is at: for CUDA by way of pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:

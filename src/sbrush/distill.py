@@ -166,7 +166,8 @@ def _train(plan: Plan) -> bool:
         first = saved.step + 1
         if main:
             say(f"going on after step {saved.step} of {recipe.steps}")
-    log = run.begin(distiller.teacher, after_step=first - 1) if main else []
+    with torch.compiler.set_stance("force_eager"):
+        log = run.begin(distiller.teacher, after_step=first - 1) if main else []
     plan.accelerator.wait_for_everyone()
     every = run.every
     yardstick = run.yardstick if every.sheet else None

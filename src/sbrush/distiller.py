@@ -37,6 +37,7 @@ class Fit:
     micro_batches: int = 1  # that a process's share of a batch is split into: less memory, more time
     checkpointing: bool = False  # of gradients: activations are computed again in the backward
     ema_on_cpu: bool = False
+    compile: str | None = None  # the networks' forwards and backwards, by this backend of torch.compile
 
 
 @dataclass
@@ -121,6 +122,10 @@ class Distiller:
             )
         else:
             self._student, self._lora_teacher = accelerator.prepare(self.student, base)
+        if self.fit.compile:
+            # Each role is a graph of its own, and so is each mode: torch tells them apart by the LoRAs' switches.
+            for unet in {base, self.student}:
+                unet.compile(backend=self.fit.compile, dynamic=False)
         self._null = teacher.null()
         self.schedule, self.prediction = teacher.schedule, teacher.prediction
 
@@ -314,7 +319,8 @@ class Distiller:
         answer_as(self.student, "student")
         cut = one_step_scheduler(self.teacher.scheduler, self.recipe.t_init)
         about = {"reparameterised": self.recipe.reparameterised}
-        with self.ema.inside(), self.accelerator.autocast():
+        # A sheet's batches are of other sizes than a step's, and not worth graphs of their own.
+        with self.ema.inside(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             yield replace(self.teacher, unet=self.student, about=about, scheduler=cut)
 
     def exported(self) -> UNet2DConditionModel:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sbrush.device import send
+
 
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator whose stream is fixed by the key."""
@@ -39,12 +41,12 @@ class StepNoise:
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal [B, *shape]."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self._draws]).to(self._device, non_blocking=True)
+        return send(torch.stack([torch.randn(shape, generator=g) for g in self._draws]), self._device)
 
     def timesteps(self, low: int, high: int) -> Tensor:
         """Uniform over low .. high, both included: int64 [B]."""
         some = [torch.randint(low, high + 1, (), generator=g) for g in self._draws]
-        return torch.stack(some).to(self._device, non_blocking=True)
+        return send(torch.stack(some), self._device)
 
     def uniform(self, low: float, high: float) -> float:
         """One draw from low .. high for the whole global batch."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from sbrush.evaluate.clip import ClipScorer
 from sbrush.evaluate.coco import BATCH, PROTOCOLS, Looker
 from sbrush.evaluate.inception import Inception
 from sbrush.evaluate.shards import Shards
+from sbrush.floor import matrix_rate, seconds
 from sbrush.models.load import load_student
 from sbrush.models.model import Model
 from sbrush.pictures import to_image
@@ -118,24 +118,6 @@ def flops(student: Model, looker: Looker, texts: Sequence[str]) -> dict[str, flo
     return found
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products, the best of several."""
-    side, best = 8192 if device.startswith("cuda") else 2048, 0.0
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(6):
-        taken = _seconds(lambda: a @ b, device)
-        best = max(best, 2 * side**3 / taken)
-    return best
-
-
-def _seconds(work: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main(
     student: Annotated[str | None, typer.Option(help="A student's folder; by default the shipped one.")] = None,
     clip: Annotated[str, typer.Option(help="open_clip's name of a model; the benchmark's is ViT-g-14.")] = "ViT-B-32",
@@ -157,10 +139,10 @@ def main(
         some = texts if turn >= 0 else texts[:batch]
         for name, way in (("usual", usual), ("sbrush", ours)):
             with tempfile.TemporaryDirectory() as folder:
-                seconds = _seconds(partial(way, model, looker, some, Path(folder), batch=batch), where)
+                took = seconds(partial(way, model, looker, some, Path(folder), batch=batch), where)
             if turn >= 0:
-                taken[name].append(seconds)
-                say(f"turn {turn + 1} of {TURNS}, {name}: {len(some) / seconds:.3g} pictures/s")
+                taken[name].append(took)
+                say(f"turn {turn + 1} of {TURNS}, {name}: {len(some) / took:.3g} pictures/s")
     work, rate = flops(model, looker, texts[:2]), matrix_rate(where, dtype)
     floor = sum(work.values()) / rate
     rates = {name: len(texts) / statistics.median(times) for name, times in taken.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from sbrush.core import NoiseSchedule, Prediction, Words
+from sbrush.device import send
 
 
 @dataclass
@@ -111,8 +112,8 @@ class Model:
         tokens = tokenize(self.tokenizer, texts)
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(self.device)
-        encoded = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)
+            mask = send(tokens.attention_mask, self.device)
+        encoded = self.text_encoder(send(tokens.input_ids, self.device), attention_mask=mask)
         return {"tokens": encoded.last_hidden_state}
 
     def null(self) -> Words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from sbrush.core import Words
+from sbrush.device import send
 from sbrush.models.model import Model, tokenize
 
 
@@ -41,7 +43,7 @@ class ModelXL(Model):
         """ "tokens" [B, L, D1 + D2], of both encoders' last layers but one, and "pooled" [B, D2], of the second."""
         hidden = []
         for tokenizer, encoder in self.text_parts:
-            ids = tokenize(tokenizer, texts).input_ids.to(self.device)
+            ids = send(tokenize(tokenizer, texts).input_ids, self.device)
             encoded = encoder(ids, output_hidden_states=True)
             hidden.append(encoded.hidden_states[-2])
         return {"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds}
@@ -55,10 +57,14 @@ class ModelXL(Model):
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
         """As Model.predict; the network is told besides that it draws a whole, uncropped picture of its own size."""
-        height, width = self.picture_size
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
-        added = {"text_embeds": words["pooled"], "time_ids": sizes.expand(len(x_t), 6)}
+        added = {"text_embeds": words["pooled"], "time_ids": self._time_ids.to(x_t.device).expand(len(x_t), 6)}
         return network(x_t, t, words["tokens"], added_cond_kwargs=added).sample
+
+    @cached_property
+    def _time_ids(self) -> Tensor:
+        """Height and width, upper left corner, height and width: float32 [6]."""
+        height, width = self.picture_size
+        return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:

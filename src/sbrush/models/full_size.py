@@ -1,9 +1,9 @@
-"""Makes model folders of Stable Diffusion's own sizes with random weights: what speed, memory and loading depend on.
+"""Model folders of Stable Diffusion's own sizes with random weights: speed, memory and loading depend on no more.
 
-    python tests/full_size.py sd21 FOLDER     SD 2.1-base: 866 M UNet, 512 px, epsilon      5.2 GB of float32 in float16
-    python tests/full_size.py sd21-v FOLDER   SD 2.1: 768 px, v prediction
-    python tests/full_size.py sd15 FOLDER     SD 1.5: 860 M UNet, 512 px, epsilon
-    python tests/full_size.py sdxl FOLDER     SD XL with a transformer layer where it has up to ten; 1024 px
+    python -m sbrush.models.full_size sd21 FOLDER     SD 2.1-base: 866 M UNet, 512 px, epsilon; 2.6 GB in float16
+    python -m sbrush.models.full_size sd21-v FOLDER   SD 2.1: 768 px, v prediction
+    python -m sbrush.models.full_size sd15 FOLDER     SD 1.5: 860 M UNet, 512 px, epsilon
+    python -m sbrush.models.full_size sdxl FOLDER     SD XL with a transformer layer where it has up to ten; 1024 px
 
 The tokenizer is the built-in world's, for the real one's words cannot be made up.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -22,7 +23,7 @@ from sbrush.models.model import Model
 from sbrush.models.sdxl import ModelXL
 from sbrush.stickers.models import build_tokenizer
 
-UNETS = {
+UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sd21": {
         "sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
@@ -57,12 +58,14 @@ def make(name: str, folder: Path, *, latent: int | None = None) -> Path:
         tokenizer.save_pretrained(folder / "tokenizer_2")
         second = _text_encoder(CLIPTextModelWithProjection, tokenizer, 1280, 32, 20, "gelu", projection=1280)
         second.save_pretrained(folder / "text_encoder_2")
-    UNet2DConditionModel(**UNETS[name] | {"sample_size": side}).half().save_pretrained(folder / "unet")
-    AutoencoderKL(
+    unet: Any = UNet2DConditionModel(**UNETS[name] | {"sample_size": side})
+    unet.half().save_pretrained(folder / "unet")
+    vae: Any = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
         sample_size=8 * side, scaling_factor=0.13025 if name == "sdxl" else 0.18215,
-    ).half().save_pretrained(folder / "vae")  # fmt: skip
+    )  # fmt: skip
+    vae.half().save_pretrained(folder / "vae")
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
         clip_sample=False, prediction_type="v_prediction" if name == "sd21-v" else "epsilon",
@@ -72,8 +75,8 @@ def make(name: str, folder: Path, *, latent: int | None = None) -> Path:
 
 
 def _text_encoder(
-    kind: type, tokenizer: CLIPTokenizer, width: int, layers: int, heads: int, activation: str, projection: int = 512
-) -> torch.nn.Module:
+    kind: Any, tokenizer: CLIPTokenizer, width: int, layers: int, heads: int, activation: str, projection: int = 512
+) -> Any:
     config = CLIPTextConfig(
         vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=heads, hidden_act=activation, max_position_embeddings=77, projection_dim=projection,
