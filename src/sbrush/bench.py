@@ -223,7 +223,8 @@ def main(
     if json_:
         out_json(
             {
-                "device": name, "batch": batch, "bf16": bf16, "torch": torch.__version__, "size": size or teacher, "student_lora": student_lora,
+                "device": name, "batch": batch, "bf16": bf16, "torch": torch.__version__,
+                "size": size or teacher, "student_lora": student_lora,
                 "matrix_tflops": rates.matrix / 1e12, "copy_gb_per_second": rates.copy / 1e9, "rows": found,
             }
         )  # fmt: skip

@@ -19,6 +19,7 @@ PANELS = {
         "lora_loss": "LoRA teacher",
         "pair_loss": "pairs",
         "clip_cosine": "CLIP cosine",
+        "clip_score": "CLIP score, validated",
         "lora_error": "LoRA teacher / teacher",
     },
     "latents": {"x0_mean": "mean", "x0_std": "deviation", "drift": "drift from the teacher's"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +32,8 @@ from sbrush.models.model import Model
 from sbrush.prompts import Prompts, ShuffledPrompts
 from sbrush.recipes import Recipe
 from sbrush.run import METRICS, Intervals, Run, make_config
+from sbrush.trackers import begin, end, tell, tracked_in
+from sbrush.validation import Validation
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Plan:
     accelerator: Accelerator
     fit: Fit
     alignment: Alignment | None = None
+    validation: Validation | None = None
 
     @property
     def main_process(self) -> bool:
@@ -69,11 +72,15 @@ def prepare(
     clip_weights: Path | None = None,
     clip_model: str = "ViT-B-32",
     tiny_vae: Path | None = None,
+    validation_prompts: Prompts | None = None,
+    validation_clip: Path | None = None,
+    trackers: Sequence[str] = (),
 ) -> Plan:
     """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
 
     `extend`: steps to add to a run that is complete in `out`. `teacher_config`: see load_teacher; `clip_weights`,
-    `clip_model`, `tiny_vae`: see Alignment.load, for a recipe with the clamped CLIP loss.
+    `clip_model`, `tiny_vae`: see Alignment.load, for a recipe with the clamped CLIP loss. `validation_prompts` (by
+    default the run's), `validation_clip`: see Validation.load, if `every` asks for it. `trackers`: see trackers.py.
     """
     bf16 = trains_in_bf16(precision, device)
     if device.startswith("cuda:"):
@@ -81,7 +88,9 @@ def prepare(
     # A process that hangs, a machine that has gone: given up after a time that no export of a large student takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
     mixed = "bf16" if bf16 else "no"
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience], **tracked_in(out, trackers)
+    )
     guide = load_teacher(teacher, config=teacher_config)
     start = load_student(init) if init else None
     if start and recipe.student_rank:
@@ -113,8 +122,12 @@ def prepare(
         init_sha256=digest(start) if start else None,
         clip=alignment.name if alignment else None, seed=seed, bf16=bf16,
     )  # fmt: skip
+    validation = None
+    if every.validate and accelerator.is_main_process:
+        chosen = validation_prompts or prompts
+        validation = Validation.load(chosen, guide, validation_clip, device=str(accelerator.device))
     run = Run.plan(out, config, recipe, every, extend=extend)
-    return Plan(run, prompts, guide, start, accelerator, fit or Fit(), alignment)
+    return Plan(run, prompts, guide, start, accelerator, fit or Fit(), alignment, validation)
 
 
 def distill(plan: Plan) -> bool:
@@ -168,6 +181,7 @@ def _train(plan: Plan) -> bool:
             say(f"going on after step {saved.step} of {recipe.steps}")
     with torch.compiler.set_stance("force_eager"):
         log = run.begin(distiller.teacher, after_step=first - 1) if main else []
+    begin(plan.accelerator, run.out, run.config, first=first)
     plan.accelerator.wait_for_everyone()
     every = run.every
     yardstick = run.yardstick if every.sheet else None
@@ -182,16 +196,22 @@ def _train(plan: Plan) -> bool:
             waiting.append(torch.stack([result.get(name, unknown) for name in METRICS]))
             last, stopping = step == recipe.steps, stop.asked_by_any(distiller.accelerator)
             sheet = bool(every.sheet) and (step % every.sheet == 0 or last or step == 1)
+            validate = bool(every.validate) and (step % every.validate == 0 or last)
             save = step % every.checkpoint == 0 or last or stopping
             note = ""
-            if step % every.log == 0 or sheet or save:  # the only place that waits for the device
+            if step % every.log == 0 or sheet or validate or save:  # the only place that waits for the device
                 entry = _means(waiting, distiller.accelerator)
                 entry["pictures_per_second"] = round(len(waiting) * recipe.batch / (time.monotonic() - since), 2)
                 skipped = _run_of_skipped(waiting, skipped)
                 if main and yardstick and sheet:
                     with distiller.average() as student:
                         entry |= run.sheets(step, student, result, yardstick)
-                note = run.log(step, entry, log) if main else ""
+                if plan.validation and validate:
+                    with distiller.average() as student:
+                        entry["clip_score"] = plan.validation.score(student)
+                if main:
+                    note = run.log(step, entry, log)
+                    tell(plan.accelerator, log[-1])
                 if main and (sheet or last):
                     run.curves(log)
                 waiting, since = [], time.monotonic()
@@ -203,6 +223,7 @@ def _train(plan: Plan) -> bool:
                     checkpoint.save(run.checkpoints, step, distiller.state(), keep=every.keep)
             if stopping and not last:
                 return False
+    end(plan.accelerator)
     if main:
         with distiller.average():
             if recipe.student_rank:

@@ -1,7 +1,7 @@
 """A training run's folder: what was asked, what happened, how it looks, what came out.
 
 config.json             everything that decides the result; the same command resumes, a changed one is refused
-log.jsonl               one line every few steps, see METRICS; alarms by name
+log.jsonl               one line every few steps, see METRICS; alarms by name; clip_score where it was validated
 curves.png              the same drawn
 samples/step-000200.png the student's pictures, same prompts and seeds each time; samples/teacher.png beside them
 samples/teacher.json    what the teacher's pictures are like, for the alarms
@@ -9,6 +9,7 @@ samples/x0-000200.png   one batch: student x0, the teacher's and the LoRA teache
 checkpoints/            the newest states (checkpoint.py)
 student/                the result, a folder for diffusers
 student-lora/           the same as a LoRA, if the student is one
+trackers/               what tensorboard and others write, if asked for
 .lock                   held while a run is at work here
 """
 
@@ -66,11 +67,15 @@ NOT_COMPARED = ("version", "extended_by")  # keys of config.json that may change
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """How often a run is written down, in steps; `sheet` 0: no pictures, nor the alarms that need the teacher's."""
+    """How often a run is written down, in steps; `sheet` 0: no pictures, nor the alarms that need the teacher's.
+
+    `validate` 0: no validation.
+    """
 
     log: int = 10
     sheet: int = 200
     checkpoint: int = 200
+    validate: int = 0
     keep: int = 2  # how many of the newest checkpoints stay
 
 

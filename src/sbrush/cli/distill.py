@@ -20,6 +20,14 @@ CLIP = "Clamped CLIP loss"
 RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
 
 
+class Tracker(StrEnum):
+    """Of those that accelerate knows."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    trackio = "trackio"
+
+
 class Precision(StrEnum):
     """Of matrix products in training."""
 
@@ -85,6 +93,19 @@ def distill(
         int, typer.Option(help="Steps between contact sheets; 0: none.", min=0, rich_help_panel=REPORT)
     ] = 200,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 200,
+    validate_every: Annotated[
+        int, typer.Option(help="Steps between CLIP scores of the student; 0: none.", min=0, rich_help_panel=REPORT)
+    ] = 0,
+    validation_prompts: Annotated[
+        Path | None, typer.Option(help="64 of these. Default: of the run's.", rich_help_panel=REPORT)
+    ] = None,
+    validation_clip: Annotated[
+        Path | None,
+        typer.Option(help="ViT-g-14's weights or an open_clip folder; else the judge.", rich_help_panel=REPORT),
+    ] = None,
+    tracker: Annotated[
+        list[Tracker] | None, typer.Option(help="Log there too; may be repeated.", rich_help_panel=REPORT)
+    ] = None,
     keep: Annotated[int, typer.Option(help="Newest checkpoints that stay.", min=1, rich_help_panel=REPORT)] = 2,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the recipes, and what this run would take; train nothing.")
@@ -136,6 +157,13 @@ def distill(
         )
     seen_by: Any = {"clip_weights": clip_weights, "clip_model": clip_model, "tiny_vae": tiny_vae}
     texts = read_prompts(prompts)
+    if not validate_every and (validation_prompts or validation_clip):
+        raise SbrushError(
+            "--validation-prompts and --validation-clip are for validation, which is off",
+            "say how often: --validate-every 1000, or leave them out",
+            code=2,
+        )
+    checked = read_prompts(validation_prompts) if validation_prompts else None
     fit = Fit(
         micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu,
         compile="inductor" if compile_ else None,
@@ -159,11 +187,13 @@ def distill(
         for line in cost.lines(chosen, keep=keep):
             console.out(line)
         return
+    every = Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every, validate=validate_every, keep=keep)
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
-        every=Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every, keep=keep), extend=extend,
-        fit=fit, teacher_config=teacher_config, **seen_by,
+        every=every, extend=extend, fit=fit, teacher_config=teacher_config, **seen_by,
+        validation_prompts=checked, validation_clip=validation_clip,
+        trackers=[name.value for name in tracker or ()],
     )  # fmt: skip
     shown = printable(plan.run.out)
     if not train(plan):

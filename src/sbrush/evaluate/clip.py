@@ -86,6 +86,10 @@ class ClipScorer:
         with torch.inference_mode():
             return self._cosines(pictures, captions, prefix).cpu()
 
+    def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        """CLIP scores of pictures as they come, uint8 [B, 3, H, W]: float32 [B], on the CPU."""
+        return self.scores(torch.stack([self.prepare(picture) for picture in pictures]), captions)
+
     def cosines(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosines through which pictures, float32 [B, 3, H, W] of 0 to 1, can be trained: float32 [B], no prefix."""
         *resizing, normalise = self._preprocess.transforms

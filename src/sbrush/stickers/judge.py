@@ -104,6 +104,10 @@ class Judge:
         row = {text: i for i, text in enumerate(texts)}
         return (F.normalize(features, dim=-1) * said[[row[text] for text in captions]]).sum(dim=-1)
 
+    def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        """Of both: uint8 [B, 3, 64, 64] and B captions to float32 [B]."""
+        return self.clip_score(self.features(pictures), captions)
+
     @cached_property
     def _single(self) -> dict[str, Tensor]:
         """The captions that name one attribute alone, as unit vectors: [values, width] for each attribute."""

@@ -1,0 +1,57 @@
+"""Validation in mid-run: the average student's CLIP score on fixed prompts, of noise that is always the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sbrush.console import progress
+from sbrush.evaluate.clip import ClipScorer
+from sbrush.models.model import Model
+from sbrush.prompts import Prompts
+from sbrush.sample import student_pictures
+from sbrush.stickers.judge import Judge
+
+PROMPTS = 64
+
+
+class Scorer(Protocol):
+    """Says how well pictures fit their captions."""
+
+    def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosines: uint8 [B, 3, H, W] and B captions to float32 [B]."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is measured: the prompts, each with its place in the list for a seed, and who says how well they are met."""
+
+    prompts: Sequence[str]
+    scorer: Scorer
+
+    @classmethod
+    def load(cls, prompts: Prompts, teacher: Model, clip_weights: Path | None, *, device: str) -> Validation:
+        """`PROMPTS` of the prompts, spread over the list; the built-in world's judge unless other weights are given.
+
+        For any other teacher the CLIP model is that of `sbrush eval --coco-30k`: see ClipScorer.load.
+        """
+        count = min(PROMPTS, len(prompts))
+        chosen = [prompts.texts[i * len(prompts) // count] for i in range(count)]
+        if clip_weights is None and teacher.about.get("world") == "stickers":
+            return cls(chosen, Judge.load(device=device))
+        return cls(chosen, ClipScorer.load(clip_weights, device=device))
+
+    def score(self, student: Model, *, batch: int = 8) -> float:
+        """The mean CLIP score of one picture for each prompt."""
+        parts, done = [], 0
+        with progress("validating", len(self.prompts), unit="pictures") as bar:
+            for pictures in student_pictures(student, self.prompts, range(len(self.prompts)), batch=batch):
+                parts.append(self.scorer.score(pictures, self.prompts[done : done + len(pictures)]))
+                done += len(pictures)
+                bar.advance(len(pictures))
+        return torch.cat(parts).mean().item()
