@@ -122,6 +122,9 @@ def test_a_checkpoint_is_the_student_of_its_step(tmp_path, tiny_teacher, recipe)
     exported = torch.cat(list(student_pictures(load_student(str(tmp_path / "run")), texts, seeds)))
     assert torch.equal(drawn[2], exported) and not torch.equal(drawn[0], drawn[2])
     assert len({digest(model) for model in then}) == 3  # by which measured features are kept apart
+    whole = load_student(str(tmp_path / "run")).about
+    about = {key: value for key, value in whole.items() if key not in ("format", "license")}  # the card's "other"
+    assert then[2].about == about | {"after_step": 6}
 
 
 def test_a_checkpoint_without_its_teacher_or_its_bytes_is_refused(tmp_path):

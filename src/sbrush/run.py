@@ -35,7 +35,7 @@ from sbrush.console import SbrushError, printable, progress, say
 from sbrush.curves import draw_curves
 from sbrush.files import write_json, write_text
 from sbrush.health import Yardstick, alarms
-from sbrush.models.card import model_card
+from sbrush.models.card import about_student, model_card
 from sbrush.models.export import export_student
 from sbrush.models.model import Model
 from sbrush.models.unet import answer_as
@@ -262,15 +262,7 @@ class Run:
 
     def export(self, teacher: Model, unet: UNet2DConditionModel) -> None:
         """Writes `student/`."""
-        about = {
-            "version": sbrush.__version__,
-            "teacher": self.config["teacher"],
-            "reparameterised": self.recipe.reparameterised,
-            "recipe": dataclasses.asdict(self.recipe),
-            "seed": self.config["seed"],
-            "prompts": self.config["prompts"],
-        }
-        about |= {key: teacher.about[key] for key in ("world", "license", "safety_checker") if key in teacher.about}
+        about = about_student(self.config, self.recipe, teacher)
         export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)
 
     def _sheet(self) -> tuple[list[str], list[int]]:

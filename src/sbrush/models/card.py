@@ -1,11 +1,29 @@
-"""The student's README.md, as the Hub and people read it."""
+"""What a student says of itself: sbrush.json, and README.md as the Hub and people read it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import sbrush
 from sbrush.console import printable
+from sbrush.models.model import Model
+from sbrush.recipes import Recipe
+
+
+def about_student(config: Mapping[str, Any], recipe: Recipe, teacher: Model) -> dict[str, Any]:
+    """What sbrush.json says of a student, `config` being its run's config.json."""
+    about = {
+        "version": sbrush.__version__,
+        "teacher": config["teacher"],
+        "reparameterised": recipe.reparameterised,
+        "recipe": dataclasses.asdict(recipe),
+        "seed": config["seed"],
+        "prompts": config["prompts"],
+    }
+    return about | {key: teacher.about[key] for key in ("world", "license", "safety_checker") if key in teacher.about}
 
 
 def model_card(about: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -97,15 +98,16 @@ def load_student(
 def _of_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Model:
     """The student within a checkpoint; SbrushError if its run's teacher is another by now."""
     snapshot = Snapshot.read(folder)
-    teacher = load_teacher(snapshot.teacher, config=snapshot.teacher_config)
-    if digest(teacher) != snapshot.teacher_sha256:
+    teacher = load_teacher(snapshot.teacher, config=snapshot.config.get("teacher_config"))
+    if digest(teacher) != snapshot.config["teacher_sha256"]:
         raise SbrushError(
             f"the teacher {printable(teacher.name)} has changed since the run of {printable(folder)}",
             "a checkpoint holds what was trained, and needs the teacher for the rest: put the old one back",
         )
     model = snapshot.student(teacher)
     for network in model.networks:
-        network.to(device, dtype).requires_grad_(False).eval()
+        nn.Module.to(network, device, dtype)  # diffusers' own `to` warns, of nothing that concerns this
+        network.requires_grad_(False).eval()
     return model
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sbrush import checkpoint
 from sbrush.console import SbrushError, printable
+from sbrush.models.card import about_student
 from sbrush.models.checks import read_json
 from sbrush.models.model import Model
 from sbrush.models.schedule import one_step_scheduler
@@ -23,9 +25,13 @@ class Snapshot:
 
     saved: checkpoint.Checkpoint
     recipe: Recipe
-    teacher: str | None
-    teacher_config: str | None
-    teacher_sha256: str
+    config: dict[str, Any]
+
+    @property
+    def teacher(self) -> str | None:
+        """As load_teacher takes it."""
+        name: str = self.config["teacher"]
+        return None if name == "stickers (built in)" else name
 
     @classmethod
     def read(cls, folder: Path) -> Snapshot:
@@ -33,14 +39,14 @@ class Snapshot:
         shown = printable(folder)
         try:
             config = read_json(folder.parent.parent / "config.json")
-            teacher, other = config["teacher"], config.get("teacher_config")
             recipe = Recipe(**config["recipe"])
-            if not isinstance(teacher, str) or not isinstance(other, str | None):
-                raise ValueError("its teacher has no name")
-            built_in = teacher == "stickers (built in)"
-            return cls(
-                checkpoint.read(folder), recipe, None if built_in else teacher, other, str(config["teacher_sha256"])
-            )
+            recipe = dataclasses.replace(recipe, steps=recipe.steps + sum(config.get("extended_by", ())))
+            for key, kind in (("teacher", str), ("teacher_sha256", str), ("seed", int), ("prompts", dict)):
+                if not isinstance(config[key], kind):
+                    raise ValueError(f"its {key} is none")
+            if not isinstance(config.get("teacher_config"), str | None):
+                raise ValueError("its teacher_config is none")
+            return cls(checkpoint.read(folder), recipe, config)
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise SbrushError(
                 f"cannot read the checkpoint {shown}: {printable(problem)}",
@@ -71,7 +77,7 @@ class Snapshot:
         return dataclasses.replace(
             teacher, name=f"{self.saved.folder.parent.parent.name} after step {self.saved.step}", unet=unet,
             scheduler=one_step_scheduler(teacher.scheduler, self.recipe.t_init),
-            about={"reparameterised": self.recipe.reparameterised} | teacher.about,
+            about=about_student(self.config, self.recipe, teacher) | {"after_step": self.saved.step},
             made_of={"config.json": self.saved.folder.parent.parent / "config.json",
                      f"{part}.safetensors": self.saved.folder / f"{part}.safetensors"},
         )  # fmt: skip
