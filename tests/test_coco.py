@@ -27,8 +27,8 @@ from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.inception import Inception, clean_resize
 from sbrush.evaluate.kid import kid, mmd
 from sbrush.evaluate.published import BenchmarkReport, Measured
-from sbrush.evaluate.shards import Shards
 from sbrush.files import write_json
+from sbrush.shards import Shards
 from sbrush.stickers.draw import draw
 from sbrush.stickers.world import random_caption, random_sticker, stream
 
@@ -251,7 +251,7 @@ class TestShards:
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("sbrush.evaluate.shards.save_file", full)
+        monkeypatch.setattr("sbrush.shards.save_file", full)
         with pytest.raises(SbrushError, match="No space left") as stopped:
             Shards(tmp_path, 4).fill("test", lambda _: [{"features": torch.zeros(4, 2)}])
         assert "goes on" in stopped.value.hint and not list(tmp_path.iterdir())

@@ -28,6 +28,7 @@ from sbrush.models.load import load_shapes
 from sbrush.models.model import Model
 from sbrush.models.unet import add_lora, answer_as, attend_explicitly
 from sbrush.recipes import Recipe
+from sbrush.text_cache import row_bytes
 
 GIB = 2**30
 
@@ -42,6 +43,7 @@ class Cost:
     flops: float  # of one UNet forward for one picture
     forwards: float  # UNet forwards a picture takes, a backward counted as two
     checkpoint: int  # bytes on disk
+    text_cache: int = 0  # bytes on disk
 
     @property
     def peak(self) -> int:
@@ -64,6 +66,7 @@ class Cost:
             ),
             f"{f'disk for checkpoints, {keep + 1} while one is written':56} "
             f"{(keep + 1) * self.checkpoint / GIB:10.3f} GiB",
+            *([f"{'disk for text embeddings':56} {self.text_cache / GIB:10.3f} GiB"] if self.text_cache else ()),
             "",
             f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP a picture: {each / 1e12:.3g} TFLOP",
             f"{recipe.steps} steps of {recipe.batch}: {pictures} pictures, {pictures * each / 1e15:.3g} PFLOP; "
@@ -83,10 +86,12 @@ def estimate(
     clip_weights: Path | None = None,
     clip_model: str = "ViT-B-32",
     tiny_vae: Path | None = None,
+    cached_prompts: int = 0,
 ) -> Cost:
     """The cost of a run with this teacher; SbrushError if the teacher cannot be had.
 
-    `clip_weights`, `clip_model`, `tiny_vae`: see Alignment.load; no weights are read.
+    `clip_weights`, `clip_model`, `tiny_vae`: see Alignment.load; no weights are read. `cached_prompts`: whose text
+    embeddings are kept on disk, which takes the text encoder off the device.
     """
     teacher = load_shapes(source, config=config)
     alignment = None
@@ -99,6 +104,7 @@ def estimate(
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in _named(teacher).items()}
     count["LoRA teacher"], count["student, trained"] = lora, trained
     frozen = 2 if bf16 else 4
+    parked = bool(cached_prompts) and device.startswith("cuda")
     others = 2 if device.startswith("cuda") and bf16 else 4
     copies = 2 * trained if bf16 and not recipe.student_rank else 0  # autocast's, for as long as a step's forward lasts
     working += copies  # its gradients are float32, and were counted as its activations are: in bfloat16
@@ -106,7 +112,7 @@ def estimate(
     average = 4 * trained if recipe.ema else 0
     memory = {
         "teacher's UNet, frozen": frozen * count["UNet"],
-        "text encoder and autoencoder, frozen": others * (count["text encoder"] + count["VAE"]),
+        "text encoder and autoencoder, frozen": others * (count["VAE"] + (0 if parked else count["text encoder"])),
         "CLIP model and tiny VAE, frozen": 4 * sum(p.numel() for p in alignment.own_parameters()) if alignment else 0,
         "student's weights, float32": 4 * trained,
         "student's weights, bfloat16 copy": copies,
@@ -118,7 +124,8 @@ def estimate(
     forwards = recipe.forwards + (1 + recipe.lora_updates * (recipe.gap != "sds") if fit.checkpointing else 0)
     state = (4 + moments) * (trained + lora) + average
     host = {"student's average": average if fit.ema_on_cpu else 0}
-    return Cost(count, memory, host, flops, forwards, state)
+    host["text encoder"] = others * count["text encoder"] if parked else 0
+    return Cost(count, memory, host, flops, forwards, state, cached_prompts * row_bytes(_words(teacher, 1)))
 
 
 def _named(model: Model) -> dict[str, nn.Module]:
@@ -163,16 +170,10 @@ def _play(
     """The most bytes held at once by one part of a batch, gradients included; FLOPs of one forward of one picture."""
     dtype = next(base.parameters()).dtype  # under autocast activations are of the dtype of matrix products
 
-    def words(batch: int) -> Words:
-        width = sum(encoder.config.hidden_size for _, encoder in teacher.text_parts)
-        told = {"tokens": torch.zeros(batch, teacher.text_parts[0][0].model_max_length, width, dtype=dtype)}
-        if len(teacher.text_parts) > 1:
-            told["pooled"] = torch.zeros(batch, teacher.text_parts[-1][1].config.projection_dim, dtype=dtype)
-        return told
-
     def forward(unet: nn.Module, batch: int) -> Tensor:
         x, t = torch.zeros(batch, *teacher.latent_shape, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
-        return teacher.predict(unet, x, t, words(batch)).float()
+        words = {name: value.to(dtype) for name, value in _words(teacher, batch).items()}
+        return teacher.predict(unet, x, t, words).float()
 
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -194,6 +195,15 @@ def _play(
         answer_as(base, "lora_teacher")
         (forward(base, share) if shared is None else shared).sum().backward()
     return held.most, counter.get_total_flops()
+
+
+def _words(teacher: Model, batch: int) -> Words:
+    """What a UNet is told of so many prompts, with shapes and no numbers."""
+    width = sum(encoder.config.hidden_size for _, encoder in teacher.text_parts)
+    told = {"tokens": torch.zeros(batch, teacher.text_parts[0][0].model_max_length, width, device="meta")}
+    if len(teacher.text_parts) > 1:
+        told["pooled"] = torch.zeros(batch, teacher.text_parts[-1][1].config.projection_dim, device="meta")
+    return told
 
 
 class _Flash(torch.autograd.Function):

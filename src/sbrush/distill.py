@@ -32,6 +32,7 @@ from sbrush.models.model import Model
 from sbrush.prompts import Prompts, ShuffledPrompts
 from sbrush.recipes import Recipe
 from sbrush.run import METRICS, Intervals, Run, make_config
+from sbrush.text_cache import TextCache
 from sbrush.trackers import begin, end, tell, tracked_in
 from sbrush.validation import Validation
 
@@ -48,6 +49,7 @@ class Plan:
     fit: Fit
     alignment: Alignment | None = None
     validation: Validation | None = None
+    text_cache: TextCache | None = None
 
     @property
     def main_process(self) -> bool:
@@ -75,12 +77,14 @@ def prepare(
     validation_prompts: Prompts | None = None,
     validation_clip: Path | None = None,
     trackers: Sequence[str] = (),
+    text_cache: Path | None = None,
 ) -> Plan:
     """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
 
     `extend`: steps to add to a run that is complete in `out`. `teacher_config`: see load_teacher; `clip_weights`,
     `clip_model`, `tiny_vae`: see Alignment.load, for a recipe with the clamped CLIP loss. `validation_prompts` (by
     default the run's), `validation_clip`: see Validation.load, if `every` asks for it. `trackers`: see trackers.py.
+    `text_cache`: a folder for text embeddings; see text_cache.py.
     """
     bf16 = trains_in_bf16(precision, device)
     if device.startswith("cuda:"):
@@ -120,14 +124,15 @@ def prepare(
     config = make_config(
         recipe, prompts, teacher=teacher, teacher_config=teacher_config, teacher_sha256=digest(guide), init=init,
         init_sha256=digest(start) if start else None,
-        clip=alignment.name if alignment else None, seed=seed, bf16=bf16,
+        clip=alignment.name if alignment else None, text_cache=text_cache is not None, seed=seed, bf16=bf16,
     )  # fmt: skip
     validation = None
     if every.validate and accelerator.is_main_process:
         chosen = validation_prompts or prompts
         validation = Validation.load(chosen, guide, validation_clip, device=str(accelerator.device))
     run = Run.plan(out, config, recipe, every, extend=extend)
-    return Plan(run, prompts, guide, start, accelerator, fit or Fit(), alignment, validation)
+    cache = TextCache(text_cache, guide, prompts) if text_cache else None
+    return Plan(run, prompts, guide, start, accelerator, fit or Fit(), alignment, validation, cache)
 
 
 def distill(plan: Plan) -> bool:
@@ -171,7 +176,7 @@ def _train(plan: Plan) -> bool:
     seed = run.config["seed"]
     distiller = Distiller(
         plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, fit=plan.fit,
-        alignment=plan.alignment,
+        alignment=plan.alignment, text_cache=plan.text_cache,
     )  # fmt: skip
     order, first = ShuffledPrompts(plan.prompts, seed), 1
     if saved := checkpoint.newest(run.checkpoints):

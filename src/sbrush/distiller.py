@@ -28,6 +28,7 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
 from sbrush.recipes import Recipe
 from sbrush.sample import ddim
+from sbrush.text_cache import TextCache
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ class Distiller:
         init: Model | None = None,
         fit: Fit | None = None,
         alignment: Alignment | None = None,
+        text_cache: TextCache | None = None,
     ) -> None:
-        """`alignment`: for the clamped CLIP loss, if the recipe has it."""
+        """`alignment`: for the clamped CLIP loss, if the recipe has it. `text_cache`: filled here."""
         if recipe.clip_weight and not alignment:
             raise ValueError("the clamped CLIP loss needs a CLIP model")
-        self.alignment = alignment
+        self.alignment, self.text_cache = alignment, text_cache
         self.teacher, self.recipe, self.seed, self.accelerator = teacher, recipe, seed, accelerator
         self.fit = fit or Fit()
         self._parts = self._share(accelerator.process_index, accelerator.num_processes)
@@ -127,6 +129,10 @@ class Distiller:
             for unet in {base, self.student}:
                 unet.compile(backend=self.fit.compile, dynamic=False)
         self._null = teacher.null()
+        if text_cache:
+            text_cache.fill(accelerator)
+            for _, encoder in teacher.text_parts:
+                encoder.cpu()
         self.schedule, self.prediction = teacher.schedule, teacher.prediction
 
     def step(self, step: int, prompts: ShuffledPrompts) -> dict[str, Tensor]:
@@ -179,8 +185,12 @@ class Distiller:
         """The student's pictures and what both teachers make of them; the student's gradients are added up."""
         recipe, schedule = self.recipe, self.schedule
         draw = StepNoise(self.seed, step, indices, self.accelerator.device)
-        texts = [prompts[(step - 1) * recipe.batch + i] for i in indices]
-        cond = self.teacher.encode(texts)
+        numbers = [(step - 1) * recipe.batch + i for i in indices]
+        texts = [prompts[number] for number in numbers]
+        if self.text_cache:
+            cond = self.text_cache.words([prompts.place(number) for number in numbers])
+        else:
+            cond = self.teacher.encode(texts)
         z = draw.normal(self.teacher.latent_shape)
         t_init = schedule.start(len(z), recipe.t_init)
 

@@ -46,11 +46,15 @@ class ShuffledPrompts:
 
     def __getitem__(self, index: int) -> str:
         """The prompt of global sample `index`, counted from 0 over the whole run."""
+        return self._texts[self.place(index)]
+
+    def place(self, index: int) -> int:
+        """That prompt's place in the list."""
         epoch, place = divmod(index, len(self._texts))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = torch.randperm(len(self._texts), generator=generator(self._seed, "epoch", epoch))
-        return self._texts[int(self._order[place])]
+        return int(self._order[place])
 
 
 def read_prompts(path: Path) -> Prompts:

@@ -287,6 +287,7 @@ def make_config(
     init: str | None,
     init_sha256: str | None,
     clip: str | None,
+    text_cache: bool,
     seed: int,
     bf16: bool,
 ) -> dict[str, Any]:
@@ -301,6 +302,7 @@ def make_config(
         "init": init,
         "init_sha256": init_sha256,
         "clip": clip,
+        "text_cache": text_cache or None,  # its rounding decides, too; runs from before there was one had none
         "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
         "seed": seed,
         "bf16": bf16,

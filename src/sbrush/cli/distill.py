@@ -123,6 +123,10 @@ def distill(
         bool, typer.Option("--checkpointing", help="Compute activations twice, keep few.", rich_help_panel=MEMORY)
     ] = False,
     ema_on_cpu: Annotated[bool, typer.Option("--ema-on-cpu", help="Off: --set ema=0.", rich_help_panel=MEMORY)] = False,
+    text_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for text embeddings; the text encoder then leaves the card.", rich_help_panel=MEMORY),
+    ] = None,
     adam_8bit: Annotated[bool, typer.Option("--adam-8bit", help="Needs bitsandbytes.", rich_help_panel=MEMORY)] = False,
 ) -> None:
     """Distil a teacher into a one-step student, from prompts alone."""
@@ -183,7 +187,16 @@ def distill(
         }
         for name, value in facts.items():
             console.out(f"{name}: {printable(value)}")
-        cost = estimate(teacher, chosen, fit, config=teacher_config, bf16=bf16, device=where, **seen_by)
+        cost = estimate(
+            teacher,
+            chosen,
+            fit,
+            config=teacher_config,
+            bf16=bf16,
+            device=where,
+            **seen_by,
+            cached_prompts=len(texts) if text_cache else 0,
+        )
         for line in cost.lines(chosen, keep=keep):
             console.out(line)
         return
@@ -193,7 +206,7 @@ def distill(
         device=pick_device(device), precision=cast("Any", precision.value),
         every=every, extend=extend, fit=fit, teacher_config=teacher_config, **seen_by,
         validation_prompts=checked, validation_clip=validation_clip,
-        trackers=[name.value for name in tracker or ()],
+        text_cache=text_cache, trackers=[name.value for name in tracker or ()],
     )  # fmt: skip
     shown = printable(plan.run.out)
     if not train(plan):

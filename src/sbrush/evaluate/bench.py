@@ -32,12 +32,12 @@ from sbrush.device import pick_device, pick_dtype
 from sbrush.evaluate.clip import ClipScorer
 from sbrush.evaluate.coco import BATCH, PROTOCOLS, Looker
 from sbrush.evaluate.inception import Inception
-from sbrush.evaluate.shards import Shards
 from sbrush.floor import matrix_rate, seconds
 from sbrush.models.load import load_student
 from sbrush.models.model import Model
 from sbrush.pictures import to_image
 from sbrush.sample import student_pictures
+from sbrush.shards import Shards
 from sbrush.stickers.world import random_caption, stream
 
 TURNS = 3

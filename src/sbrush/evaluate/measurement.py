@@ -27,8 +27,8 @@ from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.kid import kid
 from sbrush.evaluate.precision_recall import precision_recall
 from sbrush.evaluate.published import Measured
-from sbrush.evaluate.shards import Shards
 from sbrush.pictures import save_png, to_image
+from sbrush.shards import Shards
 
 SHOWN = 24
 

@@ -110,11 +110,12 @@ class Model:
         Longer prompts lose their tail, as everywhere.
         """
         tokens = tokenize(self.tokenizer, texts)
+        where = self.text_encoder.device  # which a run with a text cache leaves on the CPU
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = send(tokens.attention_mask, self.device)
-        encoded = self.text_encoder(send(tokens.input_ids, self.device), attention_mask=mask)
-        return {"tokens": encoded.last_hidden_state}
+            mask = send(tokens.attention_mask, where)
+        encoded = self.text_encoder(send(tokens.input_ids, where), attention_mask=mask)
+        return {"tokens": encoded.last_hidden_state.to(self.device)}
 
     def null(self) -> Words:
         """What it is told when it is told nothing, for guidance: the empty prompt, a batch of one."""

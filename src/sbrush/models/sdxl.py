@@ -43,10 +43,10 @@ class ModelXL(Model):
         """ "tokens" [B, L, D1 + D2], of both encoders' last layers but one, and "pooled" [B, D2], of the second."""
         hidden = []
         for tokenizer, encoder in self.text_parts:
-            ids = send(tokenize(tokenizer, texts).input_ids, self.device)
+            ids = send(tokenize(tokenizer, texts).input_ids, encoder.device)
             encoded = encoder(ids, output_hidden_states=True)
-            hidden.append(encoded.hidden_states[-2])
-        return {"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds}
+            hidden.append(encoded.hidden_states[-2].to(self.device))
+        return {"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds.to(self.device)}
 
     def null(self) -> Words:
         """Zeros where the folder says so, as the published teachers' do; else the empty prompt. A batch of one."""

@@ -1,4 +1,4 @@
-"""What was seen of pictures so far, on disk: stopped at any moment, the work goes on where it was."""
+"""Rows of tensors on disk, a row a picture or a prompt: stopped at any moment, the work goes on where it was."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor
 from sbrush.console import SbrushError, printable, progress, say
 from sbrush.files import whole
 
-BLOCK = 200  # pictures a file: what is lost at most when the work is stopped
+BLOCK = 200  # rows a file: what is lost at most when the work is stopped
 
 
 class Shards:
-    """A folder of safetensors files, each with a row for every picture of a block, named by the block's first.
+    """A folder of safetensors files, each with the rows of a block, named by the block's first.
 
     No file depends on another, and a block is the same whoever fills it: so any number of processes fill a folder, one
     after another or at once. What the rows depend on belongs into the folder's name: another key, another folder.
     """
 
-    def __init__(self, folder: Path, total: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, total: int, *, elsewhere: str = "--work", unit: str = "pictures") -> None:
+        """`elsewhere`: the flag by which the folder is chosen; `unit`: what a row is of, in the plural."""
+        self.folder, self._elsewhere, self._unit = folder, elsewhere, unit
         self.blocks = [range(first, min(first + BLOCK, total)) for first in range(0, total, BLOCK)]
 
     def fill(
@@ -37,15 +38,15 @@ class Shards:
     ) -> None:
         """Writes the missing ones of this process's blocks.
 
-        `batches`: the rows of blocks of picture numbers by name, float32 [b, ...]; in order, no batch in two blocks.
+        `batches`: the rows of blocks of row numbers by name, [b, ...]; in order, no batch in two blocks.
         """
         mine = self.blocks[process::processes]
         missing = [block for block in mine if not self._has(block)]
         if not missing:
             return
-        pictures, rows = sum(map(len, mine)), iter(batches(missing))
-        done = pictures - sum(map(len, missing))
-        with progress(what, pictures, done=done, unit="pictures") as bar:
+        all_mine, rows = sum(map(len, mine)), iter(batches(missing))
+        done = all_mine - sum(map(len, missing))
+        with progress(what, all_mine, done=done, unit=self._unit) as bar:
             for block in missing:
                 parts: list[dict[str, Tensor]] = []
                 while sum(map(_length, parts)) < len(block):
@@ -62,6 +63,21 @@ class Shards:
                 held.setdefault(name, value.new_empty(total, *value.shape[1:]))[block.start : block.stop] = value
         return held
 
+    def take(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """Some rows by name, [len(places), ...]: read one by one, no file as a whole. Their blocks must be there."""
+        found: list[dict[str, Tensor]] = []
+        for place in places:
+            block = self.blocks[place // BLOCK]
+            with safe_open(self._file(block), "pt") as rows:
+                row = place - block.start
+                found.append({name: rows.get_slice(name)[row : row + 1] for name in rows.keys()})
+        return {name: torch.cat([row[name] for row in found]) for name in found[0]}
+
+    @property
+    def missing(self) -> int:
+        """How many rows are not there yet."""
+        return sum(len(block) for block in self.blocks if not self._has(block))
+
     def _file(self, block: range) -> Path:
         return self.folder / f"{block.start:06d}.safetensors"
 
@@ -75,7 +91,7 @@ class Shards:
                 lengths = {rows.get_slice(name).get_shape()[0] for name in rows.keys()}
         except (OSError, SafetensorError):
             lengths = set()
-            say(f"{printable(file)} is damaged; its pictures are looked at again")
+            say(f"{printable(file)} is damaged; its {self._unit} are looked at again")
         return lengths == {len(block)}
 
     def _write(self, block: range, rows: dict[str, Tensor]) -> None:
@@ -87,7 +103,7 @@ class Shards:
         except (OSError, SafetensorError) as problem:
             raise SbrushError(
                 f"cannot write {printable(file)}: {printable(problem)}",
-                "make room or choose another --work; the same command goes on",
+                f"make room or choose another {self._elsewhere}; the same command goes on",
             ) from problem
 
 
