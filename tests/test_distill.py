@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from sbrush import checkpoint, core
@@ -336,6 +337,15 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path, 
     plan(tiny_teacher, tmp_path / "run").run.claim()
     with pytest.raises(SbrushError, match=r"recipe.student_rank was 0, now 3"):
         plan(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, student_rank=3)).run.claim()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_an_engine_that_shards_networks_is_refused(tmp_path, tiny_teacher, monkeypatch, kind):
+    # accelerate makes no FSDP run of one on the CPU, whatever its configuration says
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(SbrushError, match=f"as {kind} does") as caught:
+        plan(tiny_teacher, tmp_path / "run")
+    assert "--student-lora" in caught.value.hint and not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(tmp_path, tiny_teacher):

@@ -17,7 +17,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from sbrush import checkpoint
@@ -35,6 +35,8 @@ from sbrush.run import METRICS, Intervals, Run, make_config
 from sbrush.text_cache import TextCache
 from sbrush.trackers import begin, end, tell, tracked_in
 from sbrush.validation import Validation
+
+ENGINES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # that shard a network
 
 
 @dataclass
@@ -95,6 +97,13 @@ def prepare(
     accelerator = Accelerator(
         cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience], **tracked_in(out, trackers)
     )
+    if (kind := accelerator.distributed_type) in ENGINES:
+        raise SbrushError(
+            f"sbrush does not share one network's weights among processes, as {kind.value} does",
+            "take data parallelism in `accelerate config`; what makes a run small: --student-lora 256, --adam-8bit, "
+            "--ema-on-cpu, --checkpointing, --micro-batches",
+            code=2,
+        )
     guide = load_teacher(teacher, config=teacher_config)
     start = load_student(init) if init else None
     if start and recipe.student_rank:
