@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -339,11 +340,9 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path, 
         plan(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, student_rank=3)).run.claim()
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_an_engine_that_shards_networks_is_refused(tmp_path, tiny_teacher, monkeypatch, kind):
-    # accelerate makes no FSDP run of one on the CPU, whatever its configuration says
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
-    with pytest.raises(SbrushError, match=f"as {kind} does") as caught:
+def test_other_engines_are_refused(tmp_path, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(SbrushError, match="under DEEPSPEED") as caught:
         plan(tiny_teacher, tmp_path / "run")
     assert "--student-lora" in caught.value.hint and not (tmp_path / "run").exists()
 
@@ -422,6 +421,45 @@ def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_
     rest, _, said = run([sys.executable], "two")
     assert "going on after step 2" in said
     agrees(rest)
+
+
+def test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece(tmp_path, tiny_teacher, clip_folder):
+    """FSDP by accelerate's configuration: two processes hold half of it each."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
+
+    def run(name, processes=1, **environment):
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+        command = [sys.executable, *start, "-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher)]
+        command += ["--out", name, "--recipe", "swiftbrush", "--steps", "4", "--batch", "4", "--student-lr", "1e-3"]
+        command += ["--device", "cpu", "--precision", "float32", "--checkpoint-every", "2", "--log-every", "1"]
+        command += ["--validate-every", "3", "--validation-clip", str(clip_folder)]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | environment)
+        assert ran.returncode == 0, ran.stderr
+        return student_weights(tmp_path / name), read_log(tmp_path / name), ran.stderr
+
+    one, log, said = run("one")
+    assert "shared out" not in said
+    start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
+
+    def agrees(other):
+        learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, other)]
+        assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
+
+    two, other_log, said = run("two", 2, ACCELERATE_USE_FSDP="true")
+    share = re.search(r"shared out among 2 processes \(FSDP2\); here (\d+) %", said)
+    assert share and 45 < int(share[1]) < 60  # what cannot be halved is the first one's
+    agrees(two)
+    for mine, theirs in zip(log, other_log, strict=True):
+        for name in ("gap", "student_grad", "lora_grad"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-5), name
+    assert log[2]["clip_score"] == pytest.approx(other_log[2]["clip_score"], abs=1e-3)
+    assert log[0]["student_grad"] == pytest.approx(other_log[0]["student_grad"], rel=1e-5)  # before Adam had a say
+    for processes, environment in ((2, {"ACCELERATE_USE_FSDP": "true"}), (1, {})):
+        shutil.rmtree(tmp_path / "two" / "student")
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
+        rest, _, said = run("two", processes, **environment)
+        assert "going on after step 2" in said
+        agrees(rest)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

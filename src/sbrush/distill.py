@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
-from sbrush import checkpoint
+from sbrush import checkpoint, sharding
 from sbrush.alignment import Alignment
 from sbrush.console import SbrushError, printable, progress, say
 from sbrush.device import Precision, trains_in_bf16
@@ -36,7 +36,7 @@ from sbrush.text_cache import TextCache
 from sbrush.trackers import begin, end, tell, tracked_in
 from sbrush.validation import Validation
 
-ENGINES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)  # that shard a network
+ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass
@@ -94,14 +94,22 @@ def prepare(
     # A process that hangs, a machine that has gone: given up after a time that no export of a large student takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
     mixed = "bf16" if bf16 else "no"
+    sharded = sharding.asked_for()
     accelerator = Accelerator(
         cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience], **tracked_in(out, trackers)
     )
+    fit = replace(fit or Fit(), shard=sharded and accelerator.num_processes > 1)
+    if fit.shard and (recipe.student_rank or fit.compile or recipe.optimizer == "adam8bit"):
+        raise SbrushError(
+            "FSDP is for a full student, with torch's Adam and without --compile",
+            "leave FSDP out of accelerate's configuration, or --student-lora, --adam-8bit and --compile",
+            code=2,
+        )
     if (kind := accelerator.distributed_type) in ENGINES:
         raise SbrushError(
-            f"sbrush does not share one network's weights among processes, as {kind.value} does",
-            "take data parallelism in `accelerate config`; what makes a run small: --student-lora 256, --adam-8bit, "
-            "--ema-on-cpu, --checkpointing, --micro-batches",
+            f"sbrush does not run under {kind.value}",
+            "take FSDP or plain data parallelism in `accelerate config`; what makes a run small besides: "
+            "--student-lora 256, --adam-8bit, --ema-on-cpu, --checkpointing, --micro-batches",
             code=2,
         )
     guide = load_teacher(teacher, config=teacher_config)
@@ -136,12 +144,12 @@ def prepare(
         clip=alignment.name if alignment else None, text_cache=text_cache is not None, seed=seed, bf16=bf16,
     )  # fmt: skip
     validation = None
-    if every.validate and accelerator.is_main_process:
+    if every.validate and (accelerator.is_main_process or fit.shard):
         chosen = validation_prompts or prompts
         validation = Validation.load(chosen, guide, validation_clip, device=str(accelerator.device))
     run = Run.plan(out, config, recipe, every, extend=extend)
     cache = TextCache(text_cache, guide, prompts) if text_cache else None
-    return Plan(run, prompts, guide, start, accelerator, fit or Fit(), alignment, validation, cache)
+    return Plan(run, prompts, guide, start, accelerator, fit, alignment, validation, cache)
 
 
 def distill(plan: Plan) -> bool:
@@ -183,10 +191,15 @@ def _train(plan: Plan) -> bool:
         what = f"{plan.prompts.describe()}; recipe {recipe.name}, {recipe.steps} steps of {recipe.batch}"
         say(f"{what}; writing to {printable(run.out)}")
     seed = run.config["seed"]
+    # A student that is shared out answers, and is put together, only when all processes ask for it.
+    needed = main or plan.fit.shard
     distiller = Distiller(
         plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, fit=plan.fit,
         alignment=plan.alignment, text_cache=plan.text_cache,
     )  # fmt: skip
+    if main and plan.fit.shard:
+        share = 100 * sharding.held(distiller.trained.values())
+        say(f"the student is shared out among {plan.accelerator.num_processes} processes (FSDP2); here {share:.0f} %")
     order, first = ShuffledPrompts(plan.prompts, seed), 1
     if saved := checkpoint.newest(run.checkpoints):
         distiller.load(saved)
@@ -217,9 +230,11 @@ def _train(plan: Plan) -> bool:
                 entry = _means(waiting, distiller.accelerator)
                 entry["pictures_per_second"] = round(len(waiting) * recipe.batch / (time.monotonic() - since), 2)
                 skipped = _run_of_skipped(waiting, skipped)
-                if main and yardstick and sheet:
+                if needed and yardstick and sheet:
                     with distiller.average() as student:
-                        entry |= run.sheets(step, student, result, yardstick)
+                        latents = run.draw(student)
+                    if main:
+                        entry |= run.sheets(step, distiller.teacher, latents, result, yardstick)
                 if plan.validation and validate:
                     with distiller.average() as student:
                         entry["clip_score"] = plan.validation.score(student)
@@ -233,16 +248,20 @@ def _train(plan: Plan) -> bool:
                 raise _not_finite(run, skipped)
             if main:
                 bar.advance(note=note)
-                if save and (skipped == 0 or last or stopping):
-                    checkpoint.save(run.checkpoints, step, distiller.state(), keep=every.keep)
+            if needed and save and (skipped == 0 or last or stopping):
+                state = distiller.state()
+                if main:
+                    checkpoint.save(run.checkpoints, step, state, keep=every.keep)
             if stopping and not last:
                 return False
     end(plan.accelerator)
-    if main:
+    if needed:
         with distiller.average():
             if recipe.student_rank:
                 export_lora(run.out / "student-lora", distiller.student, "student")
-            run.export(distiller.teacher, distiller.exported())
+            unet = distiller.exported()
+            if main:
+                run.export(distiller.teacher, unet)
     distiller.accelerator.wait_for_everyone()
     return True
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from sbrush import checkpoint, core, optimizer
+from sbrush import checkpoint, core, optimizer, sharding
 from sbrush.alignment import Alignment
 from sbrush.console import SbrushError
 from sbrush.core import Words
@@ -38,6 +38,7 @@ class Fit:
     micro_batches: int = 1  # that a process's share of a batch is split into: less memory, more time
     checkpointing: bool = False  # of gradients: activations are computed again in the backward
     ema_on_cpu: bool = False
+    shard: bool = False  # a full student's weights and all that belongs to them are shared out among processes
     compile: str | None = None  # the networks' forwards and backwards, by this backend of torch.compile
 
 
@@ -90,8 +91,11 @@ class Distiller:
         if recipe.student_rank:
             self.student = base
         else:
-            student = copy.deepcopy((init or teacher).unet).to(accelerator.device, memory_format=self.memory_format)
+            layout = torch.contiguous_format if self.fit.shard else self.memory_format  # torch shards no other
+            student = copy.deepcopy((init or teacher).unet).to(accelerator.device, memory_format=layout)
             self.student = student.float().requires_grad_(True).train()
+            if self.fit.shard:
+                sharding.shard(self.student, accelerator)
         if accelerator.mixed_precision == "bf16":
             # On the CPU memory is no worry, and text embeddings may as well keep their digits.
             for network in teacher.networks if accelerator.device.type == "cuda" else (base,):
@@ -117,13 +121,17 @@ class Distiller:
         )
         # accelerate wraps both networks (autocast; DDP when there are several processes), each under its own name:
         # the plain modules stay reachable as self.student and self.teacher.unet. Two LoRAs in one DDP module would
-        # each wait for the other's gradients, so then their gradients are averaged in `_apply`.
+        # each wait for the other's gradients, so then their gradients are averaged in `_apply`. A student that is
+        # shared out averages its own.
         if recipe.student_rank:
             self._student = self._lora_teacher = accelerator.prepare_model(
                 base, device_placement=False, evaluation_mode=True
             )
         else:
-            self._student, self._lora_teacher = accelerator.prepare(self.student, base)
+            self._lora_teacher = accelerator.prepare_model(base)
+            self._student = accelerator.prepare_model(
+                self.student, device_placement=not self.fit.shard, evaluation_mode=self.fit.shard
+            )
         if self.fit.compile:
             # Each role is a graph of its own, and so is each mode: torch tells them apart by the LoRAs' switches.
             for unet in {base, self.student}:
@@ -335,6 +343,12 @@ class Distiller:
 
     def exported(self) -> UNet2DConditionModel:
         """The average as a plain UNet in float32, to be called within `average`; a LoRA is merged into its teacher."""
+        if self.fit.shard:
+            with torch.device("meta"):
+                plain = UNet2DConditionModel.from_config(self.student.config)
+            weights = {name: sharding.whole(p.detach()).cpu() for name, p in self.trained.items()}
+            plain.load_state_dict(weights, assign=True)
+            return plain
         if not self.recipe.student_rank:
             return self.student
         folder = self.teacher.folders["unet"] / "unet"  # the weights as they were before any was made bfloat16
@@ -342,19 +356,29 @@ class Distiller:
         return merge_lora(self.student, "student", plain.to(self.student.device))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that training changes, for a checkpoint."""
-        return {
+        """Everything that training changes, for a checkpoint; if the student is shared out, asked on all processes."""
+        parts = {
             "student": dict(self.trained),
             "ema": self.ema.tensors,
             "lora": dict(self.lora),
             "student_optimizer": optimizer.state_of(self.student_optimizer),
             "lora_optimizer": optimizer.state_of(self.lora_optimizer),
         }
+        if not self.fit.shard:
+            return parts
+        # Put together one by one, and kept by the process that writes them.
+        found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+        for part, tensors in parts.items():
+            for name, tensor in tensors.items():
+                together = sharding.whole(tensor.detach())
+                if self.accelerator.is_main_process:
+                    found[part][name] = together.cpu()
+        return found
 
     @torch.no_grad()
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Puts back what `state` gave. SbrushError if that is not what this run's networks are made of."""
-        own = {part: tensors for part, tensors in self.state().items() if not part.endswith("_optimizer")}
+        own = {"student": self.trained, "ema": self.ema.tensors, "lora": self.lora}
         for part, tensors in own.items():
             theirs = saved.part(part)
             if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in theirs.items()}:
@@ -362,7 +386,7 @@ class Distiller:
             if not all(v.isfinite().all() for v in theirs.values()):
                 raise _misfit(saved.step)
             for name, tensor in tensors.items():
-                tensor.copy_(theirs[name])
+                sharding.put(tensor, theirs[name])
         try:
             optimizer.restore(self.student_optimizer, saved.part("student_optimizer"))
             optimizer.restore(self.lora_optimizer, saved.part("lora_optimizer"))

@@ -37,7 +37,7 @@ class EMA:
     def inside(self) -> Iterator[None]:
         """The parameters hold the average for as long as the context lasts, then themselves again, bit for bit.
 
-        The two change places, so that no third copy is needed.
+        The two change places, one by one, so that no third copy is needed.
         """
         self._swap()
         try:
@@ -48,9 +48,9 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
-            own = parameter.data
-            parameter.data = self.tensors[name].to(parameter.device)
-            self.tensors[name] = own.to(self.tensors[name].device)
+            own = parameter.detach().clone()
+            parameter.copy_(self.tensors[name])
+            self.tensors[name].copy_(own)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sbrush.console import SbrushError
+from sbrush.sharding import put, whole
 
 Kind = Literal["adam", "adam8bit"]
 
@@ -34,7 +35,7 @@ def clip_and_step(optimizer: torch.optim.Optimizer, clip: float) -> Tensor:
 
     torch's Adam decides so on the device, without anyone waiting for it; the 8-bit one has no such switch.
     """
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    norm = whole(nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip))
     if isinstance(optimizer, torch.optim.Adam):
         # Mixed precision's own switch: the fused step does nothing where it is one.
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
@@ -70,7 +71,9 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> 
         raise ValueError("values that are no numbers")
     for i, (parameter, entry) in enumerate(empty.items()):
         # Fused Adam walks memory: moments must be laid out as their parameter is, which `entry` is.
-        state: dict[str, Any] = {k: v.copy_(tensors[f"{i}.{k}"]) for k, v in entry.items()}
+        for k, v in entry.items():
+            put(v, tensors[f"{i}.{k}"])
+        state: dict[str, Any] = entry
         if not isinstance(optimizer, torch.optim.Adam):
             state["step"] = int(state["step"])
         optimizer.state[parameter] = state

@@ -247,16 +247,20 @@ class Run:
         """Draws the log's entries."""
         draw_curves(log, self.out / "curves.png")
 
-    def sheets(self, step: int, student: Model, result: dict[str, Tensor], yardstick: Yardstick) -> dict[str, float]:
-        """Draws the student's contact sheet, and the three views of x0 of the step's own batch.
+    def draw(self, student: Model) -> list[Tensor]:
+        """The latents of the student's contact sheet."""
+        return list(student_latents(student, *self._sheet(), batch=8))
+
+    def sheets(
+        self, step: int, teacher: Model, latents: list[Tensor], result: dict[str, Tensor], yardstick: Yardstick
+    ) -> dict[str, float]:
+        """Writes the student's contact sheet, of `draw`, and the three views of x0 of the step's own batch.
 
         Returns how far the sheet's pictures are apart, as shares of the teacher's.
         """
-        texts, seeds = self._sheet()
-        latents = list(student_latents(student, texts, seeds, batch=8))
-        self._save_sheet(f"step-{step:06d}.png", torch.cat([student.decode(part) for part in latents]))
+        self._save_sheet(f"step-{step:06d}.png", torch.cat([teacher.decode(part) for part in latents]))
         views = {"student x0": "x0", "teacher x0": "teacher_x0", "LoRA x0": "lora_x0"}
-        rows = [list(student.decode(result[name][:8].float())) for name in views.values()]
+        rows = [list(teacher.decode(result[name][:8].float())) for name in views.values()]
         pictures.save_png(self.out / "samples" / f"x0-{step:06d}.png", pictures.sheet(rows, row_labels=list(views)))
         return yardstick.compare_spreads(torch.cat(latents).unflatten(0, (SHEET_SEEDS, -1)))
 
