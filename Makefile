@@ -82,7 +82,10 @@ teach: $(READY)  ## train the built-in world again from nothing: autoencoder, ju
 	$(BIN)/python -m sbrush.stickers.teach teacher
 	$(BIN)/python -m sbrush.stickers.ship teacher
 	$(BIN)/python -m sbrush.stickers.ship guidance
-	$(BIN)/sbrush distill prompts/stickers.txt --out runs/shipped
+	for seed in 0 1; do \
+	  $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed && \
+	  $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed --extend 3000 || exit 1; done
+	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
 	$(BIN)/python -m sbrush.stickers.ship student runs/shipped
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw a picture with it

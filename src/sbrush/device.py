@@ -66,9 +66,22 @@ def has_cpu_bf16() -> bool:
 def crew(device: str) -> Iterator[PartialState]:
     """The processes that torchrun or accelerate started together, one if none did; only the main one talks.
 
-    They wait for each other as long as it takes.
+    They wait for each other as long as it takes. SbrushError if one of them ends before its time.
     """
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         with nullcontext() if state.is_main_process else redirect_stderr(nowhere):
-            yield state
+            try:
+                yield state
+            except RuntimeError as problem:
+                if state.num_processes == 1 or not parted(problem):
+                    raise
+                raise SbrushError(
+                    "another process has ended, or is out of reach",
+                    "what was done so far is kept: the same command goes on, with any number of processes",
+                ) from problem
+
+
+def parted(problem: RuntimeError) -> bool:
+    """Whether processes have lost each other: gloo says so by nothing but its text."""
+    return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem) or "NCCL" in str(problem)

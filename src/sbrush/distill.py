@@ -23,7 +23,7 @@ from torch import Tensor
 from sbrush import checkpoint, sharding
 from sbrush.alignment import Alignment
 from sbrush.console import SbrushError, printable, progress, say
-from sbrush.device import Precision, trains_in_bf16
+from sbrush.device import Precision, parted, trains_in_bf16
 from sbrush.distiller import Distiller, Fit
 from sbrush.health import MOST_SKIPPED
 from sbrush.models.export import export_lora
@@ -168,17 +168,12 @@ def distill(plan: Plan) -> bool:
             "what is in its checkpoints/ is kept: mend that and give the same command again",
         ) from problem
     except RuntimeError as problem:
-        if plan.accelerator.num_processes == 1 or not _parted(problem):
+        if plan.accelerator.num_processes == 1 or not parted(problem):
             raise
         raise SbrushError(
             "another process of this run has ended, or is out of reach",
             f"what is in {printable(run.checkpoints)} is kept: the same command goes on, with any number of processes",
         ) from problem
-
-
-def _parted(problem: RuntimeError) -> bool:
-    """Whether processes have lost each other: gloo says so by nothing but its text."""
-    return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem) or "NCCL" in str(problem)
 
 
 def _train(plan: Plan) -> bool:

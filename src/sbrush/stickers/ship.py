@@ -2,7 +2,7 @@
 
 python -m sbrush.stickers.ship teacher       teacher and judge, as teach.py left them
 python -m sbrush.stickers.ship guidance      the teacher's guidance scale, chosen on validation captions
-python -m sbrush.stickers.ship student RUN   a run's student
+python -m sbrush.stickers.ship student DIR   a student, or the one in a run's folder
 """
 
 from __future__ import annotations
@@ -74,13 +74,16 @@ def guidance(
 
 @app.command()
 def student(
-    run: Annotated[Path, typer.Argument(help="Folder of the run whose student is to be shipped.")], to: Path = BUILT_IN
+    folder: Annotated[Path, typer.Argument(help="The student to be shipped, or the run that made it.")],
+    to: Path = BUILT_IN,
 ) -> None:
-    """A run's student as shipped: its UNet in float16; the other parts are the teacher's."""
-    _save_half(UNet2DConditionModel.from_pretrained(run / "student" / "unet"), to / "student" / "unet")
-    shutil.copytree(run / "student" / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
+    """A student as shipped: its UNet in float16; the other parts are the teacher's."""
+    if (folder / "student").is_dir():
+        folder = folder / "student"
+    _save_half(UNet2DConditionModel.from_pretrained(folder / "unet"), to / "student" / "unet")
+    shutil.copytree(folder / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
     for name in ("sbrush.json", "README.md"):
-        shutil.copyfile(run / "student" / name, to / "student" / name)
+        shutil.copyfile(folder / name, to / "student" / name)
 
 
 def _save_half(net: ModelMixin, folder: Path) -> None:

@@ -1,0 +1,34 @@
+"""Where the work runs: what is asked for must be there, and processes that lose each other say so."""
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from sbrush.console import SbrushError
+from sbrush.device import crew, parted, pick_device, pick_dtype, send
+
+LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert pick_device("cpu") == "cpu"
+    for name in ("warp", "mps") if torch.cuda.is_available() else ("warp", "mps", "cuda"):
+        with pytest.raises(SbrushError):
+            pick_device(name)
+    assert pick_dtype("auto", "cpu") == torch.float32 and pick_dtype("auto", "cuda:1") == torch.bfloat16
+
+
+def test_a_tensor_for_the_cpu_is_left_as_it_is():
+    tensor = torch.arange(3)
+    assert send(tensor, torch.device("cpu")) is tensor
+
+
+def test_a_crew_that_loses_one_says_so(monkeypatch):
+    assert parted(RuntimeError(LOST)) and not parted(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="Connection closed"), crew("cpu"):  # alone there is nobody to lose
+        raise RuntimeError(LOST)
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    with pytest.raises(SbrushError, match="another process has ended"), crew("cpu"):
+        raise RuntimeError(LOST)
+    with pytest.raises(RuntimeError, match="shapes"), crew("cpu"):
+        raise RuntimeError("shapes do not match")
