@@ -84,7 +84,8 @@ teach: $(READY)  ## train the built-in world again from nothing: autoencoder, ju
 	$(BIN)/python -m sbrush.stickers.ship guidance
 	for seed in 0 1; do \
 	  $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed && \
-	  $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed --extend 3000 || exit 1; done
+	  { ! grep -q '"extended_by": \[\]' runs/seed-$$seed/config.json || \
+	    $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed --extend 3000; } || exit 1; done
 	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
 	$(BIN)/python -m sbrush.stickers.ship student runs/shipped
 

@@ -4,10 +4,13 @@ Every weight is there (866 million in SD 2.1's UNet; of SDXL's, whose transforme
 hold); the pictures are 128 pixels wide, which makes a step take seconds in place of minutes.
 """
 
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +54,12 @@ def test_two_steps_killed_resumed_exported_and_drawn_by_plain_diffusers(tmp_path
     options = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "np"}
     theirs = pipe("a red cat", generator=torch.Generator().manual_seed(5), **options).images[0]
     assert (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours).abs().max() <= 1
+
+
+def test_the_expected_peak_is_the_measured_one(tmp_path):
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("peak.py")), "sd21", str(tmp_path / "teacher")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert abs(found["measured"] / found["told"] - 1) < 0.15, found
