@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import build_tiny_teacher
 from sbrush.console import SbrushError
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
+from sbrush.plan import prepare
 from sbrush.prompts import make_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals

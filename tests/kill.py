@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import build_tiny_teacher
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
+from sbrush.plan import prepare
 from sbrush.prompts import make_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals

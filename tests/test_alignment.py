@@ -12,11 +12,12 @@ from conftest import sbrush
 from sbrush import core
 from sbrush.alignment import Alignment
 from sbrush.console import SbrushError
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
 from sbrush.distiller import Distiller, Fit
 from sbrush.evaluate.clip import ClipScorer
 from sbrush.models.load import load_teacher
 from sbrush.noise import StepNoise
+from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals

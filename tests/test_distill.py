@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 from sbrush import checkpoint, core
 from sbrush.console import SbrushError
-from sbrush.distill import distill, prepare, stop_requests
+from sbrush.distill import distill, stop_requests
 from sbrush.distiller import Distiller
 from sbrush.models.load import load_teacher
 from sbrush.models.unet import answer_as
 from sbrush.noise import StepNoise
+from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, read_log

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from conftest import build_tiny_teacher
 from sbrush import checkpoint
 from sbrush.console import SbrushError
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
 from sbrush.distiller import Distiller, Fit
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.unet import answer_as
 from sbrush.noise import picture_noise
+from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 
 from sbrush import checkpoint, health
 from sbrush.console import SbrushError
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
 from sbrush.distiller import Distiller
 from sbrush.health import ALARMS, GRACE, LASTING, MOST_SKIPPED, Yardstick, alarms, spreads
 from sbrush.models.load import load_teacher
+from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, read_log

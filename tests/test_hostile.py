@@ -18,9 +18,10 @@ from conftest import build_tiny_teacher, sbrush
 from fuzz import fuzz
 from sbrush import checkpoint, run
 from sbrush.console import SbrushError, printable
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
 from sbrush.models.load import digest, load_teacher
 from sbrush.pictures import parameters, save_png, sheet
+from sbrush.plan import prepare
 from sbrush.prompts import make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, differences

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from conftest import sbrush
 from sbrush.console import SbrushError
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
 from sbrush.models.load import load_teacher
+from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals

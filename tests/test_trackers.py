@@ -9,9 +9,10 @@ import torch
 
 from sbrush import checkpoint
 from sbrush.console import SbrushError
-from sbrush.distill import distill, prepare
+from sbrush.distill import distill
 from sbrush.evaluate.clip import ClipScorer
 from sbrush.models.load import load_student, load_teacher
+from sbrush.plan import prepare
 from sbrush.prompts import make_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals

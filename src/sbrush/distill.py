@@ -1,6 +1,6 @@
 """The training loop: step after step, logged, checkpointed, resumable, stoppable.
 
-What a step is stands in distiller.py and core.py; what is kept in `--out` in run.py.
+What a run is made of stands in plan.py, what a step is in distiller.py and core.py, what is kept in `--out` in run.py.
 """
 
 from __future__ import annotations
@@ -8,148 +8,24 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from sbrush import checkpoint, sharding
-from sbrush.alignment import Alignment
 from sbrush.console import SbrushError, printable, progress, say
-from sbrush.device import Precision, parted, trains_in_bf16
-from sbrush.distiller import Distiller, Fit
+from sbrush.device import parted
+from sbrush.distiller import Distiller
 from sbrush.health import MOST_SKIPPED
 from sbrush.models.export import export_lora
-from sbrush.models.load import digest, load_student, load_teacher
-from sbrush.models.model import Model
-from sbrush.prompts import Prompts, ShuffledPrompts
-from sbrush.recipes import Recipe
-from sbrush.run import METRICS, Intervals, Run, make_config
-from sbrush.text_cache import TextCache
-from sbrush.trackers import begin, end, tell, tracked_in
-from sbrush.validation import Validation
-
-ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
-
-@dataclass
-class Plan:
-    """A run that is ready to begin: nothing is written yet."""
-
-    run: Run
-    prompts: Prompts
-    teacher: Model
-    init: Model | None
-    accelerator: Accelerator
-    fit: Fit
-    alignment: Alignment | None = None
-    validation: Validation | None = None
-    text_cache: TextCache | None = None
-
-    @property
-    def main_process(self) -> bool:
-        """Whether this process is the one that speaks and writes."""
-        return self.accelerator.is_main_process
-
-
-def prepare(
-    recipe: Recipe,
-    prompts: Prompts,
-    *,
-    out: Path,
-    teacher: str | None,
-    init: str | None,
-    seed: int,
-    device: str,
-    precision: Precision,
-    every: Intervals,
-    extend: int = 0,
-    fit: Fit | None = None,
-    teacher_config: str | None = None,
-    clip_weights: Path | None = None,
-    clip_model: str = "ViT-B-32",
-    tiny_vae: Path | None = None,
-    validation_prompts: Prompts | None = None,
-    validation_clip: Path | None = None,
-    trackers: Sequence[str] = (),
-    text_cache: Path | None = None,
-) -> Plan:
-    """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
-
-    `extend`: steps to add to a run that is complete in `out`. `teacher_config`: see load_teacher; `clip_weights`,
-    `clip_model`, `tiny_vae`: see Alignment.load, for a recipe with the clamped CLIP loss. `validation_prompts` (by
-    default the run's), `validation_clip`: see Validation.load, if `every` asks for it. `trackers`: see trackers.py.
-    `text_cache`: a folder for text embeddings; see text_cache.py.
-    """
-    bf16 = trains_in_bf16(precision, device)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
-    # A process that hangs, a machine that has gone: given up after a time that no export of a large student takes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
-    mixed = "bf16" if bf16 else "no"
-    sharded = sharding.asked_for()
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision=mixed, kwargs_handlers=[patience], **tracked_in(out, trackers)
-    )
-    fit = replace(fit or Fit(), shard=sharded and accelerator.num_processes > 1)
-    if fit.shard and (recipe.student_rank or fit.compile or recipe.optimizer == "adam8bit"):
-        raise SbrushError(
-            "FSDP is for a full student, with torch's Adam and without --compile",
-            "leave FSDP out of accelerate's configuration, or --student-lora, --adam-8bit and --compile",
-            code=2,
-        )
-    if (kind := accelerator.distributed_type) in ENGINES:
-        raise SbrushError(
-            f"sbrush does not run under {kind.value}",
-            "take FSDP or plain data parallelism in `accelerate config`; what makes a run small besides: "
-            "--student-lora 256, --adam-8bit, --ema-on-cpu, --checkpointing, --micro-batches",
-            code=2,
-        )
-    guide = load_teacher(teacher, config=teacher_config)
-    start = load_student(init) if init else None
-    if start and recipe.student_rank:
-        raise SbrushError(
-            "a LoRA student starts as its teacher, and cannot start as another student",
-            "leave out --init, or --student-lora",
-            code=2,
-        )
-    if start and start.unet.config.block_out_channels != guide.unet.config.block_out_channels:
-        raise SbrushError(
-            f"--init {printable(init)} is of another architecture than the teacher",
-            "start from a student of this teacher",
-            code=2,
-        )
-    T = len(guide.schedule) - 1
-    if recipe.t_init is not None and recipe.t_init > T:
-        raise SbrushError(
-            f"--t-init {recipe.t_init} is beyond the teacher's last timestep, {T}", f"take 1 to {T}", code=2
-        )
-    if recipe.t_high > T:
-        raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
-    alignment = None
-    if recipe.clip_weight:
-        alignment = Alignment.load(
-            guide, clip_weights, clip_model=clip_model, tiny_vae=tiny_vae, device=str(accelerator.device)
-        )
-    config = make_config(
-        recipe, prompts, teacher=teacher, teacher_config=teacher_config, teacher_sha256=digest(guide), init=init,
-        init_sha256=digest(start) if start else None,
-        clip=alignment.name if alignment else None, text_cache=text_cache is not None, seed=seed, bf16=bf16,
-    )  # fmt: skip
-    validation = None
-    if every.validate and (accelerator.is_main_process or fit.shard):
-        chosen = validation_prompts or prompts
-        validation = Validation.load(chosen, guide, validation_clip, device=str(accelerator.device))
-    run = Run.plan(out, config, recipe, every, extend=extend)
-    cache = TextCache(text_cache, guide, prompts) if text_cache else None
-    return Plan(run, prompts, guide, start, accelerator, fit, alignment, validation, cache)
+from sbrush.plan import Plan
+from sbrush.prompts import ShuffledPrompts
+from sbrush.run import METRICS, Run
+from sbrush.trackers import begin, end, tell
 
 
 def distill(plan: Plan) -> bool:

@@ -1,0 +1,150 @@
+"""A run that is ready to begin: its models loaded, its configuration resolved, nothing written yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from sbrush import sharding
+from sbrush.alignment import Alignment
+from sbrush.console import SbrushError, printable
+from sbrush.device import Precision, trains_in_bf16
+from sbrush.distiller import Fit
+from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.model import Model
+from sbrush.prompts import Prompts
+from sbrush.recipes import Recipe
+from sbrush.run import Intervals, Run, make_config
+from sbrush.text_cache import TextCache
+from sbrush.trackers import tracked_in
+from sbrush.validation import Validation
+
+ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@dataclass
+class Plan:
+    """A run that is ready to begin: nothing is written yet."""
+
+    run: Run
+    prompts: Prompts
+    teacher: Model
+    init: Model | None
+    accelerator: Accelerator
+    fit: Fit
+    alignment: Alignment | None = None
+    validation: Validation | None = None
+    text_cache: TextCache | None = None
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process is the one that speaks and writes."""
+        return self.accelerator.is_main_process
+
+
+def prepare(
+    recipe: Recipe,
+    prompts: Prompts,
+    *,
+    out: Path,
+    teacher: str | None,
+    init: str | None,
+    seed: int,
+    device: str,
+    precision: Precision,
+    every: Intervals,
+    extend: int = 0,
+    fit: Fit | None = None,
+    teacher_config: str | None = None,
+    clip_weights: Path | None = None,
+    clip_model: str = "ViT-B-32",
+    tiny_vae: Path | None = None,
+    validation_prompts: Prompts | None = None,
+    validation_clip: Path | None = None,
+    trackers: Sequence[str] = (),
+    text_cache: Path | None = None,
+) -> Plan:
+    """Loads the models and resolves the run's configuration. SbrushError if they do not fit together.
+
+    `extend`: steps to add to a run that is complete in `out`. `teacher_config`: see load_teacher; `clip_weights`,
+    `clip_model`, `tiny_vae`: see Alignment.load, for a recipe with the clamped CLIP loss. `validation_prompts` (by
+    default the run's), `validation_clip`: see Validation.load, if `every` asks for it. `trackers`: see trackers.py.
+    `text_cache`: a folder for text embeddings; see text_cache.py.
+    """
+    bf16 = trains_in_bf16(precision, device)
+    sharded = sharding.asked_for()
+    accelerator = _accelerator(device, "bf16" if bf16 else "no", tracked_in(out, trackers))
+    fit = replace(fit or Fit(), shard=sharded and accelerator.num_processes > 1)
+    if fit.shard and (recipe.student_rank or fit.compile or recipe.optimizer == "adam8bit"):
+        raise SbrushError(
+            "FSDP is for a full student, with torch's Adam and without --compile",
+            "leave FSDP out of accelerate's configuration, or --student-lora, --adam-8bit and --compile",
+            code=2,
+        )
+    guide = load_teacher(teacher, config=teacher_config)
+    start = load_student(init) if init else None
+    _check(recipe, guide, init, start)
+    alignment = None
+    if recipe.clip_weight:
+        alignment = Alignment.load(
+            guide, clip_weights, clip_model=clip_model, tiny_vae=tiny_vae, device=str(accelerator.device)
+        )
+    config = make_config(
+        recipe, prompts, teacher=teacher, teacher_config=teacher_config, teacher_sha256=digest(guide), init=init,
+        init_sha256=digest(start) if start else None,
+        clip=alignment.name if alignment else None, text_cache=text_cache is not None, seed=seed, bf16=bf16,
+    )  # fmt: skip
+    validation = None
+    if every.validate and (accelerator.is_main_process or fit.shard):
+        chosen = validation_prompts or prompts
+        validation = Validation.load(chosen, guide, validation_clip, device=str(accelerator.device))
+    run = Run.plan(out, config, recipe, every, extend=extend)
+    cache = TextCache(text_cache, guide, prompts) if text_cache else None
+    return Plan(run, prompts, guide, start, accelerator, fit, alignment, validation, cache)
+
+
+def _accelerator(device: str, mixed_precision: str, options: dict[str, Any]) -> Accelerator:
+    """accelerate's, on this device; SbrushError if its configuration names an engine that sbrush does not run under."""
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    # A process that hangs, a machine that has gone: given up after a time that no export of a large student takes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    made = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[patience], **options)
+    if (kind := made.distributed_type) in ENGINES:
+        raise SbrushError(
+            f"sbrush does not run under {kind.value}",
+            "take FSDP or plain data parallelism in `accelerate config`; what makes a run small besides: "
+            "--student-lora 256, --adam-8bit, --ema-on-cpu, --checkpointing, --micro-batches",
+            code=2,
+        )
+    return made
+
+
+def _check(recipe: Recipe, guide: Model, init: str | None, start: Model | None) -> None:
+    """SbrushError if a recipe, a teacher and a student to start from do not fit together."""
+    if start and recipe.student_rank:
+        raise SbrushError(
+            "a LoRA student starts as its teacher, and cannot start as another student",
+            "leave out --init, or --student-lora",
+            code=2,
+        )
+    if start and start.unet.config.block_out_channels != guide.unet.config.block_out_channels:
+        raise SbrushError(
+            f"--init {printable(init)} is of another architecture than the teacher",
+            "start from a student of this teacher",
+            code=2,
+        )
+    T = len(guide.schedule) - 1
+    if recipe.t_init is not None and recipe.t_init > T:
+        raise SbrushError(
+            f"--t-init {recipe.t_init} is beyond the teacher's last timestep, {T}", f"take 1 to {T}", code=2
+        )
+    if recipe.t_high > T:
+        raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
