@@ -71,7 +71,7 @@ ablations: $(READY)  ## the paper's ablations on the built-in world, with a pict
 	$(BIN)/python -m sbrush.stickers.ablations
 
 bench: $(READY)  ## the training step against the plain formulation and the floor; SIZE=sd21 for SD 2.1's, on a GPU
-	$(BIN)/python -m sbrush.bench $(if $(SIZE),--size $(SIZE) --minutes 9)
+	$(BIN)/python -m sbrush.bench $(if $(SIZE),--size $(SIZE) --minutes 6)
 
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the usual way, side by side
 	$(BIN)/python -m sbrush.evaluate.bench
