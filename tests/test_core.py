@@ -471,3 +471,11 @@ def test_the_pair_loss_pulls_the_student_to_the_teachers_picture_and_not_the_oth
     assert loss.dtype == torch.float32 and torch.isclose(loss, (rounded**2).sum() / (2 * x0.numel()))
     core.pair_loss(x0, theirs).backward()
     assert torch.allclose(x0.grad, (x0 - theirs).detach() / x0.numel()) and theirs.grad is None
+
+
+def test_the_clamped_clip_loss_is_zero_from_tau_on():
+    cosine = torch.tensor([0.1, 0.35, 0.6], requires_grad=True)
+    loss = core.clamped_clip_loss(cosine, 0.35)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25 / 3)
+    assert cosine.grad[0].item() == pytest.approx(-1 / 3) and cosine.grad[2] == 0
