@@ -64,7 +64,7 @@ fuzz: $(READY)  ## damage five hundred folders that sbrush reads; it must refuse
 memory: $(READY)  ## what `sbrush eval --coco-30k` holds in memory at 300 and at 3,000 pictures
 	$(BIN)/python tests/memory.py 300 3000
 
-full-size: $(READY)  ## Stable Diffusion's full sizes, random weights: needs 24 GiB, 10 GB of disk and half an hour or more
+full-size: $(READY)  ## Stable Diffusion's full sizes, random weights: needs 24 GiB, 30 GB of disk and half an hour or more
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m slow tests/test_full_size.py
 
 ablations: $(READY)  ## the paper's ablations on the built-in world, with a picture each
