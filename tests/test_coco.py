@@ -180,6 +180,16 @@ class TestMetrics:
         told = np.mean([fid_error(real, fake) for fake in fakes[:20]])
         assert told == pytest.approx(spread, rel=0.3)
 
+    def test_jackknife_leaves_out_each_group_once(self) -> None:
+        """By its definition, each distance through torchmetrics; features correlated, means far from 0."""
+        draw = torch.Generator().manual_seed(1)
+        mix = torch.randn(24, 24, generator=draw) * torch.logspace(0, -2, 24)
+        real, fake = (torch.randn(n, 24, generator=draw) @ mix + 5 for n in (2000, 1507))
+        kept = [torch.arange(len(fake)) % 10 != group for group in range(10)]
+        found = np.array([fid(real, fake[rows]) for rows in kept])
+        expected = (0.9 * ((found - found.mean()) ** 2).sum()) ** 0.5
+        assert fid_error(real, fake) == pytest.approx(expected, rel=1e-4)
+
 
 class TestReport:
     def test_the_page_is_whole_html_with_every_cell(self, tmp_path: Path) -> None:

@@ -80,6 +80,33 @@ def test_what_is_meant_to_save_memory_does(tiny_teacher, before, after):
     assert two.peak < 0.8 * one.peak and two.memory["student's Adam"] == one.memory["student's Adam"]
 
 
+def test_processes_share_a_batch_and_with_fsdp_the_student_and_its_gradients(tiny_teacher):
+    def told(world, *, shard=False):
+        fit, recipe = Fit(checkpointing=True, shard=shard), dataclasses.replace(SMALL, batch=world)
+        return estimate(None, recipe, fit, bf16=False, world=world)
+
+    alone, four, sharded = told(1), told(4), told(4, shard=True)
+    assert alone.memory == four.memory  # a picture each
+    trained = 4 * alone.parameters["student, trained"]
+    for name in ("student's weights, float32", "student's Adam", "student's average"):
+        assert sharded.memory[name] == pytest.approx(four.memory[name] / 4, abs=8)
+    assert trained / 8 < sharded.memory["student's weights, a block of them together"] < trained
+    # With checkpointing most is held when all gradients are there.
+    at_work = "gradients and activations, 1 picture at once"
+    assert four.memory[at_work] - sharded.memory[at_work] == pytest.approx(0.75 * trained, rel=0.05)
+    assert sharded.parameters == four.parameters and sharded.checkpoint == four.checkpoint
+
+
+@pytest.mark.parametrize(("rank", "fsdp"), [(0, False), (0, True), (1, True)])
+def test_a_dry_run_of_several_processes_is_told_once(tiny_teacher, prompt_file, rank, fsdp):
+    started = {"RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": str(fsdp)}
+    done = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--batch", "4", **started)
+    assert done.returncode == 0, done.stderr
+    assert ("processes: 2" in done.stdout) == (rank == 0)
+    assert ("2 pictures at once" in done.stdout) == (rank == 0)
+    assert ("a block of them together" in done.stdout) == (rank == 0 and fsdp)
+
+
 def test_the_average_can_be_kept_elsewhere_or_not_at_all(tiny_teacher):
     def average(recipe, fit):
         told = estimate(str(tiny_teacher), recipe, fit, bf16=False)

@@ -17,6 +17,7 @@ from PIL import Image
 from conftest import build_tiny_teacher, sbrush
 from fuzz import fuzz
 from sbrush import checkpoint, run
+from sbrush.config import differences
 from sbrush.console import SbrushError, printable
 from sbrush.distill import distill
 from sbrush.models.load import digest, load_teacher
@@ -24,7 +25,7 @@ from sbrush.pictures import parameters, save_png, sheet
 from sbrush.plan import prepare
 from sbrush.prompts import make_prompts, read_prompts
 from sbrush.recipes import RECIPES
-from sbrush.run import Intervals, differences
+from sbrush.run import Intervals
 from sbrush.seeds import parse_seeds
 
 SMALL = dataclasses.replace(RECIPES["swiftbrush"], steps=4, batch=2, lora_rank=4, lora_alpha=4)

@@ -17,12 +17,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -45,7 +41,6 @@ from sbrush.recipes import RECIPES, Recipe
 from sbrush.stickers.world import all_captions
 
 PLAIN = "plain: four score calls"
-Size = StrEnum("Size", {name: name for name in full_size.UNETS})  # type: ignore[misc]
 
 
 class PlainDistiller(Distiller):
@@ -166,19 +161,8 @@ def rows(
     return found
 
 
-@contextmanager
-def _folder(teacher: str | None, size: str | None) -> Iterator[str | None]:
-    """The teacher to measure with: one given, or one of this size made for the occasion."""
-    if size is None:
-        yield teacher
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        say(f"making random weights of {size}'s shapes ...")
-        yield str(full_size.make(size, Path(folder)))
-
-
 def main(
-    size: Annotated[Size | None, typer.Option(help="Random weights of this size. Default: built in.")] = None,
+    size: Annotated[full_size.Size | None, typer.Option(help="Random weights of this size. Default: built in.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder or Hub id, in place of both.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     batch: Annotated[int, typer.Option(help="Pictures an update.", min=1)] = 16,
@@ -202,7 +186,7 @@ def main(
     name = torch.cuda.get_device_name() if where != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     about = f"{name}, batch {batch}, {'bf16' if bf16 else 'float32'}, torch {torch.__version__}"
     say(f"{about}: matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
-    with _folder(teacher, size) as source:
+    with full_size.or_made(teacher, size) as source:
         told = {
             recipe: estimate(source, recipe, Fit(), bf16=bf16, device=where)
             for recipe in {one.recipe for one in chosen.values()}

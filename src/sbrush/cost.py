@@ -90,6 +90,7 @@ def estimate(
 ) -> Cost:
     """The cost of a run with this teacher; SbrushError if the teacher cannot be had.
 
+    `world`: processes, which share a batch, and with `fit.shard` the student, its gradients, moments and average.
     `clip_weights`, `clip_model`, `tiny_vae`: see Alignment.load; no weights are read. `cached_prompts`: whose text
     embeddings are kept on disk, which takes the text encoder off the device.
     """
@@ -100,6 +101,8 @@ def estimate(
     share = max(1, recipe.batch // world // fit.micro_batches)
     with torch.device("meta"):
         student, base, trained, lora = _networks(teacher, recipe, fit, bf16, device)
+        owners = world if fit.shard else 1
+        _share_gradients(student, owners)
         working, flops = _play(teacher, student, base, recipe, share, alignment)
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in _named(teacher).items()}
     count["LoRA teacher"], count["student, trained"] = lora, trained
@@ -114,16 +117,17 @@ def estimate(
         "teacher's UNet, frozen": frozen * count["UNet"],
         "text encoder and autoencoder, frozen": others * (count["VAE"] + (0 if parked else count["text encoder"])),
         "CLIP model and tiny VAE, frozen": 4 * sum(p.numel() for p in alignment.own_parameters()) if alignment else 0,
-        "student's weights, float32": 4 * trained,
+        "student's weights, float32": 4 * trained // owners,
+        "student's weights, a block of them together": 4 * _largest_block(student) if owners > 1 else 0,
         "student's weights, bfloat16 copy": copies,
-        "student's Adam": moments * trained,
-        "student's average": 0 if fit.ema_on_cpu else average,
+        "student's Adam": moments * trained // owners,
+        "student's average": 0 if fit.ema_on_cpu else average // owners,
         "LoRA teacher: weights, Adam": (4 + moments) * lora,
         f"gradients and activations, {share} picture{'s' if share > 1 else ''} at once": working,
     }
     forwards = recipe.forwards + (1 + recipe.lora_updates * (recipe.gap != "sds") if fit.checkpointing else 0)
     state = (4 + moments) * (trained + lora) + average
-    host = {"student's average": average if fit.ema_on_cpu else 0}
+    host = {"student's average": average // owners if fit.ema_on_cpu else 0}
     host["text encoder"] = others * count["text encoder"] if parked else 0
     return Cost(count, memory, host, flops, forwards, state, cached_prompts * row_bytes(_words(teacher, 1)))
 
@@ -162,6 +166,25 @@ def _networks(
             unet.enable_gradient_checkpointing()
             unet.train()
     return student, base, trained, lora
+
+
+def _share_gradients(student: nn.Module, owners: int) -> None:
+    """From now on this process keeps its share alone of each of the student's gradients, once that is complete."""
+    if owners == 1:
+        return
+
+    def keep_share(parameter: Tensor) -> None:
+        kept.append(torch.empty(parameter.numel() // owners, device="meta"))
+        parameter.grad = None
+
+    kept = list[Tensor]()
+    for parameter in student.parameters():
+        parameter.register_post_accumulate_grad_hook(keep_share)
+
+
+def _largest_block(unet: UNet2DConditionModel) -> int:
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
 
 def _play(

@@ -33,6 +33,11 @@ def pick_device(name: str = "auto") -> str:
     return name
 
 
+def launched() -> tuple[int, int]:
+    """This process's number, and how many torchrun or accelerate started together, before they have met."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on another device, without waiting for what that is at: for CUDA by way of pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from sbrush import sharding
 from sbrush.alignment import Alignment
+from sbrush.config import make_config
 from sbrush.console import SbrushError, printable
 from sbrush.device import Precision, trains_in_bf16
 from sbrush.distiller import Fit
@@ -21,7 +22,7 @@ from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
-from sbrush.run import Intervals, Run, make_config
+from sbrush.run import Intervals, Run
 from sbrush.text_cache import TextCache
 from sbrush.trackers import tracked_in
 from sbrush.validation import Validation
@@ -116,7 +117,10 @@ def _accelerator(device: str, mixed_precision: str, options: dict[str, Any]) -> 
         torch.cuda.set_device(device)
     # A process that hangs, a machine that has gone: given up after a time that no export of a large student takes.
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
-    made = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, kwargs_handlers=[patience], **options)
+    # Gradients lie in the buckets that processes exchange: without, a student's are there twice.
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    handlers = [patience, buckets]
+    made = Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
     if (kind := made.distributed_type) in ENGINES:
         raise SbrushError(
             f"sbrush does not run under {kind.value}",

@@ -1,6 +1,6 @@
 """A training run's folder: what was asked, what happened, how it looks, what came out.
 
-config.json             everything that decides the result; the same command resumes, a changed one is refused
+config.json             everything that decides the result (config.py)
 log.jsonl               one line every few steps, see METRICS; alarms by name; clip_score where it was validated
 curves.png              the same drawn
 samples/step-000200.png the student's pictures, same prompts and seeds each time; samples/teacher.png beside them
@@ -29,8 +29,8 @@ from diffusers import UNet2DConditionModel
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-import sbrush
 from sbrush import pictures
+from sbrush.config import check_same, read_config
 from sbrush.console import SbrushError, printable, progress, say
 from sbrush.curves import draw_curves
 from sbrush.files import write_json, write_text
@@ -39,11 +39,9 @@ from sbrush.models.card import about_student, model_card
 from sbrush.models.export import export_student
 from sbrush.models.model import Model
 from sbrush.models.unet import answer_as
-from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
 from sbrush.sample import scale_for, student_latents, teacher_latents
 
-FORMAT = 1
 METRICS = (
     "gap",  # mean |g|
     "student_loss",
@@ -60,9 +58,7 @@ METRICS = (
     "drift",  # see health.Yardstick.compare
     "beyond",
 )
-SHEET_PROMPTS, SHEET_SEEDS = 8, 3
-LATER = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
-NOT_COMPARED = ("version", "extended_by")  # keys of config.json that may change between parts of one run
+SHEET_SEEDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,19 +162,7 @@ class Run:
                 f"cannot write to {shown}: {problem.strerror}", "name another folder with --out"
             ) from None
         before = read_config(self.out)
-        if isinstance(before.get("recipe"), dict):  # a setting that came later was what it is by default
-            before["recipe"] = LATER | before["recipe"]
-        if before.get("format") != FORMAT:
-            raise SbrushError(
-                f"the run in {shown} has format {printable(before.get('format'))}, this version writes {FORMAT}",
-                "finish it with the version that began it, or start anew in another --out",
-            )
-        if changed := differences(before, self.config):
-            raise SbrushError(
-                f"{shown} holds a run with another configuration: {'; '.join(changed)}",
-                "give the same options to resume it, or another --out to start a new run",
-                code=2,
-            )
+        check_same(before, self.config, self.out)
         if before.get("extended_by", []) != self.config["extended_by"]:
             write_json(file, self.config)
         return held
@@ -279,63 +263,6 @@ class Run:
         rows = [list(row) for row in drawn.split(len(chosen))]
         labels = [f"seed {seed}" for seed in range(1, SHEET_SEEDS + 1)]
         pictures.save_png(self.out / "samples" / name, pictures.sheet(rows, row_labels=labels, column_labels=chosen))
-
-
-def make_config(
-    recipe: Recipe,
-    prompts: Prompts,
-    *,
-    teacher: str | None,
-    teacher_config: str | None,
-    teacher_sha256: str,
-    init: str | None,
-    init_sha256: str | None,
-    clip: str | None,
-    text_cache: bool,
-    seed: int,
-    bf16: bool,
-) -> dict[str, Any]:
-    """What config.json holds."""
-    spread = [prompts.texts[i * len(prompts) // SHEET_PROMPTS] for i in range(min(SHEET_PROMPTS, len(prompts)))]
-    return {
-        "format": FORMAT,
-        "version": sbrush.__version__,
-        "teacher": teacher or "stickers (built in)",
-        "teacher_config": teacher_config,
-        "teacher_sha256": teacher_sha256,
-        "init": init,
-        "init_sha256": init_sha256,
-        "clip": clip,
-        "text_cache": text_cache or None,  # its rounding decides, too; runs from before there was one had none
-        "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
-        "seed": seed,
-        "bf16": bf16,
-        "recipe": dataclasses.asdict(recipe),
-        "sheet_prompts": spread,
-    }
-
-
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """What has changed between two configurations: "recipe.batch was 16, now 8"."""
-    changed = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed += differences(old, new, f"{prefix}{key}.")
-        elif old != new and key not in NOT_COMPARED:
-            changed.append(f"{prefix}{key} was {printable(json.dumps(old))}, now {printable(json.dumps(new))}")
-    return changed
-
-
-def read_config(out: Path) -> dict[str, Any]:
-    """A run's config.json; SbrushError if it is damaged."""
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config, dict) and isinstance(config.get("extended_by", []), list):
-            return config
-    except (ValueError, RecursionError):
-        pass
-    raise SbrushError(f"{printable(out)}/config.json is damaged", "name a new folder with --out")
 
 
 def _loggable(value: object) -> bool:

@@ -174,8 +174,13 @@ def distill(
     )  # fmt: skip
     if dry_run:
         from sbrush.cost import estimate
-        from sbrush.device import trains_in_bf16
+        from sbrush.device import launched, trains_in_bf16
+        from sbrush.sharding import asked_for
 
+        process, world = launched()
+        if process:  # the first one speaks for all
+            return
+        fit = dataclasses.replace(fit, shard=asked_for() and world > 1)
         where = pick_device(device)
         bf16 = trains_in_bf16(cast("Any", precision.value), where)
         _print_recipes(chosen)
@@ -184,6 +189,7 @@ def distill(
             "prompts": texts.describe(),
             "seed": seed,
             "bfloat16": bf16,
+            "processes": f"{world}; memory is each one's",
         }
         for name, value in facts.items():
             console.out(f"{name}: {printable(value)}")
@@ -193,6 +199,7 @@ def distill(
             fit,
             config=teacher_config,
             bf16=bf16,
+            world=world,
             device=where,
             **seen_by,
             cached_prompts=len(texts) if text_cache else 0,

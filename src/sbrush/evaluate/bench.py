@@ -5,7 +5,7 @@ CLIP. Both take turns with the same student, metrics and pictures; the metrics' 
 depend on them. The floor: the FLOPs of student, VAE, Inception and CLIP over the rate of the matrix products that the
 same device does in the same run, in the student's dtype. The reference is not in it: its pictures are looked at once.
 
-On a GPU:  python -m sbrush.evaluate.bench --student DIR --clip ViT-g-14 --pictures 3000
+On a GPU:  python -m sbrush.evaluate.bench --size sd21 --clip ViT-g-14 --pictures 3000
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from sbrush.evaluate.clip import ClipScorer
 from sbrush.evaluate.coco import BATCH, PROTOCOLS, Looker
 from sbrush.evaluate.inception import Inception
 from sbrush.floor import matrix_rate, seconds
+from sbrush.models import full_size
 from sbrush.models.load import load_student
 from sbrush.models.model import Model
 from sbrush.pictures import to_image
@@ -120,6 +121,7 @@ def flops(student: Model, looker: Looker, texts: Sequence[str]) -> dict[str, flo
 
 def main(
     student: Annotated[str | None, typer.Option(help="A student's folder; by default the shipped one.")] = None,
+    size: Annotated[full_size.Size | None, typer.Option(help="Random weights of this size, in its place.")] = None,
     clip: Annotated[str, typer.Option(help="open_clip's name of a model; the benchmark's is ViT-g-14.")] = "ViT-B-32",
     pictures: Annotated[int, typer.Option(help="Pictures in all, shared by the turns.", min=TURNS)] = 300,
     batch: Annotated[int, typer.Option(help="Pictures made at once.", min=1)] = 64,
@@ -129,7 +131,8 @@ def main(
     """Pictures/s of `sbrush eval --coco-30k` and of the usual way, and the share of the floor."""
     where = pick_device(device)
     dtype = pick_dtype("auto", where)
-    model = load_student(student, device=where, dtype=dtype)
+    with full_size.or_made(student, size) as source:
+        model = load_student(source, device=where, dtype=dtype)
     network, _, preprocess = open_clip.create_model_and_transforms(clip, device=where)
     scorer = ClipScorer(network, preprocess, open_clip.get_tokenizer(clip), clip)
     looker = Looker(PROTOCOLS["swiftbrush"], Inception().requires_grad_(False).eval().to(where), scorer)
@@ -150,14 +153,16 @@ def main(
     if json_:
         out_json(
             {
-                "device": where, "dtype": str(dtype), "clip": clip, "pictures_a_turn": len(texts),
+                "student": size or model.name, "device": where, "dtype": str(dtype), "clip": clip,
+                "pictures_a_turn": len(texts),
                 "pictures_per_second": rates, "times_usual": ratio, "gflop_a_picture":
                 {name: count / 1e9 for name, count in work.items()}, "matrix_gflop_per_second": rate / 1e9,
                 "share_of_floor": {name: floor * r for name, r in rates.items()}, "torch": torch.__version__,
             }
         )  # fmt: skip
         return
-    out(f"{where}, {dtype}, CLIP {clip}, {TURNS} turns of {len(texts)} pictures, torch {torch.__version__}")
+    out(f"{size or model.name} on {where}, {dtype}, CLIP {clip}, torch {torch.__version__}")
+    out(f"{TURNS} turns of {len(texts)} pictures each")
     for name, count in work.items():
         out(f"{name:26} {count / 1e9:8.1f} GFLOP a picture")
     out(f"{'matrix products':26} {rate / 1e12:8.2f} TFLOP/s: at most {1 / floor:.1f} pictures/s")

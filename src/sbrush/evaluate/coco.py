@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,13 +161,25 @@ class Looker:
             rows["hps"] = 100 * self.hps.scores(torch.stack(liked), captions, "")
         return rows
 
-    def made(self, batches: Iterable[Tensor], captions: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    def made(
+        self,
+        batches: Iterable[Tensor],
+        captions: Sequence[str],
+        keep: Callable[[int, Image.Image], None] = lambda place, picture: None,
+    ) -> Iterator[dict[str, Tensor]]:
         """Rows of pictures that a model makes, uint8 [b, 3, H, W] in the captions' order.
 
-        A batch is made while those before it are prepared on other threads; networks on a GPU wait for neither.
+        A batch is made while those before it are prepared on other threads; networks on a GPU wait for neither. There
+        `keep` is handed each picture and its caption's place, before its row is yielded.
         """
-        first = 0
-        for pictures in ahead(lambda p: self.prepare(to_image(p), scored=True), batches):
+        first, places = 0, count()
+
+        def ready(made: tuple[Tensor, int]) -> Ready:
+            picture = to_image(made[0])
+            keep(made[1], picture)
+            return self.prepare(picture, scored=True)
+
+        for pictures in ahead(ready, (zip(batch, places, strict=False) for batch in batches)):
             yield self.look(pictures, captions[first : first + len(pictures)])
             first += len(pictures)
 

@@ -45,10 +45,38 @@ def fid_error(real: Tensor, fake: Tensor, *, groups: int = 10) -> float:
 
     A plain bootstrap is biased upward: it repeats pictures. Here each of `groups` interleaved groups is left out once;
     the FIDs on the rest are all alike biased by their number, which the variance does not see.
+
+    tr (C_r C_f)^(1/2) is taken from the symmetric C_r^(1/2) C_f C_r^(1/2), which has the same eigenvalues: on
+    Inception's 2,048 features that, and adding up each picture's products once, makes minutes into seconds.
     """
-    kept = [torch.arange(len(fake)) % groups != group for group in range(groups)]
-    found = torch.tensor([fid(real, fake[rows]) for rows in kept])
-    return float(((groups - 1) / groups * (found - found.mean()).square().sum()).sqrt())
+    centre = real.double().mean(dim=0)
+    mean_real, cov_real = _moments(*_sums(real, centre))
+    values, vectors = torch.linalg.eigh(cov_real)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    each = [_sums(fake[group::groups], centre) for group in range(groups)]
+    found = []
+    for left_out in range(groups):
+        n, total, products = (sum(parts) for parts in zip(*each[:left_out], *each[left_out + 1 :], strict=True))
+        mean, cov = _moments(n, total, products)
+        cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
+        found.append((mean_real - mean).square().sum() + cov_real.trace() + cov.trace() - 2 * cross)
+    distances = torch.stack(found)
+    return float(((groups - 1) / groups * (distances - distances.mean()).square().sum()).sqrt())
+
+
+def _sums(features: Tensor, centre: Tensor) -> tuple[int, Tensor, Tensor]:
+    """How many rows; the sum of what they are off `centre`, [width]; of its products, [width, width]; float64."""
+    total, products = torch.zeros_like(centre), torch.zeros(len(centre), len(centre)).to(centre)
+    for part in features.split(CHUNK):
+        off = part.double() - centre
+        total, products = total + off.sum(dim=0), products.addmm_(off.T, off)
+    return len(features), total, products
+
+
+def _moments(n: int, total: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (off the centre) and covariance of what was summed up."""
+    mean = total / n
+    return mean, (products - n * mean.outer(mean)) / (n - 1)
 
 
 class _AsTheyAre(nn.Module):

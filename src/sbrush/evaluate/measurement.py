@@ -116,10 +116,17 @@ class Measurement:
         len(self.reference)  # its turn comes first
 
         def batches(blocks: Sequence[range]) -> Iterable[dict[str, Tensor]]:
-            texts = _at(self.texts, blocks)
+            texts, numbers = _at(self.texts, blocks), _at(range(len(self.texts)), blocks)
+
+            def keep(place: int, picture: Image.Image) -> None:
+                if self.save_images is not None:
+                    _save(self.save_images, numbers[place], picture)
+                if numbers[place] < SHOWN:
+                    shown[numbers[place]] = picture
+
             if subject.pictures is None:
                 return self.looker.read(_at(subject.files, blocks), self.bad, texts)
-            return self.looker.made(self._drawn(subject, blocks, shown), texts)
+            return self.looker.made(self._drawn(subject, blocks), texts, keep)
 
         scorers = [scorer.name if scorer else None for scorer in (self.looker.clip, self.looker.hps)]
         key = [*self._rules, *scorers, subject.key, self.seed, hash_of(self.texts)]
@@ -144,18 +151,11 @@ class Measurement:
         self.crew.wait_for_everyone()
         return shards.rows()
 
-    def _drawn(self, subject: Subject, blocks: Sequence[range], shown: dict[int, Image.Image]) -> Iterator[Tensor]:
-        """A model's pictures of blocks of captions, uint8 [b, 3, H, W]; saved as PNG if asked for."""
+    def _drawn(self, subject: Subject, blocks: Sequence[range]) -> Iterator[Tensor]:
+        """A model's pictures of blocks of captions, uint8 [b, 3, H, W]."""
         assert subject.pictures is not None
         for block in blocks:
-            numbers = iter(block)
-            for batch in subject.pictures([self.texts[i] for i in block], [self._seed(i) for i in block]):
-                for i, picture in zip(numbers, batch, strict=False):
-                    if self.save_images is not None:
-                        _save(self.save_images, i, picture)
-                    if i < SHOWN:
-                        shown[i] = to_image(picture)
-                yield batch
+            yield from subject.pictures([self.texts[i] for i in block], [self._seed(i) for i in block])
 
     def _again(self, subject: Subject, numbers: Iterable[int]) -> list[Image.Image]:
         """Some of the pictures, by number."""
@@ -178,9 +178,9 @@ def _opened(file: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _save(folder: Path, number: int, picture: Tensor) -> None:
+def _save(folder: Path, number: int, picture: Image.Image) -> None:
     try:
-        save_png(folder / f"{number:05d}.png", to_image(picture))
+        save_png(folder / f"{number:05d}.png", picture)
     except OSError as problem:
         raise SbrushError(
             f"cannot write to {printable(folder)}: {problem.strerror}", "--save-images elsewhere"

@@ -11,6 +11,10 @@ The tokenizer is the built-in world's, for the real one's words cannot be made u
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sbrush.console import say
 from sbrush.files import write_json
 from sbrush.models.model import Model
 from sbrush.models.sdxl import ModelXL
@@ -39,6 +44,7 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 UNETS["sd21-v"] = UNETS["sd21"] | {"sample_size": 96}
+Size = StrEnum("Size", {name: name for name in UNETS})  # type: ignore[misc]
 TEXT = {  # width, layers, heads, activation
     "sd15": (768, 12, 12, "quick_gelu"), "sd21": (1024, 23, 16, "gelu"), "sd21-v": (1024, 23, 16, "gelu"),
     "sdxl": (768, 12, 12, "quick_gelu"),
@@ -72,6 +78,17 @@ def make(name: str, folder: Path, *, latent: int | None = None) -> Path:
     ).save_pretrained(folder / "scheduler")  # fmt: skip
     write_json(folder / "model_index.json", (ModelXL if name == "sdxl" else Model).student_index())
     return folder
+
+
+@contextmanager
+def or_made(folder: str | None, size: str | None) -> Iterator[str | None]:
+    """`folder`; or one of this size, made for as long as the context lasts."""
+    if size is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        say(f"making random weights of {size}'s shapes ...")
+        yield str(make(size, Path(temporary)))
 
 
 def _text_encoder(
