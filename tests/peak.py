@@ -15,9 +15,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from sbrush.cost import GIB, estimate
-from sbrush.distiller import Distiller, Fit
+from sbrush.distiller import Distiller
 from sbrush.models.full_size import make
 from sbrush.models.load import load_teacher
+from sbrush.networks import Fit
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
 

@@ -12,9 +12,10 @@ from conftest import sbrush
 from sbrush.alignment import Alignment
 from sbrush.console import SbrushError
 from sbrush.distill import distill
-from sbrush.distiller import Distiller, Fit
+from sbrush.distiller import Distiller
 from sbrush.evaluate.clip import ClipScorer
 from sbrush.models.load import load_teacher
+from sbrush.networks import Fit
 from sbrush.noise import StepNoise
 from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 
 from sbrush.bench import PLAIN, PlainDistiller, contenders, measure, rows
 from sbrush.cost import estimate
-from sbrush.distiller import Distiller, Fit
+from sbrush.distiller import Distiller
 from sbrush.floor import Floor, Rates, copy_rate, matrix_rate
 from sbrush.models.load import load_teacher
+from sbrush.networks import Fit
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
 

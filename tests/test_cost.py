@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import sbrush
 from sbrush.cost import Held, estimate
-from sbrush.distiller import Distiller, Fit
+from sbrush.distiller import Distiller
 from sbrush.models.load import load_teacher
+from sbrush.networks import Fit
 from sbrush.noise import picture_noise
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES

@@ -11,9 +11,10 @@ from conftest import build_tiny_teacher
 from sbrush import checkpoint
 from sbrush.console import SbrushError
 from sbrush.distill import distill
-from sbrush.distiller import Distiller, Fit
+from sbrush.distiller import Distiller
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.unet import answer_as
+from sbrush.networks import Fit
 from sbrush.noise import picture_noise
 from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts

@@ -32,10 +32,11 @@ from sbrush.console import out, out_json, say
 from sbrush.core import Words
 from sbrush.cost import GIB, Cost, estimate
 from sbrush.device import pick_device, trains_in_bf16
-from sbrush.distiller import Distiller, Fit
+from sbrush.distiller import Distiller
 from sbrush.floor import Floor, Rates, seconds
 from sbrush.models import full_size
 from sbrush.models.load import load_teacher
+from sbrush.networks import Fit
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES, Recipe
 from sbrush.stickers.world import all_captions

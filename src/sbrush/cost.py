@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sbrush.alignment import Alignment
 from sbrush.core import Words
-from sbrush.distiller import Fit
 from sbrush.models.load import load_shapes
 from sbrush.models.model import Model
 from sbrush.models.unet import add_lora, answer_as, attend_explicitly
+from sbrush.networks import Fit
 from sbrush.recipes import Recipe
 from sbrush.text_cache import row_bytes
 
@@ -140,7 +140,7 @@ def _named(model: Model) -> dict[str, nn.Module]:
 def _networks(
     teacher: Model, recipe: Recipe, fit: Fit, bf16: bool, device: str
 ) -> tuple[UNet2DConditionModel, UNet2DConditionModel, int, int]:
-    """Student and shared base as distiller.Distiller has them, and how many parameters of each are trained."""
+    """Student and shared base as networks.Networks has them, and how many parameters of each are trained."""
 
     def build() -> UNet2DConditionModel:
         unet = UNet2DConditionModel.from_config(teacher.unet.config)

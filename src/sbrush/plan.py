@@ -17,9 +17,9 @@ from sbrush.alignment import Alignment
 from sbrush.config import make_config
 from sbrush.console import SbrushError, printable
 from sbrush.device import Precision, trains_in_bf16
-from sbrush.distiller import Fit
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
+from sbrush.networks import Fit
 from sbrush.prompts import Prompts
 from sbrush.recipes import Recipe
 from sbrush.run import Intervals, Run

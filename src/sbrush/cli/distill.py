@@ -148,7 +148,7 @@ def distill(
     say("loading torch and the models ...")
     from sbrush.device import pick_device
     from sbrush.distill import distill as train
-    from sbrush.distiller import Fit
+    from sbrush.networks import Fit
     from sbrush.plan import prepare
     from sbrush.prompts import read_prompts
     from sbrush.run import Intervals
