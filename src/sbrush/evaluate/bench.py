@@ -1,9 +1,10 @@
 """`sbrush eval --coco-30k` against the usual way and against the floor, in one run.  `make bench-eval`
 
 The usual way: plain diffusers writes PNGs, a pass of torch's DataLoader over them as clean-fid has it, and one for
-CLIP. Both take turns with the same student, metrics and pictures; the metrics' weights are random, for speed does not
-depend on them. The floor: the FLOPs of student, VAE, Inception and CLIP over the rate of the matrix products that the
-same device does in the same run, in the student's dtype. The reference is not in it: its pictures are looked at once.
+CLIP, Inception in torch's own memory layout. Both take turns with the same student, metrics and pictures; the metrics'
+weights are random, for speed does not depend on them. The floor: the FLOPs of student, VAE, Inception and CLIP over the
+rate of the matrix products that the same device does in the same run, in the student's dtype. The reference is not in
+it: its pictures are looked at once.
 
 On a GPU:  python -m sbrush.evaluate.bench --size sd21 --clip ViT-g-14 --pictures 3000
 """
@@ -56,8 +57,14 @@ def ours(student: Model, looker: Looker, texts: list[str], folder: Path, *, batc
     return shards.rows()
 
 
+class PlainInception(Inception):
+    """In the memory layout that networks have if nobody asks."""
+
+    memory_format = torch.contiguous_format
+
+
 def usual(student: Model, looker: Looker, texts: list[str], folder: Path, *, batch: int) -> dict[str, Tensor]:
-    """The same in three passes: pictures to disk, features, CLIP scores."""
+    """The same in three passes: pictures to disk, features, CLIP scores; `looker` with a plain Inception."""
     parts = {part: getattr(student, part) for part in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline(**parts, **absent)
@@ -135,18 +142,21 @@ def main(
         model = load_student(source, device=where, dtype=dtype)
     network, _, preprocess = open_clip.create_model_and_transforms(clip, device=where)
     scorer = ClipScorer(network, preprocess, open_clip.get_tokenizer(clip), clip)
-    looker = Looker(PROTOCOLS["swiftbrush"], Inception().requires_grad_(False).eval().to(where), scorer)
+    lookers = {
+        way: Looker(PROTOCOLS["swiftbrush"], inception().requires_grad_(False).eval().to(where), scorer)
+        for way, inception in ((usual, PlainInception), (ours, Inception))
+    }
     texts = [random_caption(stream("bench", i)).text for i in range(pictures // TURNS)]
     taken: dict[str, list[float]] = {"usual": [], "sbrush": []}
     for turn in range(-1, TURNS):  # the first warms up, on a batch
         some = texts if turn >= 0 else texts[:batch]
         for name, way in (("usual", usual), ("sbrush", ours)):
             with tempfile.TemporaryDirectory() as folder:
-                took = seconds(partial(way, model, looker, some, Path(folder), batch=batch), where)
+                took = seconds(partial(way, model, lookers[way], some, Path(folder), batch=batch), where)
             if turn >= 0:
                 taken[name].append(took)
                 say(f"turn {turn + 1} of {TURNS}, {name}: {len(some) / took:.3g} pictures/s")
-    work, rate = flops(model, looker, texts[:2]), matrix_rate(where, dtype)
+    work, rate = flops(model, lookers[ours], texts[:2]), matrix_rate(where, dtype)
     floor = sum(work.values()) / rate
     rates = {name: len(texts) / statistics.median(times) for name, times in taken.items()}
     ratio = statistics.median(u / o for u, o in zip(taken["usual"], taken["sbrush"], strict=True))

@@ -39,6 +39,8 @@ Resize = Literal["clean", "tensorflow"]
 class Inception(nn.Sequential):
     """The network up to its last pooling."""
 
+    memory_format = torch.channels_last  # half as fast again as the other on CPUs
+
     def __init__(self) -> None:
         pool = nn.MaxPool2d(kernel_size=3, stride=2)
         layers: list[tuple[str, nn.Module]] = [
@@ -64,6 +66,7 @@ class Inception(nn.Sequential):
             ("Flatten", nn.Flatten()),
         ]
         super().__init__(OrderedDict(layers))
+        self.to(memory_format=self.memory_format)
         self.digest = ""
 
     @classmethod
@@ -101,7 +104,7 @@ class Inception(nn.Sequential):
         x = pictures.to(next(self.parameters()).device)
         if not x.is_floating_point():
             x = interpolate_bilinear_2d_like_tensorflow1x(x.float(), (SIDE, SIDE), align_corners=False)
-        out: Tensor = self((x - 128) / 128)
+        out: Tensor = self(((x - 128) / 128).contiguous(memory_format=self.memory_format))
         return out.float().cpu()
 
 

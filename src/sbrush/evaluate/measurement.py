@@ -84,9 +84,9 @@ class Measurement:
         if bad > self.max_bad:
             raise SbrushError(f"{bad} pictures could not be read", "see --max-bad, or fetch them again")
         say("measuring ...")
-        r, f = (x.to(self.device) for x in (self.reference[good_real], rows["features"][good]))
-        precision, recall = precision_recall(r, f)
-        r, f = r.cpu(), f.cpu()
+        # Not a copy of 8 KiB a picture where none is bad.
+        r, f = (x if ok.all() else x[ok] for x, ok in ((self.reference, good_real), (rows["features"], good)))
+        precision, recall = precision_recall(r.to(self.device), f.to(self.device))
         mean, spread = kid(r, f)
         figures = {
             "fid": fid(r, f), "fid_standard_error": fid_error(r, f) if len(f) >= 100 else None,
