@@ -1,0 +1,54 @@
+"""One measurement: pictures under their captions' numbers, whichever of them were missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbrush import shards
+from sbrush.evaluate.coco import PROTOCOLS, Coco, Looker
+from sbrush.evaluate.measurement import Measurement, Subject
+from test_ahead import Means
+
+
+def gray(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
+    """Of each seed a picture in its own gray, two at a time."""
+    for some in torch.tensor(seeds).split(2):
+        yield (10 * some).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+
+def test_a_block_that_was_missing_is_drawn_saved_and_shown_under_its_own_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "BLOCK", 3)
+    Image.new("RGB", (9, 9)).save(tmp_path / "real.jpg")
+    inception = Means()
+    inception.digest = "means"
+    measurement = Measurement(
+        coco=Coco(["a"], [tmp_path / "real.jpg"]), texts=list("abcdefgh"),
+        looker=Looker(PROTOCOLS["swiftbrush"], inception, None), folder=tmp_path / "work", seed=0, max_bad=0,
+        save_images=tmp_path / "pictures", device="cpu",
+        crew=SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None),  # type: ignore[arg-type]
+    )  # fmt: skip
+    subject, shown = Subject("grays", ["grays"], gray), dict[int, Image.Image]()
+    first = measurement.look(subject, shown)
+    saved = {file.name: np.array(Image.open(file))[0, 0, 0] for file in (tmp_path / "pictures").iterdir()}
+    assert saved == {f"{i:05d}.png": 10 * i for i in range(8)}
+    assert {i: picture.getpixel((0, 0))[0] for i, picture in shown.items()} == {i: 10 * i for i in range(8)}
+
+    next((tmp_path / "work").glob("coco-pictures-*/000003.safetensors")).unlink()
+    for file in (tmp_path / "pictures").iterdir():
+        file.unlink()
+    shown.clear()
+    again = measurement.look(subject, shown)
+    assert torch.equal(again["features"], first["features"])
+    saved = {file.name: np.array(Image.open(file))[0, 0, 0] for file in (tmp_path / "pictures").iterdir()}
+    assert saved == {f"{i:05d}.png": 10 * i for i in (3, 4, 5)}
+    assert {i: picture.getpixel((0, 0))[0] for i, picture in shown.items()} == {i: 10 * i for i in (3, 4, 5)}
