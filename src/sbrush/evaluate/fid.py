@@ -47,17 +47,16 @@ def fid_error(real: Tensor, fake: Tensor, *, groups: int = 10) -> float:
     the FIDs on the rest are all alike biased by their number, which the variance does not see.
 
     tr (C_r C_f)^(1/2) is taken from the symmetric C_r^(1/2) C_f C_r^(1/2), which has the same eigenvalues: on
-    Inception's 2,048 features that, and adding up each picture's products once, makes minutes into seconds.
+    Inception's 2,048 features that takes a third of the time, and the real side's products are added up once.
     """
     centre = real.double().mean(dim=0)
     mean_real, cov_real = _moments(*_sums(real, centre))
     values, vectors = torch.linalg.eigh(cov_real)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    each = [_sums(fake[group::groups], centre) for group in range(groups)]
-    found = []
-    for left_out in range(groups):
-        n, total, products = (sum(parts) for parts in zip(*each[:left_out], *each[left_out + 1 :], strict=True))
-        mean, cov = _moments(n, total, products)
+    found, (n, total, products) = [], _sums(fake, centre)
+    for group in range(groups):
+        rows, part, squares = _sums(fake[group::groups], centre)  # left out
+        mean, cov = _moments(n - rows, total - part, products - squares)
         cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
         found.append((mean_real - mean).square().sum() + cov_real.trace() + cov.trace() - 2 * cross)
     distances = torch.stack(found)
