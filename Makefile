@@ -74,7 +74,7 @@ bench: $(READY)  ## the training step against the plain formulation and the floo
 	$(BIN)/python -m sbrush.bench $(if $(SIZE),--size $(SIZE) --minutes 6)
 
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the usual way; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
-	$(BIN)/python -m sbrush.evaluate.bench $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --pictures 3000)
+	$(BIN)/python -m sbrush.evaluate.bench $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --pictures 3000 --minutes 6)
 
 teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, student
 	$(BIN)/python -m sbrush.stickers.teach vae

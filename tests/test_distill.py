@@ -24,7 +24,7 @@ from sbrush.distiller import Distiller
 from sbrush.models.load import load_teacher
 from sbrush.models.unet import answer_as
 from sbrush.noise import StepNoise
-from sbrush.plan import prepare
+from sbrush.plan import _accelerator, prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, read_log
@@ -493,3 +493,9 @@ def test_the_shipped_prompt_file_holds_no_held_out_combination():
     texts = read_prompts(Path(__file__).parent.parent / "prompts" / "stickers.txt").texts
     assert len(texts) == 2751
     assert not [t for t in texts for kind, colour in HELD_OUT if f"{colour} {kind}" in t]
+
+
+def test_processes_exchange_gradients_where_they_lie():
+    """Else a full student's gradients would be there twice, in DDP's buckets and out of them."""
+    made = _accelerator("cpu", "no", {})
+    assert made.ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True}

@@ -6,7 +6,7 @@ weights are random, for speed does not depend on them. The floor: the FLOPs of s
 rate of the matrix products that the same device does in the same run, in the student's dtype. The reference is not in
 it: its pictures are looked at once.
 
-On a GPU:  python -m sbrush.evaluate.bench --size sd21 --clip ViT-g-14 --pictures 3000
+On a GPU:  python -m sbrush.evaluate.bench --size sd21 --clip ViT-g-14 --pictures 3000 --minutes 6
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -132,10 +133,12 @@ def main(
     clip: Annotated[str, typer.Option(help="open_clip's name of a model; the benchmark's is ViT-g-14.")] = "ViT-B-32",
     pictures: Annotated[int, typer.Option(help="Pictures in all, shared by the turns.", min=TURNS)] = 300,
     batch: Annotated[int, typer.Option(help="Pictures made at once.", min=1)] = 64,
+    minutes: Annotated[float, typer.Option(help="After which no turn but the first begins.", min=0)] = 60,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Pictures/s of `sbrush eval --coco-30k` and of the usual way, and the share of the floor."""
+    until = time.monotonic() + 60 * minutes
     where = pick_device(device)
     dtype = pick_dtype("auto", where)
     with full_size.or_made(student, size) as source:
@@ -149,6 +152,8 @@ def main(
     texts = [random_caption(stream("bench", i)).text for i in range(pictures // TURNS)]
     taken: dict[str, list[float]] = {"usual": [], "sbrush": []}
     for turn in range(-1, TURNS):  # the first warms up, on a batch
+        if turn > 0 and time.monotonic() >= until:
+            break
         some = texts if turn >= 0 else texts[:batch]
         for name, way in (("usual", usual), ("sbrush", ours)):
             with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +169,7 @@ def main(
         out_json(
             {
                 "student": size or model.name, "device": where, "dtype": str(dtype), "clip": clip,
-                "pictures_a_turn": len(texts),
+                "turns": len(taken["sbrush"]), "pictures_a_turn": len(texts),
                 "pictures_per_second": rates, "times_usual": ratio, "gflop_a_picture":
                 {name: count / 1e9 for name, count in work.items()}, "matrix_gflop_per_second": rate / 1e9,
                 "share_of_floor": {name: floor * r for name, r in rates.items()}, "torch": torch.__version__,
@@ -172,7 +177,7 @@ def main(
         )  # fmt: skip
         return
     out(f"{size or model.name} on {where}, {dtype}, CLIP {clip}, torch {torch.__version__}")
-    out(f"{TURNS} turns of {len(texts)} pictures each")
+    out(f"turns: {len(taken['sbrush'])}, pictures in each: {len(texts)}")
     for name, count in work.items():
         out(f"{name:26} {count / 1e9:8.1f} GFLOP a picture")
     out(f"{'matrix products':26} {rate / 1e12:8.2f} TFLOP/s: at most {1 / floor:.1f} pictures/s")
