@@ -126,19 +126,38 @@ class TestProtocol:
         resized = ours.features(torch.stack([clean_resize(p) for p in pictures]))
         assert not torch.allclose(resized, expected, rtol=1e-3, atol=1e-2)
 
-    def test_clip_score_is_open_clips(self, clip_folder: Path) -> None:
+    @pytest.mark.parametrize(
+        "text",
+        [{}, {"no_causal_mask": True}, {"pool_type": "last"}],
+        ids=["clip", "both directions", "asked at the 77th"],
+    )
+    @pytest.mark.parametrize(
+        "captions",
+        [["a cat", "two dogs"], ["a cat", "a " + "very " * 90 + "long dog"], ["", "a cat on a mat by a bat"]],
+    )
+    def test_clip_score_is_open_clips(self, clip_folder: Path, tmp_path: Path, text: dict, captions: list[str]) -> None:
+        """Though a tower that reads from left to right reads nothing behind the longest caption."""
         import open_clip
 
-        pictures, captions = noise(2, 256, 256), ["a cat", "two dogs"]
-        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+        folder = tmp_path / "clip"
+        shutil.copytree(clip_folder, folder)
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["model_cfg"]["text_cfg"] |= text
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        pictures = noise(2, 256, 256)
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         images = torch.stack([preprocess(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures])
         with torch.no_grad():
             seen = model.eval().encode_image(images)
             said = model.encode_text(open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
         expected = torch.nn.functional.cosine_similarity(seen, said)
-        ours = ClipScorer.load(clip_folder)
+        ours = ClipScorer.load(folder)
+        read: list[int] = []
+        ours.network.transformer.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
         prepared = torch.stack([ours.prepare(p) for p in pictures])
         assert torch.allclose(ours.scores(prepared, captions), expected, atol=1e-6)
+        longest = max(int(t.argmax()) + 1 for t in open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
+        assert read == [77 if text else longest]
 
 
 class TestMetrics:

@@ -1,10 +1,10 @@
 """`sbrush eval --coco-30k` against the usual way and against the floor, in one run.  `make bench-eval`
 
 The usual way: plain diffusers writes PNGs, a pass of torch's DataLoader over them as clean-fid has it, and one for
-CLIP, Inception in torch's own memory layout. Both take turns with the same student, metrics and pictures; the metrics'
-weights are random, for speed does not depend on them. The floor: the FLOPs of student, VAE, Inception and CLIP over the
-rate of the matrix products that the same device does in the same run, in the student's dtype. The reference is not in
-it: its pictures are looked at once.
+CLIP; Inception in torch's own memory layout, CLIP over all 77 tokens. Both take turns with the same student, metrics
+and pictures; the metrics' weights are random, for speed does not depend on them. The floor: the FLOPs of student, VAE,
+Inception and CLIP, as sbrush runs them, over the rate of the matrix products that the same device does in the same run,
+in the student's dtype. The reference is not in it: its pictures are looked at once.
 
 On a GPU:  python -m sbrush.evaluate.bench --size sd21 --clip ViT-g-14 --pictures 3000 --minutes 6
 """
@@ -64,8 +64,16 @@ class PlainInception(Inception):
     memory_format = torch.contiguous_format
 
 
+class PlainClip(ClipScorer):
+    """Reads all 77 tokens, whatever the captions' length."""
+
+    def _said(self, tokens: Tensor, device: torch.device) -> Tensor:
+        said: Tensor = self.network.encode_text(tokens.to(device), normalize=True)
+        return said
+
+
 def usual(student: Model, looker: Looker, texts: list[str], folder: Path, *, batch: int) -> dict[str, Tensor]:
-    """The same in three passes: pictures to disk, features, CLIP scores; `looker` with a plain Inception."""
+    """The same in three passes: pictures to disk, features, CLIP scores; `looker` with plain networks."""
     parts = {part: getattr(student, part) for part in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline(**parts, **absent)
@@ -144,11 +152,13 @@ def main(
     with full_size.or_made(student, size) as source:
         model = load_student(source, device=where, dtype=dtype)
     network, _, preprocess = open_clip.create_model_and_transforms(clip, device=where)
-    scorer = ClipScorer(network, preprocess, open_clip.get_tokenizer(clip), clip)
-    lookers = {
-        way: Looker(PROTOCOLS["swiftbrush"], inception().requires_grad_(False).eval().to(where), scorer)
-        for way, inception in ((usual, PlainInception), (ours, Inception))
-    }
+    tokenizer = open_clip.get_tokenizer(clip)
+
+    def looker(inception: type[Inception], scorer: type[ClipScorer]) -> Looker:
+        features = inception().requires_grad_(False).eval().to(where)
+        return Looker(PROTOCOLS["swiftbrush"], features, scorer(network, preprocess, tokenizer, clip))
+
+    lookers = {usual: looker(PlainInception, PlainClip), ours: looker(Inception, ClipScorer)}
     texts = [random_caption(stream("bench", i)).text for i in range(pictures // TURNS)]
     taken: dict[str, list[float]] = {"usual": [], "sbrush": []}
     for turn in range(-1, TURNS):  # the first warms up, on a batch
