@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import open_clip
 import torch
@@ -59,9 +59,12 @@ def ours(student: Model, looker: Looker, texts: list[str], folder: Path, *, batc
 
 
 class PlainInception(Inception):
-    """In the memory layout that networks have if nobody asks."""
+    """In the memory layout that networks have if nobody asks, layer by layer."""
 
     memory_format = torch.contiguous_format
+
+    def frozen(self) -> Self:
+        return self.requires_grad_(False).eval()
 
 
 class PlainClip(ClipScorer):
@@ -155,8 +158,9 @@ def main(
     tokenizer = open_clip.get_tokenizer(clip)
 
     def looker(inception: type[Inception], scorer: type[ClipScorer]) -> Looker:
-        features = inception().requires_grad_(False).eval().to(where)
-        return Looker(PROTOCOLS["swiftbrush"], features, scorer(network, preprocess, tokenizer, clip))
+        return Looker(
+            PROTOCOLS["swiftbrush"], inception().frozen().to(where), scorer(network, preprocess, tokenizer, clip)
+        )
 
     lookers = {usual: looker(PlainInception, PlainClip), ours: looker(Inception, ClipScorer)}
     texts = [random_caption(stream("bench", i)).text for i in range(pictures // TURNS)]
