@@ -118,6 +118,14 @@ def test_dry_run_prints_the_recipes_and_writes_nothing(tmp_path, tiny_teacher, p
         assert said in done.stdout
 
 
+def test_a_dry_run_plans_for_a_card_that_is_elsewhere(tiny_teacher, prompt_file):
+    plan = ("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--ema-on-cpu", "--device")
+    card, here = sbrush(*plan, "cuda"), sbrush(*plan, "cpu")
+    assert "device: cuda, bfloat16" in card.stdout and "student's weights, bfloat16 copy" in card.stdout
+    assert card.returncode == here.returncode == 0 and card.stdout != here.stdout
+    assert_refused(sbrush(*plan, "warp"), "no such device")
+
+
 def test_terminal_escapes_in_names_are_not_obeyed(tmp_path):
     done = sbrush("distill", tmp_path / "\x1b[31mred\x07.txt")
     assert done.returncode == 2 and "\x1b" not in done.stderr and "\x07" not in done.stderr

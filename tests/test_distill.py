@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+from conftest import build_tiny_teacher
 from sbrush import checkpoint, core
 from sbrush.console import SbrushError
 from sbrush.distill import distill, stop_requests
@@ -364,6 +365,26 @@ def test_init_starts_from_another_student(tmp_path, tiny_teacher):
     ours = Distiller(second.teacher, SMALL, seed=3, accelerator=second.accelerator, init=second.init)
     weights = student_weights(tmp_path / "first")
     assert all(torch.equal(p, weights[name]) for name, p in ours.student.named_parameters())
+
+
+def test_an_init_that_means_something_else_by_noise_words_or_output_is_refused(tmp_path, tiny_teacher, tiny_xl):
+    assert distill(plan(tiny_teacher, tmp_path / "late", dataclasses.replace(SMALL, steps=1, t_init=700)))
+    v = build_tiny_teacher(tmp_path / "v", prediction="v_prediction")
+    linear = shutil.copytree(tiny_teacher, tmp_path / "linear")
+    scheduler = json.loads((linear / "scheduler" / "scheduler_config.json").read_text())
+    (linear / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"beta_schedule": "linear"}))
+    early, late = SMALL, dataclasses.replace(SMALL, t_init=700)
+    for init, recipe, complaint in (
+        (tiny_xl, early, "another architecture"),  # as many channels, other words
+        (v, early, "predicts v_prediction, the teacher epsilon"),
+        (linear, early, "another noise schedule"),
+        (tmp_path / "late", early, "takes its step at timestep 700, this run would at 999"),
+        (tiny_teacher, late, "takes its step at timestep 999, this run would at 700"),
+    ):
+        with pytest.raises(SbrushError, match=complaint):
+            plan(tiny_teacher, tmp_path / "run", recipe, init=str(init))
+    assert plan(tiny_teacher, tmp_path / "run", late, init=str(tmp_path / "late")).init
+    assert plan(tiny_teacher, tmp_path / "run", early, init=str(tiny_teacher)).init
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

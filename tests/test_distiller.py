@@ -34,9 +34,11 @@ variants = pytest.mark.parametrize("recipe", [SMALL, SHARED, LORA, dataclasses.r
 def distiller(teacher, recipe, **fit):
     made = Distiller(load_teacher(str(teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), fit=Fit(**fit))
     torch.manual_seed(1)
-    for name, parameter in sorted((made.lora | (made.trained if recipe.student_rank else {})).items()):
-        parameter.data.normal_(std=0.1)
-        assert ".lora_" in name
+    # The LoRA teacher is far from the teacher: their difference is what is compared, and a small one is mere rounding.
+    for parts, std in ((made.lora, 1.0), (made.trained if recipe.student_rank else {}, 0.1)):
+        for name, parameter in sorted(parts.items()):
+            parameter.data.normal_(std=std)
+            assert ".lora_" in name
     return made
 
 
@@ -54,7 +56,7 @@ def gradients(made):
 @pytest.mark.parametrize("fit", [{"micro_batches": 2}, {"checkpointing": True}, {"ema_on_cpu": True}])
 def test_whatever_fits_a_run_to_its_machine_leaves_its_gradients_alone(tiny_teacher, recipe, fit):
     plain, other = (gradients(distiller(tiny_teacher, recipe, **options)) for options in ({}, fit))
-    assert len(plain[0]) == len(other[0]) == 1 + recipe.lora_updates
+    assert len(plain[0]) == len(other[0]) == 1 + recipe.lora_updates and plain[1]["gap_share"] > 0.01
     for one, two in zip(plain[0], other[0], strict=True):
         assert one.norm() > 0 and (one - two).norm() < 1e-4 * one.norm()
     for name, value in plain[1].items():

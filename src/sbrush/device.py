@@ -18,8 +18,11 @@ Precision = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(name: str = "auto") -> str:
-    """ "cuda" where there is one, else "cpu"; a device asked for by name must exist (SbrushError)."""
+def pick_device(name: str = "auto", *, present: bool = True) -> str:
+    """ "cuda" where there is one, else "cpu"; a device asked for by name must exist (SbrushError).
+
+    Without `present` it need not: a run may be planned for a card that another machine has.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -28,7 +31,7 @@ def pick_device(name: str = "auto") -> str:
         raise SbrushError(f"no such device: {name}", "devices are cpu, cuda, cuda:1, ...", code=2) from None
     if kind not in ("cpu", "cuda"):
         raise SbrushError(f"sbrush does not run on {kind}", "use --device cpu or --device cuda", code=2)
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and present and not torch.cuda.is_available():
         raise SbrushError("no CUDA device on this machine", "leave --device out, or use --device cpu", code=2)
     return name
 
@@ -53,11 +56,14 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def trains_in_bf16(precision: Precision, device: str) -> bool:
-    """Whether training multiplies matrices in bfloat16: "auto" does where the hardware does so natively."""
+    """Whether training multiplies matrices in bfloat16: "auto" does where the hardware does so natively.
+
+    A card that is only planned with is taken for one that does.
+    """
     if precision != "auto":
         return precision == "bfloat16"
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return has_cpu_bf16()
 
 

@@ -34,6 +34,7 @@ class Part:
     draw: StepNoise
     cond: Words
     x0: Tensor  # [b, C, H, W] float32, detached, as are all but lora_loss
+    noise: Tensor
     x_t: Tensor
     t: Tensor  # [b] int64
     eps_teacher: Tensor
@@ -103,14 +104,19 @@ class Distiller(Networks):
 
         whole = {
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("x0", "x_t", "t", "eps_teacher", "eps_lora")
+            for name in ("x0", "noise", "x_t", "t", "eps_teacher", "eps_lora")
         }
+        apart, error, lora_error = (
+            (whole[one] - whole[other]).abs().mean()
+            for one, other in (("eps_teacher", "eps_lora"), ("eps_teacher", "noise"), ("eps_lora", "noise"))
+        )
         skipped = ~(student_grad.isfinite() & lora_grad.isfinite())
         metrics = {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics}
         metrics |= {
             "lora_loss": torch.stack(lora_losses).mean() if lora_losses else torch.zeros_like(lora_grad),
             "x0_mean": whole["x0"].mean(), "x0_std": whole["x0"].std(), "student_grad": student_grad,
             "lora_grad": lora_grad, "skipped": skipped.float(),
+            "gap_share": apart / error, "lora_error": lora_error / error,
         }  # fmt: skip
         guesses = {
             name: core.to_x0(whole[eps], whole["x_t"], whole["t"], schedule, "epsilon")
@@ -172,12 +178,10 @@ class Distiller(Networks):
             student_loss = student_loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
             extra["clip_cosine"] = cosine.detach().mean()
         self._backward(student_loss, "student")
-        error, lora_error = ((eps - noise).abs().mean() for eps in (eps_teacher, eps_lora))
         metrics = {
             "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
-            "gap_share": (eps_teacher - eps_lora).abs().mean() / error, "lora_error": lora_error / error,
         }  # fmt: skip
-        return Part(draw, cond, x0.detach(), x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
+        return Part(draw, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
 
     def _lora_loss(self, part: Part) -> Tensor:
         """The LoRA teacher's loss on the same pictures, with fresh noise."""

@@ -139,12 +139,8 @@ def _check(recipe: Recipe, guide: Model, init: str | None, start: Model | None) 
             "leave out --init, or --student-lora",
             code=2,
         )
-    if start and start.unet.config.block_out_channels != guide.unet.config.block_out_channels:
-        raise SbrushError(
-            f"--init {printable(init)} is of another architecture than the teacher",
-            "start from a student of this teacher",
-            code=2,
-        )
+    if start:
+        _check_start(recipe, guide, printable(init), start)
     T = len(guide.schedule) - 1
     if recipe.t_init is not None and recipe.t_init > T:
         raise SbrushError(
@@ -152,3 +148,30 @@ def _check(recipe: Recipe, guide: Model, init: str | None, start: Model | None) 
         )
     if recipe.t_high > T:
         raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
+
+
+def _check_start(recipe: Recipe, guide: Model, name: str, start: Model) -> None:
+    """SbrushError if a student to start from means something else by its noise, its words or its output."""
+    weights, own = ({k: v.shape for k, v in model.unet.state_dict().items()} for model in (start, guide))
+    if weights != own:
+        raise SbrushError(
+            f"--init {name} is of another architecture than the teacher", "start from a student of this teacher", code=2
+        )
+    if start.prediction != guide.prediction:
+        raise SbrushError(
+            f"--init {name} predicts {start.prediction}, the teacher {guide.prediction}",
+            "start from a student of this teacher",
+            code=2,
+        )
+    length = len(start.schedule)
+    if length > len(guide.schedule) or not torch.allclose(start.schedule.alpha, guide.schedule.alpha[:length]):
+        raise SbrushError(
+            f"--init {name} has another noise schedule than the teacher", "start from a student of this teacher", code=2
+        )
+    begins, begin = length - 1, len(guide.schedule) - 1 if recipe.t_init is None else recipe.t_init
+    if begins != begin:
+        raise SbrushError(
+            f"--init {name} takes its step at timestep {begins}, this run would at {begin}",
+            f"--t-init {begins}" if begins < len(guide.schedule) - 1 else "leave out --t-init, or --set t_init=null",
+            code=2,
+        )

@@ -108,7 +108,11 @@ def distill(
     ] = None,
     keep: Annotated[int, typer.Option(help="Newest checkpoints that stay.", min=1, rich_help_panel=REPORT)] = 2,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the recipes, and what this run would take; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the recipes, and what this run would take (--device cuda: card or no card); train nothing.",
+        ),
     ] = False,
     device: DeviceFlag = "auto",
     precision: Annotated[Precision, typer.Option(help="Of matrix products.", rich_help_panel=MACHINE)] = Precision.auto,
@@ -181,14 +185,14 @@ def distill(
         if process:  # the first one speaks for all
             return
         fit = dataclasses.replace(fit, shard=asked_for() and world > 1)
-        where = pick_device(device)
+        where = pick_device(device, present=False)
         bf16 = trains_in_bf16(cast("Any", precision.value), where)
         _print_recipes(chosen)
         facts = {
             "teacher": teacher or "stickers (built in)",
             "prompts": texts.describe(),
             "seed": seed,
-            "bfloat16": bf16,
+            "device": f"{where}, {'bfloat16' if bf16 else 'float32'}",
             "processes": f"{world}; memory is each one's",
         }
         for name, value in facts.items():

@@ -111,10 +111,12 @@ class ClipScorer:
         """The texts' directions [B, D], of token ids int64 [B, 77] on the CPU.
 
         CLIP's own text tower reads from left to right and is asked at the caption's end: what fills the 77 behind the
-        longest one, four fifths of the work with captions of COCO's length, changes nothing and is left out.
+        longest one, four fifths of the work with captions of COCO's length, changes nothing and is left out. Tokens
+        without numbers (of `shapes`) have no longest caption.
         """
         network = self.network
-        if isinstance(network, CLIP) and network.attn_mask is not None and network.text_pool_type == "argmax":
+        own = isinstance(network, CLIP) and network.attn_mask is not None and network.text_pool_type == "argmax"
+        if own and not tokens.is_meta:
             length = int(tokens.argmax(dim=1).max()) + 1
             mask, places = network.attn_mask[:length, :length], network.positional_embedding[:length]
             cut = {"attn_mask": mask, "positional_embedding": places}
