@@ -1,6 +1,7 @@
 """The loop: one step against the paper written out by hand, resuming, refusing, what a run leaves behind."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from conftest import build_tiny_teacher
 from sbrush import checkpoint, core
 from sbrush.console import SbrushError
-from sbrush.distill import distill, stop_requests
+from sbrush.distill import Saving, distill, stop_requests
 from sbrush.distiller import Distiller
 from sbrush.models.load import load_teacher
 from sbrush.models.unet import answer_as
@@ -395,6 +396,28 @@ def test_the_first_signal_asks_and_the_handlers_come_back(number, capfd):
         os.kill(os.getpid(), number)
         assert stop.asked and signal.getsignal(number) == signal.SIG_DFL  # the second one ends the program
     assert signal.getsignal(number) == before and "stopping after this step" in capfd.readouterr().err
+
+
+def test_checkpoints_come_as_often_as_they_are_worth(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("sbrush.distill.time.monotonic", lambda: now[0])
+
+    def saved_at(every, *, a_step, a_save, steps):
+        saving, found = Saving(every, Accelerator(cpu=True)), []
+        for step in range(1, steps + 1):
+            now[0] += a_step
+            if saving.due(step):
+                found.append(step)
+                with saving.timed():
+                    now[0] += a_save
+        return found
+
+    assert saved_at(3, a_step=1, a_save=1000, steps=10) == [3, 6, 9]
+    assert saved_at(None, a_step=1, a_save=1, steps=1000) == [200, 400, 600, 800, 1000]
+    # 200 steps take a minute and a checkpoint half of one: its share of the time stays below a twentieth.
+    found = saved_at(None, a_step=0.3, a_save=30, steps=20_000)
+    assert found[0] == 200 and {b - a for a, b in itertools.pairwise(found)} == {2000}
+    assert 30 / (2000 * 0.3 + 30) <= 0.05 < 30 / (1800 * 0.3 + 30)
 
 
 def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):

@@ -1,7 +1,11 @@
 """The moving average: its ramp, its limit, and the swap in and out."""
 
+import threading
+
+import pytest
 import torch
 
+from sbrush import ema
 from sbrush.ema import EMA
 
 
@@ -29,3 +33,46 @@ def test_inside_swaps_the_average_in_and_the_parameters_back_even_on_an_error():
     except KeyboardInterrupt:
         pass
     assert torch.equal(net.weight, own)
+
+
+def test_an_average_kept_away_is_the_same_and_whoever_asks_waits_for_it():
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    near = EMA(dict(net.named_parameters()), 0.9)
+    away = EMA(dict(net.named_parameters()), 0.9, device=torch.device("cpu"))
+    held, begun = threading.Event(), threading.Event()
+    first = {name: value.clone() for name, value in away.tensors.items()}
+
+    def late(*arguments):
+        begun.set()
+        assert held.wait(60)
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = ema._move
+        patch.setattr(ema, "_move", late)
+        for step in (1, 2, 3):
+            for parameter in net.parameters():
+                parameter.data += torch.randn_like(parameter)
+            near.update(step)
+            held.clear() if step == 3 else held.set()
+            begun.clear()
+            away.update(step)  # does not wait
+            assert begun.wait(60)
+        # What moves is a copy: the parameters may go on before it has.
+        for parameter in net.parameters():
+            parameter.data.fill_(torch.nan)
+        threading.Timer(0.2, held.set).start()
+        for name, value in away.tensors.items():
+            assert torch.equal(value, near.tensors[name]) and not torch.equal(value, first[name])
+            assert value.stride() == near.tensors[name].stride()
+
+
+def test_a_failure_of_the_average_is_heard():
+    net = torch.nn.Linear(1, 1)
+    away = EMA(dict(net.named_parameters()), 0.9, device=torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ema, "_move", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        away.update(1)
+        with pytest.raises(MemoryError):
+            away.update(2)

@@ -31,6 +31,7 @@ from sbrush.recipes import Recipe
 from sbrush.text_cache import row_bytes
 
 GIB = 2**30
+PRODUCTS, NORMS = ("linear", "conv2d"), ("group_norm", "layer_norm")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def estimate(
         student, base, trained, lora = _networks(teacher, recipe, fit, bf16, device)
         owners = world if fit.shard else 1
         _share_gradients(student, owners)
-        working, flops = _play(teacher, student, base, recipe, share, alignment)
+        autocast = bf16 and device.startswith("cuda")
+        working, flops = _play(teacher, student, base, recipe, share, alignment, autocast=autocast)
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in _named(teacher).items()}
     count["LoRA teacher"], count["student, trained"] = lora, trained
     frozen = 2 if bf16 else 4
@@ -127,7 +129,7 @@ def estimate(
     }
     forwards = recipe.forwards + (1 + recipe.lora_updates * (recipe.gap != "sds") if fit.checkpointing else 0)
     state = (4 + moments) * (trained + lora) + average
-    host = {"student's average": average // owners if fit.ema_on_cpu else 0}
+    host = {"student's average, and a copy on its way to it": 2 * average // owners if fit.ema_on_cpu else 0}
     host["text encoder"] = others * count["text encoder"] if parked else 0
     return Cost(count, memory, host, flops, forwards, state, cached_prompts * row_bytes(_words(teacher, 1)))
 
@@ -188,7 +190,14 @@ def _largest_block(unet: UNet2DConditionModel) -> int:
 
 
 def _play(
-    teacher: Model, student: nn.Module, base: nn.Module, recipe: Recipe, share: int, alignment: Alignment | None
+    teacher: Model,
+    student: nn.Module,
+    base: nn.Module,
+    recipe: Recipe,
+    share: int,
+    alignment: Alignment | None,
+    *,
+    autocast: bool,
 ) -> tuple[int, float]:
     """The most bytes held at once by one part of a batch, gradients included; FLOPs of one forward of one picture."""
     dtype = next(base.parameters()).dtype  # under autocast activations are of the dtype of matrix products
@@ -203,7 +212,7 @@ def _play(
         answer_as(base, "teacher")
         forward(base, 1)
     held = Held([student, base, *(alignment.networks if alignment else ())])
-    with held, flash_attention():
+    with held, kernels(autocast=autocast):
         answer_as(student, "student")
         x0 = forward(student, share)
         with torch.no_grad():
@@ -244,14 +253,34 @@ class _Flash(torch.autograd.Function):
 
 
 @contextmanager
-def flash_attention() -> Iterator[None]:
-    """On networks without numbers torch would write attention maps out; while this lasts it holds what kernels hold."""
-    own = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Flash.apply(query, key, value)
+def kernels(*, autocast: bool) -> Iterator[None]:
+    """While this lasts, networks without numbers hold what a device's own kernels hold.
+
+    torch would write attention maps out for them. And CUDA's `autocast`, which it knows on the device alone, takes
+    norms in float32, and what goes into products in the products' own format.
+    """
+    own = {name: getattr(F, name) for name in ("scaled_dot_product_attention", *NORMS, *PRODUCTS)}
+
+    def taking(dtype: torch.dtype, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) else x
+
+        return lambda *args, **kwargs: function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Flash.apply(query, key, value)
+
+    F.scaled_dot_product_attention = taking(torch.bfloat16, attend) if autocast else attend
+    if autocast:
+        for name in NORMS:
+            setattr(F, name, taking(torch.float32, own[name]))
+        for name in PRODUCTS:
+            setattr(F, name, taking(torch.bfloat16, own[name]))
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = own
+        for name, function in own.items():
+            setattr(F, name, function)
 
 
 class Held(TorchDispatchMode):

@@ -46,6 +46,17 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions in float32 are float32 within: cuDNN would round their factors to ten bits (TF32) by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def pick_dtype(name: str, device: str) -> torch.dtype:
     """The networks' dtype for sampling: "auto" is bfloat16 on CUDA and float32 on CPU."""
     if name == "auto":

@@ -14,6 +14,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from sbrush import checkpoint, sharding
@@ -26,6 +27,10 @@ from sbrush.plan import Plan
 from sbrush.prompts import ShuffledPrompts
 from sbrush.run import METRICS, Run
 from sbrush.trackers import begin, end, tell
+
+ASK_EVERY = 5  # steps after which several processes agree on stopping: to ask is to wait for the device
+SAVE_EVERY = 200  # steps between checkpoints if nobody says so
+SAVING = 0.05  # share of a run's time that its checkpoints may take then: a large student's are many gigabytes
 
 
 def distill(plan: Plan) -> bool:
@@ -83,19 +88,20 @@ def _train(plan: Plan) -> bool:
     plan.accelerator.wait_for_everyone()
     every = run.every
     yardstick = run.yardstick if every.sheet else None
-    waiting: list[Tensor] = []
+    waiting, saving = list[Tensor](), Saving(every.checkpoint, plan.accelerator)
     since, skipped = time.monotonic(), 0  # the latter: steps in a row, up to now, that were not finite
-    with stop_requests() as stop, progress("distilling", recipe.steps, done=first - 1) as bar:
+    several = plan.accelerator.num_processes > 1
+    with stop_requests(several=several) as stop, progress("distilling", recipe.steps, done=first - 1) as bar:
         for step in range(first, recipe.steps + 1):
             result = distiller.step(step, order)
             if yardstick:
                 result |= yardstick.compare(result["x0"])
             unknown = torch.full_like(result["gap"], float("nan"))
             waiting.append(torch.stack([result.get(name, unknown) for name in METRICS]))
-            last, stopping = step == recipe.steps, stop.asked_by_any(distiller.accelerator)
+            last, stopping = step == recipe.steps, stop.asked_by_any(distiller.accelerator, step)
             sheet = bool(every.sheet) and (step % every.sheet == 0 or last or step == 1)
             validate = bool(every.validate) and (step % every.validate == 0 or last)
-            save = step % every.checkpoint == 0 or last or stopping
+            save = saving.due(step) or last or stopping
             note = ""
             if step % every.log == 0 or sheet or validate or save:  # the only place that waits for the device
                 entry = _means(waiting, distiller.accelerator)
@@ -120,9 +126,10 @@ def _train(plan: Plan) -> bool:
             if main:
                 bar.advance(note=note)
             if needed and save and (skipped == 0 or last or stopping):
-                state = distiller.state()
-                if main:
-                    checkpoint.save(run.checkpoints, step, state, keep=every.keep)
+                with saving.timed():
+                    state = distiller.state()
+                    if main:
+                        checkpoint.save(run.checkpoints, step, state, keep=every.keep)
             if stopping and not last:
                 return False
     end(plan.accelerator)
@@ -149,8 +156,8 @@ def _means(waiting: list[Tensor], accelerator: Accelerator) -> dict[str, float |
 
 def _run_of_skipped(waiting: list[Tensor], before: int) -> int:
     """How many of the newest steps in a row were skipped, `before` those waiting included."""
-    for values in waiting:
-        before = before + 1 if values[METRICS.index("skipped")] else 0
+    for skipped in torch.stack(waiting)[:, METRICS.index("skipped")].tolist():
+        before = before + 1 if skipped else 0
     return before
 
 
@@ -163,21 +170,51 @@ def _not_finite(run: Run, skipped: int) -> SbrushError:
     )
 
 
+class Saving:
+    """When checkpoints are due: every so many steps, or, of every SAVE_EVERY, as often as SAVING allows."""
+
+    def __init__(self, every: int | None, accelerator: Accelerator) -> None:
+        self._every, self._accelerator = every, accelerator
+        self._took, self._since = 0.0, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether one is due after `step`; all processes decide alike, by the main one's clock."""
+        if self._every is not None:
+            return step % self._every == 0
+        if step % SAVE_EVERY:
+            return False
+        worth = (time.monotonic() - self._since) * SAVING >= self._took * (1 - SAVING)
+        if self._accelerator.num_processes == 1:
+            return worth
+        said = torch.tensor(float(worth), device=self._accelerator.device)
+        return bool(broadcast(said, from_process=0).item())
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around the saving of one."""
+        began = time.monotonic()
+        yield
+        self._since = time.monotonic()
+        self._took = self._since - began
+
+
 class Stop:
     """Whether somebody has asked the run to stop."""
 
     asked = False
 
-    def asked_by_any(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked, so that all stop after the same step."""
+    def asked_by_any(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether any process was asked, so that all stop after the same step; several ask each other now and then."""
         if accelerator.num_processes == 1:
             return self.asked
+        if step % ASK_EVERY:
+            return False
         flag = torch.tensor(float(self.asked), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
 
 
 @contextmanager
-def stop_requests() -> Iterator[Stop]:
+def stop_requests(*, several: bool = False) -> Iterator[Stop]:
     """Turns the first Ctrl-C or SIGTERM into a request; the second one ends the program at once."""
     stop = Stop()
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -185,7 +222,8 @@ def stop_requests() -> Iterator[Stop]:
     def request(number: int, frame: FrameType | None) -> None:
         stop.asked = True
         # Not by `say`: the signal may have come in the middle of a print, which must not be entered twice.
-        os.write(2, b"\nstopping after this step; once more to stop at once (work since the last checkpoint is lost)\n")
+        when = b"in some steps, when all processes know" if several else b"after this step"
+        os.write(2, b"\nstopping " + when + b"; once more to stop at once (work since the last checkpoint is lost)\n")
         for s in before:
             signal.signal(s, signal.SIG_DFL)
 

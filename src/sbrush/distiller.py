@@ -166,11 +166,11 @@ class Distiller(Networks):
             gap = core.vsd_gap(eps_teacher, eps_lora, t, schedule)
         student_loss = core.vsd_loss(x0, gap)
         pair_loss = torch.zeros((), device=x0.device)
-        paired = [place for place, index in enumerate(indices) if recipe.pairs and index % self._pair_every == 0]
-        if paired and step <= recipe.pair_share * recipe.steps:
+        paired = slice(-indices.start % self._pair_every, None, self._pair_every)
+        if recipe.pairs and len(z[paired]) and step <= recipe.pair_share * recipe.steps:
             words = {name: value[paired] for name, value in cond.items()}
             pair_loss = core.pair_loss(x0[paired], self._teacher_pictures(z[paired], words))
-            student_loss = student_loss + recipe.pair_weight * len(paired) / len(z) * pair_loss
+            student_loss = student_loss + recipe.pair_weight * len(z[paired]) / len(z) * pair_loss
         extra = {}
         if self.alignment and (weight := recipe.clip_weight_at(step)):
             with self.accelerator.autocast():

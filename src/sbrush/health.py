@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sbrush.device import send
+
 GRACE = 100  # steps before the first alarm: a student begins as the teacher's one-step guess, which is no picture yet
 LASTING = 50  # steps for which a sign must last
 MOST_SKIPPED = 25  # steps in a row that were not finite; then the run stops
@@ -118,9 +120,7 @@ class Yardstick:
         drift   largest distance of a channel's mean from the teacher's, in the teacher's deviations
         beyond  share of values further from the mean than any of the teacher's
         """
-        mean, deviation, furthest = (
-            torch.tensor(v, device=x0.device) for v in (self.mean, self.deviation, self.furthest)
-        )
+        mean, deviation, furthest = send(torch.tensor([self.mean, self.deviation, self.furthest]), x0.device)
         channels = x0.float().movedim(1, 0).flatten(1)
         drift = ((channels.mean(1) - mean) / deviation).abs().amax()
         beyond = ((channels - mean[:, None]).abs() > furthest[:, None]).float().mean()

@@ -55,7 +55,9 @@ class Networks:
         if recipe.student_rank:
             self.student = base
         else:
-            layout = torch.contiguous_format if self.fit.shard else self.memory_format  # torch shards no other
+            # torch shards no other than the plain layout, and the 8-bit Adam falls back to it.
+            plain = self.fit.shard or recipe.optimizer == "adam8bit"
+            layout = torch.contiguous_format if plain else self.memory_format
             student = copy.deepcopy((init or teacher).unet).to(accelerator.device, memory_format=layout)
             self.student = student.float().requires_grad_(True).train()
             if self.fit.shard:

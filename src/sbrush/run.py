@@ -65,12 +65,12 @@ SHEET_SEEDS = 3
 class Intervals:
     """How often a run is written down, in steps; `sheet` 0: no pictures, nor the alarms that need the teacher's.
 
-    `validate` 0: no validation.
+    `checkpoint` None: as often as is worth it, see distill.Saving. `validate` 0: no validation.
     """
 
     log: int = 10
     sheet: int = 200
-    checkpoint: int = 200
+    checkpoint: int | None = None
     validate: int = 0
     keep: int = 2  # how many of the newest checkpoints stay
 

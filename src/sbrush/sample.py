@@ -74,7 +74,7 @@ def ddim(
     scheduler, x = DDIMScheduler.from_config(scheduler.config), z.float()
     scheduler.set_timesteps(steps)
     for step in scheduler.timesteps:
-        t = step.to(x.device).expand(len(x))
+        t = torch.full((len(x),), int(step), device=x.device)  # nothing waits for that, as a copy to a GPU would
         if guidance == 1:
             output = denoise(x, t, cond)
         else:

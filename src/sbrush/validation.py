@@ -51,7 +51,8 @@ class Validation:
         parts, done = [], 0
         with progress("validating", len(self.prompts), unit="pictures") as bar:
             for pictures in student_pictures(student, self.prompts, range(len(self.prompts)), batch=batch):
-                parts.append(self.scorer.score(pictures, self.prompts[done : done + len(pictures)]))
+                with torch.autocast(student.device.type, enabled=False):  # as `sbrush eval` scores
+                    parts.append(self.scorer.score(pictures, self.prompts[done : done + len(pictures)]))
                 done += len(pictures)
                 bar.advance(len(pictures))
         return torch.cat(parts).mean().item()

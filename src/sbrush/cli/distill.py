@@ -92,7 +92,10 @@ def distill(
     sheet_every: Annotated[
         int, typer.Option(help="Steps between contact sheets; 0: none.", min=0, rich_help_panel=REPORT)
     ] = 200,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 200,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Steps. Default: 200, or more if saving takes long.", min=1, rich_help_panel=REPORT),
+    ] = None,
     validate_every: Annotated[
         int, typer.Option(help="Steps between CLIP scores of the student; 0: none.", min=0, rich_help_panel=REPORT)
     ] = 0,

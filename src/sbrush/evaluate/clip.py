@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from sbrush.console import SbrushError, printable
+from sbrush.device import send
 from sbrush.pictures import to_image
 
 MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with
@@ -98,7 +99,8 @@ class ClipScorer:
         for resize in resizing:
             pictures = resize(pictures)
         # torchvision's own would wait for the device, to see that no deviation is zero.
-        mean, std = (pictures.new_tensor(v).view(1, 3, 1, 1) for v in (normalise.mean, normalise.std))
+        numbers = send(torch.tensor([normalise.mean, normalise.std]), pictures.device)
+        mean, std = numbers.view(2, 1, 3, 1, 1)
         return self._cosines((pictures - mean) / std, captions, "")
 
     def _cosines(self, prepared: Tensor, captions: Sequence[str], prefix: str) -> Tensor:

@@ -29,6 +29,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from sbrush.console import SbrushError, printable, say
+from sbrush.device import exact_convolutions
 
 WIDTH, SIDE = 2048, 299
 NAME = "weights-inception-2015-12-05-6726825d.pth"
@@ -111,7 +112,8 @@ class Inception(nn.Sequential):
         x = pictures.to(next(self.parameters()).device)
         if not x.is_floating_point():
             x = interpolate_bilinear_2d_like_tensorflow1x(x.float(), (SIDE, SIDE), align_corners=False)
-        out: Tensor = self(((x - 128) / 128).contiguous(memory_format=self.memory_format))
+        with exact_convolutions():
+            out: Tensor = self(((x - 128) / 128).contiguous(memory_format=self.memory_format))
         return out.float().cpu()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -71,9 +70,9 @@ class Model:
         """What `predict` returns."""
         return cast(Prediction, self.scheduler.config.prediction_type)
 
-    @cached_property
+    @property
     def schedule(self) -> NoiseSchedule:
-        """alpha_t and sigma_t, on the UNet's device."""
+        """alpha_t and sigma_t, on the device that the UNet is on now."""
         return NoiseSchedule.from_alphas_cumprod(self.scheduler.alphas_cumprod).to(self.device)
 
     @property

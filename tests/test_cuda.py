@@ -1,0 +1,92 @@
+"""The training step on a GPU, without one: nothing on the wrong device, nobody who waits (fake_cuda.py)."""
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from fake_cuda import Waits, fake_cuda, without_engine
+from sbrush.cost import Held, kernels
+from sbrush.distiller import Distiller
+from sbrush.health import Yardstick
+from sbrush.models.load import load_shapes
+from sbrush.networks import Fit
+from sbrush.recipes import RECIPES
+from sbrush.sample import student_pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+PROMPTS = ["a cat", "a dog", "a red fish", "a blue car"] * 4
+PAPER = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4)
+SHARED = dataclasses.replace(RECIPES["stickers"], batch=4, lora_rank=4, lora_alpha=4, pairs=2, pair_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fit"),
+    [
+        (PAPER, Fit()),
+        (SHARED, Fit(micro_batches=2)),
+        (dataclasses.replace(PAPER, student_rank=3), Fit(checkpointing=True)),
+        (dataclasses.replace(PAPER, guidance=0.5, guidance_to=4.0), Fit()),
+    ],
+)
+@pytest.mark.parametrize("family", ["tiny_teacher", "tiny_xl"])
+def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, family, recipe, fit):
+    # The teacher's many steps read diffusers' timesteps on the CPU, whose values a fake one has not.
+    monkeypatch.setattr("sbrush.distiller.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
+    teacher = load_shapes(str(request.getfixturevalue(family)))
+    yardstick = Yardstick([0.0] * 4, [1.0] * 4, [1.0] * 4, 1.0, 1.0)
+    with fake_cuda() as accelerator:
+        for network in teacher.networks:
+            network.to_empty(device="cpu")
+        assert len(teacher.schedule) == 1000 and teacher.schedule.alpha.device.type == "cpu"  # as when a run is planned
+        made = without_engine(Distiller(teacher, recipe, seed=0, accelerator=accelerator, fit=fit))
+        made.step(1, PROMPTS)
+        with Waits() as waits:
+            result = made.step(2, PROMPTS)
+            result |= yardstick.compare(result["x0"])
+            torch.stack([result[name] for name in ("gap", "gap_share", "lora_error", "drift", "skipped")])
+        assert {value.device.type for value in result.values()} == {"cuda"}
+        assert waits.found == []
+
+
+@pytest.mark.parametrize("family", ["tiny_teacher", "tiny_xl"])
+def test_pictures_are_drawn_on_the_device_and_come_back(request, family):
+    model = load_shapes(str(request.getfixturevalue(family)))
+    with fake_cuda():
+        for network in model.networks:
+            network.to_empty(device="cuda").to(torch.bfloat16)
+        (pictures,) = student_pictures(model, ["a cat", "a dog"], [1, 2])
+        assert pictures.shape == (2, 3, 32, 32) and pictures.dtype == torch.uint8 and pictures.device.type == "cpu"
+
+
+def test_what_autocast_holds_is_told(tiny_teacher):
+    """cost.py's idea of CUDA's kernels against CUDA's own rules for autocast."""
+    config = load_shapes(str(tiny_teacher)).unet.config
+    held = {}
+    with torch.device("meta"):
+        unet = torch.nn.Module.to(UNet2DConditionModel.from_config(config), torch.bfloat16)
+        with Held([unet]) as told, kernels(autocast=True):
+            output = unet(*inputs(torch.bfloat16)).sample
+        gc.collect()
+        held["told"] = told.now
+        del output
+    with fake_cuda():
+        with torch.device("cuda"):
+            unet = UNet2DConditionModel.from_config(config)
+            with Held([unet]) as seen, kernels(autocast=False), torch.autocast("cuda", torch.bfloat16):
+                output = unet(*inputs(torch.float32)).sample
+        gc.collect()
+        copies = sum(2 * p.numel() for p in unet.parameters() if p.dim() > 1)  # of weights, which cost.py adds apart
+        held["seen"] = seen.now - copies
+        del output
+    assert held["told"] == pytest.approx(held["seen"], rel=0.05)
+
+
+def inputs(dtype):
+    return (
+        torch.zeros(4, 4, 16, 16, dtype=dtype),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(4, 77, 16, dtype=dtype),
+    )
