@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,9 +37,11 @@ def fake_cuda() -> Iterator[Accelerator]:
         patch.setattr(nn.Module, "_apply", _apply)
         for name in SENDERS:  # pinned memory takes a driver
             patch.setattr(importlib.import_module(f"sbrush.{name}"), "send", lambda x, to: x.to(to, non_blocking=True))
+        for kind in (AcceleratorState, PartialState):  # one for the whole process, other tests' too
+            patch.setattr(kind, "_shared_state", {})
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        patch.setitem(PartialState._shared_state, "device", torch.device("cuda", 0))
-        patch.setitem(accelerator.state._shared_state, "device", torch.device("cuda", 0))
+        for kind in (AcceleratorState, PartialState):
+            kind._shared_state["device"] = torch.device("cuda", 0)
         yield accelerator
 
 

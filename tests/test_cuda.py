@@ -14,7 +14,7 @@ from sbrush.health import Yardstick
 from sbrush.models.load import load_shapes
 from sbrush.networks import Fit
 from sbrush.recipes import RECIPES
-from sbrush.sample import student_pictures
+from sbrush.sample import student_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 PROMPTS = ["a cat", "a dog", "a red fish", "a blue car"] * 4
@@ -52,13 +52,14 @@ def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, fam
 
 
 @pytest.mark.parametrize("family", ["tiny_teacher", "tiny_xl"])
-def test_pictures_are_drawn_on_the_device_and_come_back(request, family):
+def test_pictures_are_drawn_on_the_device(request, family):
     model = load_shapes(str(request.getfixturevalue(family)))
     with fake_cuda():
         for network in model.networks:
             network.to_empty(device="cuda").to(torch.bfloat16)
-        (pictures,) = student_pictures(model, ["a cat", "a dog"], [1, 2])
-        assert pictures.shape == (2, 3, 32, 32) and pictures.dtype == torch.uint8 and pictures.device.type == "cpu"
+        (latents,) = student_latents(model, ["a cat", "a dog"], [1, 2])
+        assert latents.shape == (2, 4, 16, 16) and (latents.dtype, latents.device.type) == (torch.float32, "cuda")
+        assert model.decode(latents).shape == (2, 3, 32, 32)
 
 
 def test_what_autocast_holds_is_told(tiny_teacher):

@@ -129,7 +129,8 @@ def estimate(
     }
     forwards = recipe.forwards + (1 + recipe.lora_updates * (recipe.gap != "sds") if fit.checkpointing else 0)
     state = (4 + moments) * (trained + lora) + average
-    host = {"student's average, and a copy on its way to it": 2 * average // owners if fit.ema_on_cpu else 0}
+    # What is on its way to the average takes as much again.
+    host = {"student's average": 2 * average // owners if fit.ema_on_cpu else 0}
     host["text encoder"] = others * count["text encoder"] if parked else 0
     return Cost(count, memory, host, flops, forwards, state, cached_prompts * row_bytes(_words(teacher, 1)))
 
