@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import errno
+import hashlib
+import html
 import io
 import json
 import shutil
@@ -21,14 +23,17 @@ from torch import Tensor
 
 from conftest import sbrush
 from sbrush.console import SbrushError
+from sbrush.device import quick_products
 from sbrush.evaluate.bench import PlainInception
 from sbrush.evaluate.clip import ClipScorer
-from sbrush.evaluate.coco import Bad, Coco, read_captions, square
+from sbrush.evaluate.coco import PROTOCOLS, Bad, Coco, read_captions, square
 from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.inception import Inception, clean_resize
 from sbrush.evaluate.kid import kid, mmd
 from sbrush.evaluate.published import BenchmarkReport, Measured
 from sbrush.files import write_json
+from sbrush.models.load import digest, load_student
+from sbrush.sample import student_pictures
 from sbrush.shards import Shards
 from sbrush.stickers.draw import draw
 from sbrush.stickers.world import random_caption, random_sticker, stream
@@ -125,6 +130,30 @@ class TestProtocol:
         assert torch.allclose(ours.features(pictures), expected, rtol=1e-5, atol=1e-4)  # in another layout: rounding
         resized = ours.features(torch.stack([clean_resize(p) for p in pictures]))
         assert not torch.allclose(resized, expected, rtol=1e-3, atol=1e-2)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_torchmetrics_presets_features_are_torchmetrics(self, inception_file: Path, tmp_path: Path) -> None:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        state = torch.load(inception_file, weights_only=True)
+        torch.save({**state, "fc.bias": torch.zeros(1008)}, tmp_path / "theirs.pth")
+        theirs = NoTrainInceptionV3("net", ["2048"], str(tmp_path / "theirs.pth"))
+        pictures, ours = noise(2, 256, 256), Inception.load(inception_file)
+        resize = PROTOCOLS["torchmetrics"].resize
+        assert torch.allclose(ours.features(pictures, resize), theirs(pictures), rtol=1e-5, atol=1e-4)
+        resize = PROTOCOLS["torch-fidelity"].resize
+        assert not torch.allclose(ours.features(pictures, resize), theirs(pictures), rtol=1e-3, atol=1e-2)
+
+    def test_inception_is_exact_and_clip_quick_on_a_gpu(self, inception_file: Path) -> None:
+        seen = []
+        net = Inception.load(inception_file)
+        net.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+        net.features(noise(1, 256, 256))
+        assert seen == [False] and torch.backends.cudnn.allow_tf32  # as torch has it by default
+        for kind, precision in (("cuda", "high"), ("cpu", "highest")):
+            with quick_products(torch.device(kind)):
+                assert torch.get_float32_matmul_precision() == precision
+            assert torch.get_float32_matmul_precision() == "highest"  # or precision and recall would take float64
 
     @pytest.mark.parametrize(
         "text",
@@ -259,7 +288,10 @@ class Tags(HTMLParser):
 
 
 class TestShards:
-    def test_blocks_go_on_where_they_stopped_and_damaged_ones_are_done_again(self, tmp_path: Path) -> None:
+    def test_blocks_go_on_where_they_stopped_and_damaged_ones_are_done_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sbrush.shards.BLOCK", 200)
         rows = torch.arange(450.0)[:, None]
 
         def batches(blocks):  # type: ignore[no-untyped-def]
@@ -277,6 +309,8 @@ class TestShards:
         assert asked[3:] == [200] and torch.equal(Shards(tmp_path, 450).rows()["features"], rows)
         Shards(tmp_path, 420).fill("test", batches)  # fewer: the last block is another
         assert asked[4:] == [400] and torch.equal(Shards(tmp_path, 420).rows()["features"], rows[:420])
+        Shards(tmp_path, 420).fill("test", batches, done=lambda block: block.start != 200)
+        assert asked[5:] == [200]
 
     def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(_: object, file: Path) -> None:
@@ -346,6 +380,11 @@ class TestBadInput:
         (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(SbrushError, match="UTF-8"):
             read_captions(tmp_path / "c.txt")
+        (tmp_path / "c.txt").write_text("a cat\n\na dog\n", encoding="utf-8")
+        with pytest.raises(SbrushError, match="line 2"):
+            read_captions(tmp_path / "c.txt")
+        (tmp_path / "c.txt").write_text("\ufeffa cat\r\na\u2028dog", encoding="utf-8")
+        assert read_captions(tmp_path / "c.txt") == ["a cat", "a\u2028dog"]
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +397,7 @@ def evaluate(coco: Path, inception_file: Path, clip_folder: Path, tmp_path_facto
             "--work", work, "--limit", 20, "--report", work / "report.html", *more,
         )  # fmt: skip
 
-    run.work = work  # type: ignore[attr-defined]
+    run.work, run.coco = work, coco  # type: ignore[attr-defined]
     return run
 
 
@@ -375,6 +414,11 @@ class TestCommand:
         assert (manifest["pictures"], manifest["reference_pictures"], manifest["bad_pictures"]) == (20, PICTURES, 0)
         page = (work / "report.html").read_text()
         assert "16.67" in page and "like nothing published" in page and page.count("data:image/png") == 20 + 12
+
+        kept = sorted((work / "pictures").iterdir())
+        kept[7].unlink()  # asked for again they are all there, whatever is known of them
+        assert evaluate("--save-images", work / "pictures").returncode == 0
+        assert sorted((work / "pictures").iterdir()) == kept and len(kept) == 20
 
         shards = sorted(work.glob("coco-pictures-*/*.safetensors"))
         shards[-1].unlink()  # as if stopped before the last one
@@ -394,6 +438,83 @@ class TestCommand:
         resized = evaluate("--json", "--protocol", "torchmetrics", "--images", work / "pictures")
         assert json.loads(resized.stdout)["points"][0]["figures"]["fid"] != figures["fid"]
         assert len({place.name for place in work.glob("coco-*")} - before) == 2  # nothing of another protocol is used
+
+    def test_three_hundred(self, evaluate, inception_file: Path, clip_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        """Every figure and every line of the manifest by something else than what made it."""
+        import open_clip
+
+        root, seed, work = make_coco(tmp_path / "coco", 300), 7, tmp_path / "work"
+        flags = "--coco-root", root, "--work", work, "--limit", 290, "--seed", seed
+        done = evaluate(*flags, "--json", "--save-images", tmp_path / "kept", "--report", tmp_path / "report.html")
+        assert done.returncode == 0, done.stderr
+        told, coco = json.loads(done.stdout), Coco.read(root)
+        figures, manifest = told["points"][0]["figures"], told["manifest"]
+
+        # The pictures: each of its caption and of its own seed.
+        files, student = sorted((tmp_path / "kept").iterdir()), load_student(None)
+        assert [file.name for file in files] == [f"{i:05d}.png" for i in range(290)]
+        for i in (0, 1, 255, 256, 289):
+            (expected,) = student_pictures(student, [coco.captions[i]], [seed * 1_000_000 + i])
+            with Image.open(files[i]) as picture:
+                drawn = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            assert (drawn.int() - expected[0].int()).abs().max() <= 1  # another batch: rounding
+
+        # The figures.
+        rows = {
+            what: [load_file(f) for f in sorted(work.glob(f"coco-{what}-*/*.safetensors"))]
+            for what in ("reference", "pictures")
+        }
+        real, fake = (torch.cat([row["features"] for row in rows[what]]) for what in rows)
+        assert (len(real), len(fake)) == (300, 290)
+
+        def within(points: Tensor, region: Tensor) -> float:
+            reach = torch.cdist(region.double(), region.double()).kthvalue(4, dim=1).values  # itself is the first
+            return (torch.cdist(points.double(), region.double()) <= reach).any(dim=1).double().mean().item()
+
+        assert figures["fid"] == pytest.approx(fid(real, fake), rel=1e-9)
+        assert figures["fid_standard_error"] == pytest.approx(fid_error(real, fake), rel=1e-9)
+        assert (figures["kid"], figures["kid_spread"]) == pytest.approx(kid(real, fake), rel=1e-9)
+        assert figures["kid"] != figures["kid_spread"]
+        assert (figures["precision"], figures["recall"]) == pytest.approx((within(fake, real), within(real, fake)))
+        assert figures["precision"] != figures["recall"]
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+        scores = []
+        with torch.no_grad():
+            for file, caption in zip(files, coco.captions, strict=False):
+                with Image.open(file) as picture:
+                    ready = preprocess(picture.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
+                said = model.eval().encode_text(open_clip.tokenize([f"A photo depicts {caption}"]), normalize=True)
+                scores.append((model.encode_image(ready[None], normalize=True) * said).sum())
+        scores = torch.stack(scores)
+        assert torch.allclose(torch.cat([row["clip"] for row in rows["pictures"]]), scores, atol=1e-5)
+        assert figures["clip_score"] == pytest.approx(scores.mean().item(), abs=1e-6)
+
+        # The manifest, and the page.
+        def sha(data: bytes) -> str:
+            return hashlib.sha256(data).hexdigest()
+
+        listed = "".join(f"{file.name} {file.stat().st_size}\n" for file in coco.files)
+        assert manifest["reference_sha256"] == sha(listed.encode())
+        assert manifest["captions_sha256"] == sha("".join(f"{c}\n" for c in coco.captions[:290]).encode())
+        assert manifest["inception_sha256"] == sha(inception_file.read_bytes())
+        assert (manifest["seed"], manifest["reference_pictures"], manifest["pictures"]) == (seed, 300, 290)
+        assert manifest["protocol"]["prefix"] == "A photo depicts " and manifest["protocol"]["neighbours"] == 3
+        assert manifest["versions"]["torch"] == torch.__version__ and manifest["versions"]["pillow"]
+        model_of = {"kind": "student", "sha256": digest(student), "steps": 1, "guidance": 1, "dtype": "float32"}
+        assert told["points"][0]["model"].items() >= model_of.items()
+        page = (tmp_path / "report.html").read_text()
+        for said in (
+            digest(student),
+            "+- ",
+            "15.46",
+            "0.30",
+            "Inception&#x27;s weights are not",
+            "the CLIP model is not",
+        ):
+            assert said in page, said
+        worst = [f"{scores[i]:.3f} {coco.captions[i]}" for i in scores.argsort()[:3].tolist()]
+        places = [page.index(html.escape(text)) for text in worst]
+        assert places == sorted(places)
 
     def test_captions_beside_the_pictures(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         """Real pictures with COCO's captions, and with others beside them: another CLIP score, the same FID."""
@@ -483,7 +604,13 @@ class TestCommand:
             (["--sweep", "1,2", "--student", "y"], "several things"),
             (["--hps-weights", "x"], "which version"),
             (["--sweep", "1,two", "--teacher", "x"], "no list of guidance scales"),
-            (["--sweep", "a,b", "--no-clip-score"], "FID against CLIP score"),
+            (["--sweep", "a,b", "--no-clip-score"], "--clip-weights is for the CLIP score"),
+            (["--sweep", "nowhere,b"], "no model folder nowhere"),
+            (["--guidance", 3], "--guidance is a teacher's"),
+            (["--steps", 3, "--student", "y"], "--steps is a teacher's"),
+            (["--sweep", "1,2", "--guidance", 3, "--teacher", "x"], "is what --sweep goes through"),
+            (["--fresh"], "--fresh is for the built-in world"),
+            (["--images", ".", "--save-images", "x"], "are there already"),
         ],
     )
     def test_contradictions(self, evaluate, flags: list[object], says: str) -> None:  # type: ignore[no-untyped-def]
@@ -499,3 +626,32 @@ class TestCommand:
         passed = evaluate("--coco-root", root, "--max-bad", 1, "--json")
         assert passed.returncode == 0, passed.stderr
         assert json.loads(passed.stdout)["manifest"]["reference_pictures"] == PICTURES - 1
+        # Mended, and as large as before: it is looked at again.
+        shutil.copy(evaluate.coco / "val2014" / "COCO_val2014_000000000005.jpg", root / "val2014")
+        whole = evaluate("--coco-root", root, "--json")
+        assert whole.returncode == 0 and json.loads(whole.stdout)["manifest"]["reference_pictures"] == PICTURES
+
+    def test_a_corrupt_picture_among_those_to_measure(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        for i, file in enumerate(Coco.read(coco).files[:20]):
+            shutil.copy(file, tmp_path / f"{i}.jpg")
+        (tmp_path / "3.jpg").write_bytes(b"\xff\xd8 no picture")
+        stopped = evaluate("--images", tmp_path)
+        assert stopped.returncode == 1 and "3.jpg is no picture" in stopped.stderr
+        passed = evaluate("--images", tmp_path, "--max-bad", 1, "--json")
+        assert passed.returncode == 0, passed.stderr
+        assert json.loads(passed.stdout)["manifest"]["pictures"] == 19
+        again = evaluate("--images", tmp_path, "--json")  # it is known by now, and named all the same
+        assert again.returncode == 1 and "3.jpg could not be read" in again.stderr
+        (tmp_path / "3.jpg").unlink()
+        (tmp_path / "3.jpg").symlink_to("nowhere")
+        assert "has no picture 3" in evaluate("--images", tmp_path).stderr
+
+    def test_a_clip_folders_configuration_is_part_of_it(self, evaluate, clip_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        first = json.loads(evaluate("--json").stdout)
+        other = shutil.copytree(clip_folder, tmp_path / clip_folder.name)
+        config = json.loads((other / "open_clip_config.json").read_text())
+        config["preprocess_cfg"]["mean"] = [0.1] * 3
+        (other / "open_clip_config.json").write_text(json.dumps(config))
+        second = json.loads(evaluate("--json", "--clip-weights", other).stdout)
+        assert first["manifest"]["clip_sha256"] != second["manifest"]["clip_sha256"]
+        assert first["points"][0]["figures"]["clip_score"] != second["points"][0]["figures"]["clip_score"]

@@ -41,11 +41,12 @@ class Alignment:
                 code=2,
             )
         clip = ClipScorer.load(clip_weights, model_name=clip_model, device=device)
+        name = f"{clip.name} {clip.digest[:16]}"
         if tiny_vae is None:
-            return cls(clip, teacher.vae, clip.name)
+            return cls(clip, teacher.vae, name)
         vae = _tiny(tiny_vae, teacher, device)
         files = {file.name: file for file in sorted(model_files(tiny_vae))}
-        return cls(clip, vae, f"{clip.name}, {digest_of(files)[:16]}")
+        return cls(clip, vae, f"{name}, {digest_of(files)[:16]}")
 
     @classmethod
     def shapes(cls, teacher: Model, clip_weights: Path | None, *, clip_model: str, tiny_vae: Path | None) -> Alignment:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sbrush.console import SbrushError, printable, progress, say
 from sbrush.files import whole
 
-BLOCK = 200  # rows a file: what is lost at most when the work is stopped
+BLOCK = 256  # rows a file: what is lost at most when the work is stopped
 
 
 class Shards:
@@ -35,18 +35,19 @@ class Shards:
         *,
         process: int = 0,
         processes: int = 1,
+        done: Callable[[range], bool] = lambda block: True,
     ) -> None:
-        """Writes the missing ones of this process's blocks.
+        """Writes the missing ones of this process's blocks, and those that are not `done` besides.
 
         `batches`: the rows of blocks of row numbers by name, [b, ...]; in order, no batch in two blocks.
         """
         mine = self.blocks[process::processes]
-        missing = [block for block in mine if not self._has(block)]
+        missing = [block for block in mine if not (self._has(block) and done(block))]
         if not missing:
             return
         all_mine, rows = sum(map(len, mine)), iter(batches(missing))
-        done = all_mine - sum(map(len, missing))
-        with progress(what, all_mine, done=done, unit=self._unit) as bar:
+        before = all_mine - sum(map(len, missing))
+        with progress(what, all_mine, done=before, unit=self._unit) as bar:
             for block in missing:
                 parts: list[dict[str, Tensor]] = []
                 while sum(map(_length, parts)) < len(block):

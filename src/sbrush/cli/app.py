@@ -54,8 +54,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports if it is there; it talks of kernels
     try:
         code = app(standalone_mode=False) or 0
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            code = _fail("interrupted", "the same command goes on, or begins again", 130)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", "the same command starts again", 130)
+        code = _fail("interrupted", "the same command goes on, or begins again", 130)
     except SbrushError as problem:
         code = _fail(str(problem), problem.hint, problem.code)
     except BrokenPipeError:

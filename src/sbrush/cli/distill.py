@@ -224,9 +224,9 @@ def distill(
     )  # fmt: skip
     shown = printable(plan.run.out)
     if not train(plan):
-        if plan.main_process:
-            say(f"stopped; the same command goes on:\n  {_same_command()}")
-        raise typer.Exit(130)
+        if not plan.main_process:  # the main one speaks for all
+            sys.exit(130)
+        raise SbrushError("stopped, and saved", f"the same command goes on: {_same_command()}", code=130)
     if plan.main_process:
         sheets = f"pictures: {shown}/samples   " if sheet_every else ""
         say(f'{sheets}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')

@@ -27,12 +27,22 @@ from sbrush.console import SbrushError, printable, say
 COCO = "COCO-30K"
 
 
+# Flags that mean nothing elsewhere are refused there, and not passed over.
+FOR_COCO = (
+    "coco_root", "protocol", "images", "sweep", "captions", "seed", "inception", "clip_weights", "clip_score",
+    "hps_weights", "hps_version", "download", "max_bad", "max_fid", "work", "save_images",
+)  # fmt: skip
+NOT_FOR_COCO = ("diversity", "fresh")
+FOR_A_TEACHER = ("steps", "guidance", "teacher_config")  # on COCO; on the built-in world there always is one
+
+
 class Protocol(StrEnum):
     """On COCO-30K; evaluate/coco.py has them."""
 
     swiftbrush = "swiftbrush"
     gigagan = "gigagan"
     torchmetrics = "torchmetrics"
+    torch_fidelity = "torch-fidelity"
 
 
 class HpsVersion(StrEnum):
@@ -43,6 +53,7 @@ class HpsVersion(StrEnum):
 
 
 def evaluate(
+    context: typer.Context,
     student: StudentFlag = None,
     start_timestep: StartFlag = None,
     teacher: TeacherFlag = None,
@@ -68,7 +79,7 @@ def evaluate(
         typer.Option(help="A,B,C: guidance scales of --teacher, or students; FID-CLIP plot.", rich_help_panel=COCO),
     ] = None,
     captions: Annotated[Path | None, typer.Option(help="Another list, one a line.", rich_help_panel=COCO)] = None,
-    seed: Annotated[int, typer.Option(help="Of the pictures.", min=0, rich_help_panel=COCO)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the pictures.", min=0, max=10**12, rich_help_panel=COCO)] = 0,
     inception: Annotated[Path | None, typer.Option(help="Inception's weights.", rich_help_panel=COCO)] = None,
     clip_weights: Annotated[
         Path | None, typer.Option(help="ViT-g-14's weights, or an open_clip folder.", rich_help_panel=COCO)
@@ -109,6 +120,7 @@ def evaluate(
     """Measure a student, its teacher and the truth: FID, CLIP score, accuracy, diversity."""
     from sbrush.device import pick_device, pick_dtype
 
+    _check_given(context, coco=coco_30k, teacher=teacher is not None, sweep=sweep is not None, clip_score=clip_score)
     where = pick_device(device)
     if report.is_dir() or not os.access(report.absolute().parent, os.W_OK):
         raise SbrushError(f"cannot write {printable(report)}", "choose another --report", code=2)
@@ -126,16 +138,11 @@ def evaluate(
         )  # fmt: skip
         if result is None:  # another process has it
             return
-        _print_result(result, report, json_)
+        _print_result(result, report, json_, next_=f"open {printable(report)}")
         best = min(point.figures["fid"] for point in result.points)
         if max_fid is not None and best > max_fid:
             raise SbrushError(f"FID {best:.2f} is above {max_fid:g}", f"see {printable(report)}")
         return
-    if any(
-        given is not None
-        for given in (images, sweep, captions, inception, clip_weights, hps_weights, work, save_images, max_fid)
-    ):
-        raise SbrushError("these options are for COCO", "add --coco-30k", code=2)
     limit = limit or 5000
     if limit < 100:
         raise SbrushError(f"{limit} captions are too few", "--limit 100 or more", code=2)
@@ -146,14 +153,36 @@ def evaluate(
         report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
         teacher_config=teacher_config, start_timestep=start_timestep,
     )  # fmt: skip
-    _print_result(result, report, json_)
+    sample = 'sbrush sample "a cat" --seed 1-8 --compare'
+    _print_result(result, report, json_, next_=f"open {printable(report)}, or {sample}")
 
 
-def _print_result(result: Any, report: Path, as_json: bool) -> None:
+def _check_given(context: typer.Context, *, coco: bool, teacher: bool, sweep: bool, clip_score: bool) -> None:
+    """SbrushError if a flag was given that would change nothing."""
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+
+    def refuse(names: tuple[str, ...], why: str, hint: str) -> None:
+        if useless := next((name for name in given if name in names), None):
+            no = "no-" if useless == "clip_score" else ""
+            raise SbrushError(f"--{no}{useless.replace('_', '-')} {why}", hint, code=2)
+
+    if not coco:
+        refuse(FOR_COCO, "is for COCO", "add --coco-30k, or leave it out")
+        return
+    refuse(NOT_FOR_COCO, "is for the built-in world", "leave it out, or --coco-30k")
+    if not teacher:
+        refuse(FOR_A_TEACHER, "is a teacher's, and none is measured", "leave it out, or name it: --teacher ID")
+    if sweep:
+        refuse(("guidance",), "is what --sweep goes through", "leave out one of them")
+    if not clip_score:
+        refuse(("clip_weights",), "is for the CLIP score", "leave it out, or --no-clip-score")
+
+
+def _print_result(result: Any, report: Path, as_json: bool, *, next_: str) -> None:
     """The end of both kinds of evaluation."""
     if as_json:
         console.out_json(result.json())
     else:
         console.out(result.table())
-        say(f'next: open {printable(report)}, or sbrush sample "a cat" --seed 1-8 --compare')
+        say(f"next: {next_}")
         console.out(report)

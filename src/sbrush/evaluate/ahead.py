@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -20,7 +22,9 @@ def ahead(work: Callable[[T], R], batches: Iterable[Iterable[T]]) -> Iterator[li
     While a batch is taken from `batches` or its results are used, the `AHEAD` before it are worked on, and never more.
     What `batches` or `work` raise is raised here. However this ends, what has not begun never begins.
     """
-    workers, begun = ThreadPoolExecutor(os.cpu_count()), deque[list[Future[R]]]()
+    # torch would give each of these threads as many of its own as there are cores.
+    workers = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    begun = deque[list[Future[R]]]()
     try:
         for batch in batches:
             begun.append([workers.submit(work, item) for item in batch])

@@ -18,7 +18,7 @@ from sbrush import checkpoint
 from sbrush.console import SbrushError, printable, say
 from sbrush.device import crew
 from sbrush.evaluate.clip import HPS_MODEL, ClipScorer
-from sbrush.evaluate.coco import PROTOCOLS, Coco, Looker, Protocol, hash_of, read_captions
+from sbrush.evaluate.coco import PROTOCOLS, Coco, Looker, hash_of, read_captions
 from sbrush.evaluate.download import fetch_coco
 from sbrush.evaluate.gallery import Gallery
 from sbrush.evaluate.inception import Inception
@@ -27,8 +27,10 @@ from sbrush.evaluate.memory import versions
 from sbrush.evaluate.precision_recall import NEIGHBOURS
 from sbrush.evaluate.published import BenchmarkReport, Measured
 from sbrush.files import user_cache
-from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.load import digest, load_student, load_teacher, locate_student
 from sbrush.sample import one_step, scale_for, student_pictures, teacher_pictures
+
+COCOS = "COCO's own"  # captions
 
 
 def benchmark(
@@ -74,10 +76,15 @@ def benchmark(
         )
     _check_request(student, start_timestep, teacher, images, sweep, clip_score, save_images)
     gallery = Gallery.read(images) if images else None
+    if rules.captions is None and not captions and not (gallery and gallery.captions):
+        raise SbrushError(f"the {rules.name} protocol's captions are a list of its own", "--captions FILE", code=2)
+    names = _students(sweep) if sweep is not None and teacher is None else []
+    for name in names:
+        locate_student(name)
     if download:
         fetch_coco(root)
     coco = Coco.read(root)
-    texts, whose = _captions(captions, gallery, coco, rules)
+    texts, whose = _captions(captions, gallery, coco)
     wanted = n or rules.pictures
     if wanted > len(texts):
         raise SbrushError(
@@ -101,14 +108,15 @@ def benchmark(
         def subjects() -> Iterator[Subject]:
             if gallery and images:
                 content = gallery.digest(wanted, folder)
-                yield Subject(f"pictures of {images.name}", ["images", content], None, gallery.files[:wanted])
+                about = {"kind": "images", "sha256": content}
+                yield Subject(f"pictures of {images.name}", about, None, gallery.files[:wanted])
             elif sweep is None:
                 yield _subject(student, start_timestep, teacher, teacher_config, steps, guidance, batch, where, dtype)
             elif teacher is not None:
                 for scale in _scales(sweep):
                     yield _subject(None, None, teacher, teacher_config, steps, scale, batch, where, dtype)
             else:
-                for name in _students(sweep):
+                for name in names:
                     yield _subject(name, start_timestep, None, None, steps, None, batch, where, dtype)
 
         points, pictures = list[Measured](), dict[str, list[tuple[str, Image.Image]]]()
@@ -123,10 +131,14 @@ def benchmark(
         if not together.is_main_process:
             return None
     manifest = {
-        "protocol": asdict(rules), "captions": whose, "captions_sha256": hash_of(texts[:wanted]),
+        "protocol": asdict(rules) | {"captions": f"{whose}: {rules.captions}" if whose == COCOS else whose},
+        "captions": whose, "captions_sha256": hash_of(texts[:wanted]),
         "reference_sha256": hash_of(measurement.listed), **points[0].counts,
-        "inception_sha256": net.digest, "clip": clip.name if clip else None,
-        "hps": f"v{hps_version} {hps.name}" if hps else None, "seed": seed, "versions": versions(),
+        "inception_sha256": net.digest,
+        "clip": clip.name if clip else None, "clip_sha256": clip.digest if clip else None,
+        "hps": f"v{hps_version} {hps.name}" if hps else None, "hps_sha256": hps.digest if hps else None,
+        "seed": seed, "batch": batch, "device": where,
+        "versions": versions("torch-fidelity", "diffusers", "transformers", "numpy"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began),
     }  # fmt: skip
     result = BenchmarkReport(points, manifest)
@@ -148,6 +160,8 @@ def _check_request(
         raise SbrushError("a sweep is FID against CLIP score", "leave out --no-clip-score", code=2)
     if sweep is not None and save_images is not None:
         raise SbrushError("the pictures of a sweep would overwrite each other", "leave out --save-images", code=2)
+    if images is not None and save_images is not None:
+        raise SbrushError("the pictures of --images are there already", "leave out --save-images", code=2)
     if sweep is not None and teacher is not None:
         _scales(sweep)
 
@@ -180,25 +194,31 @@ def _subject(
         many = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
         scale = scale_for(many, guidance)
         return Subject(
-            f"{many.name}, {steps} steps, guidance {scale:g}", ["teacher", digest(many), steps, scale, str(dtype)],
+            f"{many.name}, {steps} steps, guidance {scale:g}",
+            {
+                "kind": "teacher", "sha256": digest(many), "steps": steps, "guidance": scale,
+                "dtype": str(dtype).removeprefix("torch."),
+            },
             lambda texts, seeds: teacher_pictures(many, texts, seeds, steps=steps, guidance=scale, batch=batch),
         )  # fmt: skip
     one = load_student(student, start_timestep=start_timestep, device=device, dtype=dtype)
     return Subject(
-        f"{one.name}, {one_step(one)}", ["student", digest(one), one.start_timestep, one.noise_scale, str(dtype)],
+        f"{one.name}, {one_step(one)}",
+        {
+            "kind": "student", "sha256": digest(one), "steps": 1, "guidance": 1, "start_timestep": one.start_timestep,
+            "noise_scale": one.noise_scale, "dtype": str(dtype).removeprefix("torch."),
+        },
         lambda texts, seeds: student_pictures(one, texts, seeds, batch=batch),
     )  # fmt: skip
 
 
-def _captions(file: Path | None, gallery: Gallery | None, coco: Coco, rules: Protocol) -> tuple[list[str], str]:
+def _captions(file: Path | None, gallery: Gallery | None, coco: Coco) -> tuple[list[str], str]:
     """The captions, and for the report whose they are: a file's, else those beside the pictures, else COCO's."""
     if file:
         return read_captions(file), str(file)
     if gallery and gallery.captions:
         return gallery.captions, f"{gallery.source} beside the pictures"
-    if rules.captions is None:
-        raise SbrushError(f"the {rules.name} protocol's captions are a list of its own", "--captions FILE", code=2)
-    return coco.captions, "COCO's own"
+    return coco.captions, COCOS
 
 
 def _check_count(images: Path, count: int, wanted: int, *, first: bool) -> None:

@@ -17,21 +17,24 @@ from open_clip.model import CLIP
 from torch import Tensor
 from torch.func import functional_call
 
-from sbrush.console import SbrushError, printable
-from sbrush.device import send
+from sbrush.console import SbrushError, printable, say
+from sbrush.device import quick_products, send
+from sbrush.models.checks import digest_of
 from sbrush.pictures import to_image
 
 MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with
 PREFIX = "A photo depicts "
 HPS_MODEL = "ViT-H-14"
+FILES = ("open_clip_config.json", "open_clip_model.safetensors")  # of a folder in open_clip's layout
 
 
 class ClipScorer:
     """An open_clip model with its own preprocessing and tokenizer."""
 
-    def __init__(self, model: Any, preprocess: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, preprocess: Any, tokenizer: Any, name: str, digest: str = "") -> None:
+        """`digest`: SHA-256 of all that it was loaded from."""
         self.network, self._preprocess, self._tokenizer = model.requires_grad_(False).eval(), preprocess, tokenizer
-        self.name = name  # with the weights' digest, for the manifest
+        self.name, self.digest = name, digest
 
     @classmethod
     def load(
@@ -52,9 +55,12 @@ class ClipScorer:
                 source, device=device, weights_only=True, **given
             )
             tokenizer = open_clip.get_tokenizer(source)
-            file = weights if weights.is_file() else weights / "open_clip_model.safetensors"
-            with file.open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            # A folder's configuration decides too: how pictures are resized and normalised.
+            if weights.is_dir():
+                digest = digest_of({name: weights / name for name in FILES})
+            else:
+                with weights.open("rb") as handle:
+                    digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except SbrushError:
             raise
         except Exception as problem:  # whatever open_clip makes of a file that is none of its own
@@ -63,7 +69,7 @@ class ClipScorer:
                 f"{printable(weights)} does not hold a CLIP model ({type(problem).__name__})",
                 f"it is open_clip's {wanted}, as a state dict or safetensors, or a folder of open_clip's",
             ) from problem
-        return cls(model, preprocess, tokenizer, f"{source if source == model_name else weights.name} {digest[:16]}")
+        return cls(model, preprocess, tokenizer, source if source == model_name else weights.name, digest)
 
     @classmethod
     def shapes(cls, weights: Path | None, *, model_name: str) -> ClipScorer:
@@ -85,8 +91,11 @@ class ClipScorer:
         return ready
 
     def scores(self, pictures: Tensor, captions: Sequence[str], prefix: str = PREFIX) -> Tensor:
-        """Cosines: prepared pictures float32 [B, 3, side, side] and B captions to float32 [B], -1 to 1, on the CPU."""
-        with torch.inference_mode():
+        """Cosines: prepared pictures float32 [B, 3, side, side] and B captions to float32 [B], -1 to 1, on the CPU.
+
+        On CUDA its products are TF32: strict float32 would take as long as all the rest of the benchmark.
+        """
+        with torch.inference_mode(), quick_products(next(self.network.parameters()).device):
             return self._cosines(pictures, captions, prefix).cpu()
 
     def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
@@ -138,8 +147,18 @@ def _cached(download: bool) -> str:
 
     repository = f"laion/CLIP-{MODEL}-laion2B-s12B-b42K"
     try:
-        return hf_hub_download(repository, "open_clip_pytorch_model.bin", local_files_only=not download)
+        return hf_hub_download(repository, "open_clip_pytorch_model.bin", local_files_only=True)
     except Exception as problem:
+        if download:
+            say(f"fetching {repository} (5.5 GB) into the Hub's cache ...")
+            try:
+                return hf_hub_download(repository, "open_clip_pytorch_model.bin")
+            except Exception as refused:
+                first_line = next(iter(str(refused).splitlines()), type(refused).__name__)
+                raise SbrushError(
+                    f"cannot fetch {repository}: {printable(first_line)}",
+                    "the same command goes on where it stopped; or give --clip-weights FILE, or --no-clip-score",
+                ) from refused
         raise SbrushError(
             f"the CLIP score needs {MODEL} {PRETRAINED}, which is not in the Hub's cache",
             f"--download fetches {repository} (5.5 GB); or give --clip-weights FILE, or --no-clip-score",

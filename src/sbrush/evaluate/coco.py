@@ -3,6 +3,7 @@
     captions    `images` order of captions_val2014.json; of each image its first annotation in file order
     reference   every picture of val2014 that the file names (40,504), not 30,000 of them
     both sides  centre-crop to a square by the shorter edge, Pillow's Lanczos to 256, uint8; RGB, no turning by EXIF
+                (an odd pixel is cut at the far end, as SiD-LSG does; torchvision rounds half of them to the near one)
     features    Inception pool3, after the protocol's resizing to 299; CLIP score on the same 256 pixels
 
 COCO's own layout is read as it is: ROOT/annotations/captions_val2014.json and ROOT/val2014/*.jpg.
@@ -28,10 +29,11 @@ from sbrush.evaluate.ahead import ahead
 from sbrush.evaluate.clip import PREFIX, ClipScorer
 from sbrush.evaluate.download import SOURCE
 from sbrush.evaluate.inception import Inception, Resize, clean_resize
+from sbrush.evaluate.precision_recall import NEIGHBOURS
 from sbrush.pictures import to_image
 
 SIDE = 256
-BATCH = 50  # pictures looked at at once
+BATCH = 64  # pictures looked at at once; a shard has a whole number of them
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class Protocol:
     captions: str | None  # None: the list is in a file of its own
     resize: Resize  # from 256 to Inception's 299
     prefix: str = PREFIX
+    both_sides: str = (
+        f"RGB, not turned by EXIF; centre square by the shorter edge, Lanczos to {SIDE}, uint8 by rounding"
+    )
+    reference: str = "all of val2014 that the annotation file names"
+    inception: str = "pool3 of the network of 2015-12-05"
+    neighbours: int = NEIGHBOURS  # of precision and recall
 
     def key(self) -> list[object]:
         """All that a picture's features depend on."""
@@ -55,7 +63,8 @@ PROTOCOLS = {
     for protocol in (
         Protocol("swiftbrush", 30_000, FIRST, "clean"),
         Protocol("gigagan", 30_000, None, "clean"),  # DMD2, SiD-LSG: GigaGAN's own list of 30,000
-        Protocol("torchmetrics", 30_000, FIRST, "tensorflow"),  # as torchmetrics and torch-fidelity resize
+        Protocol("torchmetrics", 30_000, FIRST, "antialias"),  # torchmetrics' FID as it is since 1.8
+        Protocol("torch-fidelity", 30_000, FIRST, "tensorflow"),  # as the first FID code resized
     )
 }
 
@@ -97,11 +106,17 @@ class Coco:
 
 
 def read_captions(file: Path) -> list[str]:
-    """A caption a line, UTF-8; SbrushError if the file is none."""
+    """A caption a line, UTF-8; SbrushError if the file is none, or has an empty line: the next would be another's."""
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise SbrushError(f"cannot read {printable(file)} as UTF-8 text", "one caption a line", code=2) from problem
+    captions = [line.strip() for line in lines]
+    if "" in captions:
+        raise SbrushError(
+            f"line {captions.index('') + 1} of {printable(file)} is empty", "line i is the caption of picture i", code=2
+        )
+    return captions
 
 
 def hash_of(lines: Iterable[object]) -> str:
@@ -152,7 +167,7 @@ class Looker:
 
     def look(self, pictures: Sequence[Ready], captions: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Features [B, 2048] of pictures, and with captions their CLIP and HPS scores [B]; float32."""
-        rows = {"features": self.inception.features(torch.stack([p.inception for p in pictures]))}
+        rows = {"features": self.inception.features(torch.stack([p.inception for p in pictures]), self.protocol.resize)}
         seen = [p.clip for p in pictures if p.clip is not None]
         if captions is not None and self.clip:
             rows["clip"] = self.clip.scores(torch.stack(seen), captions, self.protocol.prefix)

@@ -34,7 +34,7 @@ class Gallery:
         A number is a caption's, counted from 0. SbrushError if numbers are missing, or captions do not fit.
         """
         try:
-            files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS)
+            files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS and f.is_file())
             beside = [folder / name for name in (LINES, *TABLES) if (folder / name).is_file()]
             if len(beside) > 1:
                 raise SbrushError(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import (
     BasicConv2d,
@@ -32,10 +33,11 @@ from sbrush.console import SbrushError, printable, say
 from sbrush.device import exact_convolutions
 
 WIDTH, SIDE = 2048, 299
-NAME = "weights-inception-2015-12-05-6726825d.pth"
+NAME, DIGEST = "weights-inception-2015-12-05-6726825d.pth", "6726825d"  # of which SHA-256 begins so
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAME}"
-Resize = Literal["clean", "tensorflow"]
-"""How 256 become 299 pixels: as clean-fid does (Pillow, bicubic, not rounded again), or as the first FID code did."""
+Resize = Literal["clean", "tensorflow", "antialias"]
+"""How 256 become 299 pixels: as clean-fid does (Pillow, bicubic, not rounded again), as the first FID code did, or as
+torchmetrics has since 1.8 (bilinear, antialiased)."""
 
 
 class Inception(nn.Sequential):
@@ -104,13 +106,16 @@ class Inception(nn.Sequential):
         return net.frozen().to(device)
 
     @torch.inference_mode()
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, pictures: Tensor, resize: Resize = "tensorflow") -> Tensor:
         """Pool3 of pictures: [B, 3, H, W] to float32 [B, 2048], on the CPU.
 
-        Those in uint8 are resized here, as the first FID code did; those that `clean_resize` gave, float32, are ready.
+        Those in uint8 are resized here: as the first FID code and torch-fidelity do, or with "antialias" as
+        torchmetrics does since 1.8. Those that `clean_resize` gave, float32, are ready.
         """
         x = pictures.to(next(self.parameters()).device)
-        if not x.is_floating_point():
+        if not x.is_floating_point() and resize == "antialias":
+            x = interpolate(x.float(), (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
+        elif not x.is_floating_point():
             x = interpolate_bilinear_2d_like_tensorflow1x(x.float(), (SIDE, SIDE), align_corners=False)
         with exact_convolutions():
             out: Tensor = self(((x - 128) / 128).contiguous(memory_format=self.memory_format))
@@ -139,7 +144,7 @@ def _standard(download: bool) -> Path:
     say(f"fetching {URL}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(file), hash_prefix="6726825d")  # aside, checked, renamed
+        torch.hub.download_url_to_file(URL, str(file), hash_prefix=DIGEST)  # aside, checked, renamed
     except Exception as problem:
         raise SbrushError(f"cannot fetch {URL}: {printable(problem)}", "check the network and try again") from problem
     return file

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from sbrush.console import SbrushError, printable, say
-from sbrush.evaluate.coco import Bad, Coco, Looker, hash_of
+from sbrush.evaluate.coco import SIDE, Bad, Coco, Looker, hash_of
 from sbrush.evaluate.fid import fid, fid_error
 from sbrush.evaluate.kid import kid
-from sbrush.evaluate.precision_recall import precision_recall
+from sbrush.evaluate.precision_recall import NEIGHBOURS, precision_recall
 from sbrush.evaluate.published import Measured
 from sbrush.pictures import save_png, to_image
 from sbrush.shards import Shards
@@ -38,7 +39,7 @@ class Subject:
     """What is measured: a name, all that its pictures depend on, and the pictures of captions with seeds."""
 
     name: str
-    key: list[Any]
+    key: dict[str, Any]
     pictures: Callable[[list[str], list[int]], Iterator[Tensor]] | None  # None: they are files
     files: list[Path] = field(default_factory=list)
 
@@ -63,14 +64,15 @@ class Measurement:
 
     @cached_property
     def listed(self) -> list[str]:
-        """The reference's files as far as can be told without reading them."""
+        """The reference's files as far as can be told without reading them, on any machine: names and sizes."""
         return [f"{f.name} {f.stat().st_size if f.is_file() else 'missing'}" for f in self.coco.files]
 
     @cached_property
     def reference(self) -> Tensor:
         """Features of the real pictures, [N, 2048]; a row of NaN for each that cannot be read."""
-        key = [*self._rules, hash_of(self.listed)]
         files = self.coco.files
+        times = [f.stat().st_mtime_ns if f.is_file() else None for f in files]  # a file that was mended is another
+        key = [*self._rules, hash_of(self.listed), hash_of(times)]
         return self._filled(
             "reference", key, len(files), lambda blocks: self.looker.read(_at(files, blocks), self.bad)
         )["features"]
@@ -80,9 +82,12 @@ class Measurement:
         shown: dict[int, Image.Image] = {}
         rows = self.look(subject, shown)
         good_real, good = (~x.isnan().any(dim=1) for x in (self.reference, rows["features"]))
-        bad = int((~good_real).sum() + (~good).sum())
-        if bad > self.max_bad:
-            raise SbrushError(f"{bad} pictures could not be read", "see --max-bad, or fetch them again")
+        wrong = [file for file, ok in zip(self.coco.files, good_real, strict=True) if not ok]
+        wrong += [subject.files[i] for i in (~good).nonzero().flatten().tolist()]
+        bad, most = len(wrong), min(int(good_real.sum()), int(good.sum()))
+        if bad > self.max_bad or most <= NEIGHBOURS:
+            what = f"{printable(wrong[0])} and {bad - 1} others" if bad > 1 else printable(wrong[0])
+            raise SbrushError(f"{what} could not be read", "fetch them again, or see --max-bad")
         say("measuring ...")
         # Not a copy of 8 KiB a picture where none is bad.
         r, f = (x if ok.all() else x[ok] for x, ok in ((self.reference, good_real), (rows["features"], good)))
@@ -128,13 +133,20 @@ class Measurement:
                 return self.looker.read(_at(subject.files, blocks), self.bad, texts)
             return self.looker.made(self._drawn(subject, blocks), texts, keep)
 
-        scorers = [scorer.name if scorer else None for scorer in (self.looker.clip, self.looker.hps)]
+        scorers = [f"{one.name} {one.digest}" if one else None for one in (self.looker.clip, self.looker.hps)]
         key = [*self._rules, *scorers, subject.key, self.seed, hash_of(self.texts)]
-        return self._filled("pictures", key, len(self.texts), batches, what=subject.name)
+
+        def kept(block: range) -> bool:
+            folder = self.save_images
+            return folder is None or all((folder / _file(i)).is_file() for i in block)
+
+        return self._filled("pictures", key, len(self.texts), batches, what=subject.name, done=kept)
 
     @property
     def _rules(self) -> list[Any]:
-        return [*self.looker.protocol.key(), self.looker.inception.digest]
+        """What every row depends on: protocol, weights, and what decodes, resizes and multiplies."""
+        tools = [version(package) for package in ("torch", "pillow", "open_clip_torch")]
+        return [*self.looker.protocol.key(), self.looker.inception.digest, self.device.split(":")[0], *tools]
 
     def _filled(
         self,
@@ -143,11 +155,12 @@ class Measurement:
         total: int,
         batches: Callable[[Sequence[range]], Iterable[dict[str, Tensor]]],
         what: str = "reference",
+        done: Callable[[range], bool] = lambda block: True,
     ) -> dict[str, Tensor]:
         """The rows of a folder of shards that all processes fill together."""
         name = f"coco-{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}"
         shards = Shards(self.folder / name, total)
-        shards.fill(what, batches, process=self.crew.process_index, processes=self.crew.num_processes)
+        shards.fill(what, batches, process=self.crew.process_index, processes=self.crew.num_processes, done=done)
         self.crew.wait_for_everyone()
         return shards.rows()
 
@@ -174,13 +187,21 @@ def _at(items: Sequence[Any], blocks: Sequence[range]) -> list[Any]:
 
 
 def _opened(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
+    """A file's picture; gray in the place of one that cannot be read, which has been said."""
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except Exception:  # as in coco.Looker
+        return Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
+
+
+def _file(number: int) -> str:
+    return f"{number:05d}.png"
 
 
 def _save(folder: Path, number: int, picture: Image.Image) -> None:
     try:
-        save_png(folder / f"{number:05d}.png", picture)
+        save_png(folder / _file(number), picture)
     except OSError as problem:
         raise SbrushError(
             f"cannot write to {printable(folder)}: {problem.strerror}", "--save-images elsewhere"

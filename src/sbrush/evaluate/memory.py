@@ -65,10 +65,10 @@ class Memory:
             say(f"{result.figures.name}: figures could not be remembered in {self.folder} ({reason})")
 
 
-def versions() -> dict[str, str]:
-    """The versions of what takes part in measuring."""
+def versions(*more: str) -> dict[str, str]:
+    """The versions of what takes part in measuring, and of `more` packages."""
     found = {"sbrush": __version__, "python": platform.python_version()}
-    for package in ("torch", "torchmetrics", "open_clip_torch", "pillow"):
+    for package in ("torch", "torchmetrics", "open_clip_torch", "pillow", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

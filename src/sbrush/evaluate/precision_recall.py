@@ -18,6 +18,7 @@ from sbrush.console import Progress, progress
 
 NEIGHBOURS = 3
 CHUNK = 500  # rows of the distance matrix held at once
+COLUMNS = 4096  # of them computed at once
 PAIRS = 1 << 13  # differences held at once
 
 
@@ -89,14 +90,20 @@ class Screen:
         # Less than float32 in products (TensorFloat-32, if someone asks torch for it) would break the bound.
         exact = torch.get_float32_matmul_precision() == "highest" and points.dtype != torch.float64
         self._dtype = torch.float32 if exact else torch.float64
+        self._points = points  # and no centred copy of them: 8 KiB a picture
         self._middle = points.mean(dim=0, dtype=torch.float64).to(self._dtype)
-        self._points, self._norms = self._centred(points)
+        self._norms = torch.cat([self._centred(part)[1] for part in points.split(COLUMNS)])
         self._largest = self._norms.max()
 
     def squares(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """[A, width] to squared distances [A, N], and how far wrong those of a row can be at most: [A, 1]."""
         points, norms = self._centred(a)
-        approximate = torch.addmm(self._norms[None], points, self._points.T, alpha=-2).add_(norms[:, None])
+        approximate = norms.new_empty(len(points), len(self._points))
+        for part, others, theirs in zip(
+            approximate.split(COLUMNS, dim=1), self._points.split(COLUMNS), self._norms.split(COLUMNS), strict=True
+        ):
+            part.copy_(torch.addmm(theirs[None], points, self._centred(others)[0].T, alpha=-2))
+        approximate.add_(norms[:, None])
         share = (a.shape[1] + 16) * torch.finfo(self._dtype).eps  # of the products' sums twice what theory allows
         return approximate, share * (norms[:, None] + self._largest)
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from sbrush.console import SbrushError, printable
+from sbrush.evaluate.clip import MODEL
+from sbrush.evaluate.inception import DIGEST, NAME
 from sbrush.evaluate.report import Groups, Pictures, page, table
 from sbrush.evaluate.tradeoff import tradeoff
 from sbrush.files import write_json, write_text
@@ -46,7 +48,7 @@ class Measured:
 
     name: str
     figures: dict[str, float | None]
-    model: list[Any]
+    model: dict[str, Any]
     counts: dict[str, int]
 
 
@@ -96,6 +98,7 @@ class BenchmarkReport:
         groups: Groups = [(f"measured: {point.name}", _rows(point.figures)) for point in self.points]
         groups.append(("reported elsewhere, not measured by us", theirs))
         about = {name: _told(value) for name, value in self.manifest.items()}
+        about |= {f"measured: {point.name}": _told(point.model) for point in self.points}
         rules, standard = self.manifest["protocol"]["name"], self.manifest["protocol"]["pictures"]
         notes = []
         if self.manifest["pictures"] != standard:
@@ -104,6 +107,10 @@ class BenchmarkReport:
             )
         if self.manifest["captions"] != "COCO's own":
             notes.append("the captions are a list of the user's")
+        if not self.manifest["inception_sha256"].startswith(DIGEST):
+            notes.append(f"Inception's weights are not {NAME}, on which FID is defined: like nothing published")
+        if self.manifest["clip"] and self.manifest["clip"] != MODEL:
+            notes.append(f"the CLIP model is not {MODEL}: its scores are like nothing published")
         return ["FID etc.", "CLIP score"], groups, about, notes
 
 

@@ -77,9 +77,7 @@ def load_student(
     if source is None:
         places, name = [BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)"
     else:
-        places, name = [_resolve(source)], source
-        if not (places[0] / "model_index.json").is_file() and (places[0] / "student" / "model_index.json").is_file():
-            places = [places[0] / "student"]
+        places, name = [locate_student(source)], source
     if (places[0] / "state.json").is_file():
         model = _of_checkpoint(places[0], device, dtype)
     else:
@@ -93,6 +91,14 @@ def load_student(
             code=2,
         )
     return dataclasses.replace(model, start_timestep=start_timestep, noise_scale=1.0)
+
+
+def locate_student(source: str) -> Path:
+    """The folder of a student by path, run or Hub id; SbrushError if there is none. A Hub's is fetched."""
+    folder = _resolve(source)
+    if not (folder / "model_index.json").is_file() and (folder / "student" / "model_index.json").is_file():
+        return folder / "student"
+    return folder
 
 
 def _of_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Model:

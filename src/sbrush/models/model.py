@@ -21,6 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 from sbrush.core import NoiseSchedule, Prediction, Words
 from sbrush.device import send
 
+DECODED = (
+    1 << 22
+)  # pixels decoded at once: 64 pictures of 512 x 512 make a layer of 2^32 values, more than cuDNN counts
+
 
 @dataclass
 class Model:
@@ -132,8 +136,10 @@ class Model:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B, C, H, W] to pictures: uint8 [B, 3, H', W'] on the CPU, rounded as diffusers rounds."""
-        pictures = self.vae.decode((x0 / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return (pictures.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+        height, width = self.picture_size
+        parts = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype).split(max(1, DECODED // (height * width)))
+        pictures = (self.vae.decode(part).sample.float() / 2 + 0.5 for part in parts)
+        return torch.cat([part.clamp(0, 1).mul(255).round().to(torch.uint8) for part in pictures]).cpu()
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Any:
