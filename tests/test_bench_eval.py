@@ -16,8 +16,8 @@ from test_ahead import Means
 class Linear(Means):
     """With a product of a known size."""
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        return super().features(pictures) @ torch.ones(3, 5)
+    def features(self, pictures: torch.Tensor, resize: str) -> torch.Tensor:
+        return super().features(pictures, resize) @ torch.ones(3, 5)
 
 
 @pytest.mark.filterwarnings("ignore")  # plain diffusers' and DataLoader's own

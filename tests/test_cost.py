@@ -19,6 +19,7 @@ from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.recipes import RECIPES
 
 SMALL = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, null_chance=0.0)
+FIT = Fit()
 LORA = dataclasses.replace(SMALL, student_rank=3, ema=0.0)
 SHARED = dataclasses.replace(SMALL, guide_lora=False, shared_forward=True)
 
@@ -86,7 +87,7 @@ def test_what_is_meant_to_save_memory_does(tiny_teacher, before, after):
 def test_processes_share_a_batch_and_with_fsdp_the_student_and_its_gradients(tiny_teacher):
     def told(world, *, shard=False):
         fit, recipe = Fit(checkpointing=True, shard=shard), dataclasses.replace(SMALL, batch=world)
-        return estimate(None, recipe, fit, bf16=False, world=world)
+        return estimate(None, recipe, fit, bf16=False, world=world, sheets=False)
 
     alone, four, sharded = told(1), told(4), told(4, shard=True)
     assert alone.memory == four.memory  # a picture each
@@ -139,6 +140,31 @@ def test_a_dry_run_reads_no_weights(tmp_path, tiny_teacher, prompt_file):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_chosen_to_save_memory_is_told_to(tiny_teacher):
+    def told(recipe=SMALL, fit=FIT, **options):
+        return estimate(str(tiny_teacher), recipe, fit, bf16=True, device="cuda", **options)
+
+    plain, eight = told(), told(dataclasses.replace(SMALL, optimizer="adam8bit"))
+    assert plain.memory["student's Adam"] == 4 * eight.memory["student's Adam"] == 8 * plain.parameters["UNet"]
+    assert plain.memory["teacher's UNet, frozen"] == 2 * plain.parameters["UNet"]
+    parked, encoder = told(cached_prompts=10), 2 * plain.parameters["text encoder"]
+    others = "text encoder and autoencoder, frozen"
+    assert plain.memory[others] - parked.memory[others] == encoder == parked.host_memory["text encoder"]
+    assert told(fit=Fit(checkpointing=True)).forwards == plain.forwards + 2
+    judged = told(validation=1000)
+    assert judged.peak - plain.peak == 4000
+
+
+def test_contact_sheets_are_counted_where_they_hold_more_than_a_step(tiny_teacher, monkeypatch):
+    recipe, fit = dataclasses.replace(LORA, batch=1), Fit(checkpointing=True)
+    with_sheets, without = (
+        estimate(str(tiny_teacher), recipe, fit, bf16=False, sheets=sheets) for sheets in (True, False)
+    )
+    assert with_sheets.peak > without.peak  # 8 pictures are decoded at once, where one is trained on
+    monkeypatch.setattr("sbrush.models.model.DECODED", 32 * 32)
+    assert estimate(str(tiny_teacher), recipe, fit, bf16=False).peak < with_sheets.peak
+
+
 def test_the_clamped_clip_loss_is_counted(tiny_teacher, clip_folder):
     without = estimate(str(tiny_teacher), SMALL, Fit(), bf16=False)
     with_loss = estimate(
@@ -147,6 +173,8 @@ def test_the_clamped_clip_loss_is_counted(tiny_teacher, clip_folder):
     name = "CLIP model and tiny VAE, frozen"
     assert without.memory[name] == 0
     assert with_loss.memory[name] == size(load_file(clip_folder / "open_clip_model.safetensors").values())
+    assert with_loss.alignment_flops > 0 == without.alignment_flops
+    assert any("for the CLIP loss" in line for line in with_loss.lines(SMALL))
     activations = [[v for k, v in told.memory.items() if "activations" in k] for told in (without, with_loss)]
     # Of four pictures of 32 x 32 the decoder keeps at least eight channels in float32, a few times.
     assert activations[1][0] - activations[0][0] > 3 * 4 * 8 * 32 * 32 * 4

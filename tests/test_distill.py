@@ -16,17 +16,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
-from conftest import build_tiny_teacher
+from conftest import build_tiny_teacher, sbrush
 from sbrush import checkpoint, core
 from sbrush.console import SbrushError
 from sbrush.distill import Saving, distill, stop_requests
 from sbrush.distiller import Distiller
-from sbrush.models.load import load_teacher
+from sbrush.models.load import load_shapes, load_teacher
 from sbrush.models.unet import answer_as
+from sbrush.networks import Fit
 from sbrush.noise import StepNoise
-from sbrush.plan import _accelerator, prepare
+from sbrush.plan import _accelerator, check, prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.recipes import RECIPES
 from sbrush.run import Intervals, read_log
@@ -381,6 +383,7 @@ def test_an_init_that_means_something_else_by_noise_words_or_output_is_refused(t
         (linear, early, "another noise schedule"),
         (tmp_path / "late", early, "takes its step at timestep 700, this run would at 999"),
         (tiny_teacher, late, "takes its step at timestep 999, this run would at 700"),
+        (tmp_path / "late", dataclasses.replace(late, reparameterised=False), "not a student without"),
     ):
         with pytest.raises(SbrushError, match=complaint):
             plan(tiny_teacher, tmp_path / "run", recipe, init=str(init))
@@ -466,6 +469,45 @@ def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_
     rest, _, said = run([sys.executable], "two")
     assert "going on after step 2" in said
     agrees(rest)
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path, tiny_teacher):
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        command = [sys.executable, *start, Path(__file__).parent / "gradients.py", tiny_teacher, tmp_path]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))  # so many there were
+    assert one.keys() == two.keys() and len(one) == 4 * 2 + 3
+    for name, gradient in one.items():
+        assert gradient.norm() > 0 and (gradient - two[name]).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_is_loaded(tiny_teacher, prompt_file):
+    guide = load_shapes(str(tiny_teacher))
+    small = dataclasses.replace(SMALL, t_init=None)
+    check(small, guide, Fit(), world=2, init=None)
+    for recipe, fit, world, init, complaint in (
+        (small, Fit(micro_batches=3), 1, None, "cannot be split into 3"),
+        (small, Fit(), 3, None, "cannot be shared by 3"),
+        (small, Fit(shard=True, ema_on_cpu=True), 2, None, "FSDP is for a full student"),
+        (dataclasses.replace(small, student_rank=2), Fit(shard=True), 2, None, "FSDP is for a full student"),
+        (dataclasses.replace(small, ema=0.0), Fit(ema_on_cpu=True), 1, None, "no average"),
+        (dataclasses.replace(small, student_rank=2), Fit(), 1, "x", "starts as its teacher"),
+        (dataclasses.replace(small, t_init=1000), Fit(), 1, None, "beyond the teacher's last timestep"),
+        (dataclasses.replace(small, t_high=1000), Fit(), 1, None, "beyond the teacher's last timestep"),
+    ):
+        with pytest.raises(SbrushError, match=complaint) as caught:
+            check(recipe, guide, fit, world=world, init=init)
+        assert caught.value.code == 2
+    pure = dataclasses.replace(guide, scheduler=DDIMScheduler.from_config(guide.scheduler.config))
+    pure.scheduler.alphas_cumprod[-1] = 0
+    check(small, pure, Fit(), world=1, init=None)
+    with pytest.raises(SbrushError, match="ends in pure noise"):
+        check(dataclasses.replace(small, lora_weight="v"), pure, Fit(), world=1, init=None)
+    told = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--micro-batches", "5")
+    assert told.returncode == 2 and "cannot be split into 5" in told.stderr and "hint:" in told.stderr
+    twice = sbrush("distill", prompt_file, "--student-lr", "1", "--set", "student_lr=2", "--dry-run")
+    assert twice.returncode == 2 and "student_lr is given twice" in twice.stderr
 
 
 def test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece(tmp_path, tiny_teacher, clip_folder):

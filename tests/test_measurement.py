@@ -44,11 +44,16 @@ def test_a_block_that_was_missing_is_drawn_saved_and_shown_under_its_own_numbers
     assert {i: picture.getpixel((0, 0))[0] for i, picture in shown.items()} == {i: 10 * i for i in range(8)}
 
     next((tmp_path / "work").glob("coco-pictures-*/000003.safetensors")).unlink()
-    for file in (tmp_path / "pictures").iterdir():
-        file.unlink()
+    for i in (3, 4, 5):
+        (tmp_path / "pictures" / f"{i:05d}.png").unlink()
     shown.clear()
     again = measurement.look(subject, shown)
     assert torch.equal(again["features"], first["features"])
     saved = {file.name: np.array(Image.open(file))[0, 0, 0] for file in (tmp_path / "pictures").iterdir()}
-    assert saved == {f"{i:05d}.png": 10 * i for i in (3, 4, 5)}
+    assert saved == {f"{i:05d}.png": 10 * i for i in range(8)}
     assert {i: picture.getpixel((0, 0))[0] for i, picture in shown.items()} == {i: 10 * i for i in (3, 4, 5)}
+
+    (tmp_path / "pictures" / "00007.png").unlink()  # its rows are known, but it is to be kept
+    shown.clear()
+    assert torch.equal(measurement.look(subject, shown)["features"], first["features"])
+    assert shown.keys() == {6, 7} and (tmp_path / "pictures" / "00007.png").is_file()

@@ -53,3 +53,13 @@ def test_students_that_do_not_go_together_are_refused(tmp_path, tiny_teacher):
         assert not (tmp_path / "both").exists()
     with pytest.raises(SbrushError, match="there already"):
         merge(one, one, tmp_path / "one")
+
+
+def test_a_merged_student_carries_both_licences_and_any_safety_checker(tmp_path, tiny_teacher):
+    one = student(tiny_teacher, tmp_path / "one", 1, license="openrail++", safety_checker=False)
+    two = student(tiny_teacher, tmp_path / "two", 2, license="cc-by-nc-4.0", safety_checker=True)
+    merge(one, two, tmp_path / "both")
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert 'license: "other"' in card and "cc-by-nc-4.0; openrail++" in card and "came with a safety checker" in card
+    merge(one, one, tmp_path / "same")
+    assert 'license: "openrail++"' in (tmp_path / "same" / "README.md").read_text()

@@ -1,19 +1,22 @@
 """Models in, students out: loading, refusing, the LoRA on the shared base, the folder that plain diffusers loads."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import build_tiny_teacher
 from sbrush import sample
 from sbrush.console import SbrushError
-from sbrush.models.card import model_card
+from sbrush.models.card import about_student, lora_card, model_card
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.unet import add_lora, answer_as, attend_explicitly, lora_parameters
+from sbrush.recipes import RECIPES
 
 ABOUT = {
     "version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
@@ -75,6 +78,41 @@ def test_a_student_folder_states_what_it_is(tmp_path, tiny_teacher):
     card = (folder / "README.md").read_text()
     assert "base_model" in card and "license" in card and "num_inference_steps=1" in card
     assert not list(folder.rglob("*.bin")) and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["tiny_teacher", "tiny_xl"])
+def test_the_lines_in_a_card_run(tmp_path, request, kind, monkeypatch):
+    folder = exported(load_teacher(str(request.getfixturevalue(kind))), tmp_path / "student")
+    lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace("path/to/this/folder", str(folder)), {})
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_a_card_states_the_licence_of_all_that_a_student_was_made_of(tiny_teacher):
+    teacher = load_teacher(str(tiny_teacher))
+    own = {"license": "other", "license_name": "sai-nc", "license_link": "https://x.y", "safety_checker": True}
+    guide, init = (dataclasses.replace(teacher, about=about) for about in (own, {"license": "cc-by-nc-4.0"}))
+    config = {"teacher": "t", "seed": 0, "prompts": {"count": 1, "sha256": "0"}, "init": "runs/first"}
+    alone = about_student(config, RECIPES["swiftbrush"], guide)
+    card = model_card(alone)
+    assert 'license: "other"\nlicense_name: "sai-nc"\nlicense_link: "https://x.y"' in card
+    assert "sai-nc (https://x.y)" in card and "came with a safety checker" in card
+    assert "sai-nc" in lora_card(alone) and "DDIMScheduler.from_pretrained" in lora_card(alone)
+    card = model_card(about_student(config, RECIPES["swiftbrush"], guide, init))
+    assert 'license: "other"\nbase' in card and "cc-by-nc-4.0; sai-nc" in card and "runs/first" in card
+    ablation = model_card(alone | {"reparameterised": False})
+    assert "The same picture" in card and "The same picture" not in ablation
+
+
+def test_a_folder_of_a_variant_alone_is_named(tmp_path, tiny_teacher):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(SbrushError, match="variant") as refused:
+        load_teacher(str(folder))
+    assert "rename it to diffusion_pytorch_model.safetensors" in refused.value.hint
 
 
 def test_an_export_replaces_an_older_one_whole(tmp_path, tiny_teacher):

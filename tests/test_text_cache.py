@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from conftest import sbrush
+from conftest import build_tiny_teacher, sbrush
 from sbrush.console import SbrushError
 from sbrush.distill import distill
 from sbrush.models.load import load_teacher
@@ -47,6 +47,17 @@ def test_words_are_the_encoders_rounded_to_half(tmp_path, request, kind):
         assert found[name].dtype == value.dtype and torch.allclose(found[name], value, atol=1e-5, rtol=1e-3), name
         assert not torch.equal(found[name], value)  # half precision is what is on disk
         assert value[0].std() > 0 and not torch.allclose(value[0], value[1])
+
+
+def test_another_encoder_or_format_is_another_cache(tmp_path, tiny_teacher):
+    other = build_tiny_teacher(tmp_path / "other", seed=1)
+    caches = [
+        filled(tmp_path / "cache", load_teacher(str(teacher), dtype=dtype))
+        for teacher, dtype in ((tiny_teacher, torch.float32), (other, torch.float32), (tiny_teacher, torch.bfloat16))
+    ]
+    one, two, three = (cache.words([0, 1])["tokens"].float() for cache in caches)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert not torch.allclose(one, two, atol=1e-2) and torch.allclose(one, three, atol=0.1)
 
 
 def test_an_interrupted_writing_goes_on_and_another_list_is_another_cache(tmp_path, tiny_teacher, monkeypatch):

@@ -31,6 +31,7 @@ from sbrush.recipes import Recipe
 from sbrush.text_cache import row_bytes
 
 GIB = 2**30
+DRAWN = 8  # pictures at once, in a sheet and in validation
 PRODUCTS, NORMS = ("linear", "conv2d"), ("group_norm", "layer_norm")
 
 
@@ -45,6 +46,7 @@ class Cost:
     forwards: float  # UNet forwards a picture takes, a backward counted as two
     checkpoint: int  # bytes on disk
     text_cache: int = 0  # bytes on disk
+    alignment_flops: float = 0  # a picture, of the clamped CLIP loss
 
     @property
     def peak(self) -> int:
@@ -53,7 +55,8 @@ class Cost:
 
     def lines(self, recipe: Recipe, *, keep: int = 2) -> list[str]:
         """The cost as people read it; `keep`: of checkpoints."""
-        pictures, each = recipe.steps * recipe.batch, self.forwards * self.flops
+        pictures, each = recipe.steps * recipe.batch, self.forwards * self.flops + self.alignment_flops
+        clip = f" and {self.alignment_flops / 1e12:.3g} for the CLIP loss" if self.alignment_flops else ""
         return [
             "",
             *(f"{name:56} {count / 1e6:10.2f} M parameters" for name, count in self.parameters.items()),
@@ -69,7 +72,8 @@ class Cost:
             f"{(keep + 1) * self.checkpoint / GIB:10.3f} GiB",
             *([f"{'disk for text embeddings':56} {self.text_cache / GIB:10.3f} GiB"] if self.text_cache else ()),
             "",
-            f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP a picture: {each / 1e12:.3g} TFLOP",
+            f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP a picture{clip}: "
+            f"{each / 1e12:.3g} TFLOP",
             f"{recipe.steps} steps of {recipe.batch}: {pictures} pictures, {pictures * each / 1e15:.3g} PFLOP; "
             f"{pictures * each / 3600e14:.3g} hours at 100 TFLOP/s",
         ]
@@ -88,12 +92,15 @@ def estimate(
     clip_model: str = "ViT-B-32",
     tiny_vae: Path | None = None,
     cached_prompts: int = 0,
+    sheets: bool = True,
+    validation: int = 0,
 ) -> Cost:
     """The cost of a run with this teacher; SbrushError if the teacher cannot be had.
 
     `world`: processes, which share a batch, and with `fit.shard` the student, its gradients, moments and average.
     `clip_weights`, `clip_model`, `tiny_vae`: see Alignment.load; no weights are read. `cached_prompts`: whose text
-    embeddings are kept on disk, which takes the text encoder off the device.
+    embeddings are kept on disk, which takes the text encoder off the device. `sheets`: whether contact sheets are
+    drawn. `validation`: parameters of the CLIP model that validates, 0 without.
     """
     teacher = load_shapes(source, config=config)
     alignment = None
@@ -105,20 +112,24 @@ def estimate(
         owners = world if fit.shard else 1
         _share_gradients(student, owners)
         autocast = bf16 and device.startswith("cuda")
-        working, flops = _play(teacher, student, base, recipe, share, alignment, autocast=autocast)
+        working, flops, aligned = _play(teacher, student, base, recipe, share, alignment, autocast=autocast)
+        if sheets or validation:
+            others = torch.bfloat16 if autocast else torch.float32
+            working = max(working, _draw(teacher, nn.Module.to(teacher.vae, others)))
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in _named(teacher).items()}
     count["LoRA teacher"], count["student, trained"] = lora, trained
     frozen = 2 if bf16 else 4
     parked = bool(cached_prompts) and device.startswith("cuda")
-    others = 2 if device.startswith("cuda") and bf16 else 4
+    half = 2 if device.startswith("cuda") and bf16 else 4
     copies = 2 * trained if bf16 and not recipe.student_rank else 0  # autocast's, for as long as a step's forward lasts
     working += copies  # its gradients are float32, and were counted as its activations are: in bfloat16
     moments = 2 if recipe.optimizer == "adam8bit" else 8
     average = 4 * trained if recipe.ema else 0
     memory = {
         "teacher's UNet, frozen": frozen * count["UNet"],
-        "text encoder and autoencoder, frozen": others * (count["VAE"] + (0 if parked else count["text encoder"])),
+        "text encoder and autoencoder, frozen": half * (count["VAE"] + (0 if parked else count["text encoder"])),
         "CLIP model and tiny VAE, frozen": 4 * sum(p.numel() for p in alignment.own_parameters()) if alignment else 0,
+        "CLIP model that validates, float32": 4 * validation,
         "student's weights, float32": 4 * trained // owners,
         "student's weights, a block of them together": 4 * _largest_block(student) if owners > 1 else 0,
         "student's weights, bfloat16 copy": copies,
@@ -131,8 +142,9 @@ def estimate(
     state = (4 + moments) * (trained + lora) + average
     # What is on its way to the average takes as much again.
     host = {"student's average": 2 * average // owners if fit.ema_on_cpu else 0}
-    host["text encoder"] = others * count["text encoder"] if parked else 0
-    return Cost(count, memory, host, flops, forwards, state, cached_prompts * row_bytes(_words(teacher, 1)))
+    host["text encoder"] = half * count["text encoder"] if parked else 0
+    cache = cached_prompts * row_bytes(_words(teacher, 1))
+    return Cost(count, memory, host, flops, forwards, state, cache, aligned)
 
 
 def _named(model: Model) -> dict[str, nn.Module]:
@@ -199,8 +211,11 @@ def _play(
     alignment: Alignment | None,
     *,
     autocast: bool,
-) -> tuple[int, float]:
-    """The most bytes held at once by one part of a batch, gradients included; FLOPs of one forward of one picture."""
+) -> tuple[int, float, float]:
+    """The most bytes held at once by one part of a batch, gradients included; FLOPs of one forward of one picture.
+
+    Lastly those of the clamped CLIP loss for one picture: its backward goes to the picture alone, so takes as many.
+    """
     dtype = next(base.parameters()).dtype  # under autocast activations are of the dtype of matrix products
 
     def forward(unet: nn.Module, batch: int) -> Tensor:
@@ -212,6 +227,10 @@ def _play(
     with counter, torch.no_grad():
         answer_as(base, "teacher")
         forward(base, 1)
+    clip = FlopCounterMode(display=False)
+    if alignment:
+        with clip, torch.no_grad():
+            alignment.cosines(torch.zeros(1, *teacher.latent_shape), [""])
     held = Held([student, base, *(alignment.networks if alignment else ())])
     with held, kernels(autocast=autocast):
         answer_as(student, "student")
@@ -227,7 +246,17 @@ def _play(
         del x0, loss
         answer_as(base, "lora_teacher")
         (forward(base, share) if shared is None else shared).sum().backward()
-    return held.most, counter.get_total_flops()
+    return held.most, counter.get_total_flops(), 2 * clip.get_total_flops()
+
+
+def _draw(teacher: Model, vae: Any) -> int:
+    """The most bytes held at once while pictures for a contact sheet are decoded."""
+    held = Held([vae])
+    with held, torch.no_grad(), kernels(autocast=False):
+        vae.decode(
+            torch.zeros(min(DRAWN, teacher.decoded_at_once), *teacher.latent_shape, dtype=vae.dtype)
+        ).sample.float()
+    return held.most
 
 
 def _words(teacher: Model, batch: int) -> Words:

@@ -22,7 +22,6 @@ from sbrush.console import SbrushError, printable, progress, say
 from sbrush.device import parted
 from sbrush.distiller import Distiller
 from sbrush.health import MOST_SKIPPED
-from sbrush.models.export import export_lora
 from sbrush.plan import Plan
 from sbrush.prompts import ShuffledPrompts
 from sbrush.run import METRICS, Run
@@ -135,11 +134,9 @@ def _train(plan: Plan) -> bool:
     end(plan.accelerator)
     if needed:
         with distiller.average():
-            if recipe.student_rank:
-                export_lora(run.out / "student-lora", distiller.student, "student")
             unet = distiller.exported()
             if main:
-                run.export(distiller.teacher, unet)
+                run.export(distiller.teacher, unet, trained=distiller.student, init=plan.init)
     distiller.accelerator.wait_for_everyone()
     return True
 

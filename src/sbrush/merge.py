@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sbrush
 from sbrush.console import SbrushError, printable
-from sbrush.models.card import model_card
+from sbrush.models.card import STATED, model_card
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student
 
@@ -43,8 +43,11 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
         weight.data.lerp_(others[name].data, 1 - share)
     about = {key: value for key, value in first.about.items() if key != "format"}
     about["version"] = sbrush.__version__
+    if any("safety_checker" in model.about for model in (first, second)):
+        about["safety_checker"] = any(model.about.get("safety_checker") for model in (first, second))
     about["merged"] = [
         {"student": printable(name), "sha256": digest(model), "share": part}
+        | {key: model.about[key] for key in STATED if key in model.about}
         for name, model, part in ((one, first, share), (two, second, 1 - share))
     ]
     export_student(out, first, first.unet, about=about, card=model_card(about))

@@ -17,6 +17,7 @@ from sbrush.alignment import Alignment
 from sbrush.config import make_config
 from sbrush.console import SbrushError, printable
 from sbrush.device import Precision, trains_in_bf16
+from sbrush.distiller import share
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.networks import Fit
@@ -83,15 +84,11 @@ def prepare(
     sharded = sharding.asked_for()
     accelerator = _accelerator(device, "bf16" if bf16 else "no", tracked_in(out, trackers))
     fit = replace(fit or Fit(), shard=sharded and accelerator.num_processes > 1)
-    if fit.shard and (recipe.student_rank or fit.compile or recipe.optimizer == "adam8bit"):
-        raise SbrushError(
-            "FSDP is for a full student, with torch's Adam and without --compile",
-            "leave FSDP out of accelerate's configuration, or --student-lora, --adam-8bit and --compile",
-            code=2,
-        )
     guide = load_teacher(teacher, config=teacher_config)
+    check(recipe, guide, fit, world=accelerator.num_processes, init=init)
     start = load_student(init) if init else None
-    _check(recipe, guide, init, start)
+    if start:
+        _check_start(recipe, guide, printable(init), start)
     alignment = None
     if recipe.clip_weight:
         alignment = Alignment.load(
@@ -131,16 +128,23 @@ def _accelerator(device: str, mixed_precision: str, options: dict[str, Any]) -> 
     return made
 
 
-def _check(recipe: Recipe, guide: Model, init: str | None, start: Model | None) -> None:
-    """SbrushError if a recipe, a teacher and a student to start from do not fit together."""
-    if start and recipe.student_rank:
+def check(recipe: Recipe, guide: Model, fit: Fit, *, world: int, init: str | None) -> None:
+    """SbrushError if a recipe, a teacher (of which shapes will do) and a machine do not fit together."""
+    if fit.shard and (recipe.student_rank or fit.compile or recipe.optimizer == "adam8bit" or fit.ema_on_cpu):
+        raise SbrushError(
+            "FSDP is for a full student with its average, with torch's Adam and without --compile",
+            "leave FSDP out of accelerate's configuration, or --student-lora, --adam-8bit, --ema-on-cpu and --compile",
+            code=2,
+        )
+    if fit.ema_on_cpu and not recipe.ema:
+        raise SbrushError("there is no average to keep on the CPU", "leave out --ema-on-cpu, or --set ema=0", code=2)
+    share(recipe, fit, 0, world)
+    if init and recipe.student_rank:
         raise SbrushError(
             "a LoRA student starts as its teacher, and cannot start as another student",
             "leave out --init, or --student-lora",
             code=2,
         )
-    if start:
-        _check_start(recipe, guide, printable(init), start)
     T = len(guide.schedule) - 1
     if recipe.t_init is not None and recipe.t_init > T:
         raise SbrushError(
@@ -148,6 +152,12 @@ def _check(recipe: Recipe, guide: Model, init: str | None, start: Model | None) 
         )
     if recipe.t_high > T:
         raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
+    if recipe.lora_weight != "alpha" and guide.scheduler.alphas_cumprod[-1] == 0:
+        raise SbrushError(
+            f"the teacher's schedule ends in pure noise, where lora_weight {recipe.lora_weight} has no value",
+            "--set lora_weight=alpha",
+            code=2,
+        )
 
 
 def _check_start(recipe: Recipe, guide: Model, name: str, start: Model) -> None:
@@ -167,6 +177,12 @@ def _check_start(recipe: Recipe, guide: Model, name: str, start: Model) -> None:
     if length > len(guide.schedule) or not torch.allclose(start.schedule.alpha, guide.schedule.alpha[:length]):
         raise SbrushError(
             f"--init {name} has another noise schedule than the teacher", "start from a student of this teacher", code=2
+        )
+    if start.about.get("reparameterised", True) != recipe.reparameterised:
+        raise SbrushError(
+            f"--init {name} is {'' if recipe.reparameterised else 'not '}a student without re-parameterisation",
+            f"{'give' if recipe.reparameterised else 'leave out'} --no-reparameterisation",
+            code=2,
         )
     begins, begin = length - 1, len(guide.schedule) - 1 if recipe.t_init is None else recipe.t_init
     if begins != begin:

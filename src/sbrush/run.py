@@ -35,8 +35,8 @@ from sbrush.console import SbrushError, printable, progress, say
 from sbrush.curves import draw_curves
 from sbrush.files import write_json, write_text
 from sbrush.health import Yardstick, alarms
-from sbrush.models.card import about_student, model_card
-from sbrush.models.export import export_student
+from sbrush.models.card import about_student, lora_card, model_card
+from sbrush.models.export import export_lora, export_student
 from sbrush.models.model import Model
 from sbrush.models.unet import answer_as
 from sbrush.recipes import Recipe
@@ -248,9 +248,13 @@ class Run:
         pictures.save_png(self.out / "samples" / f"x0-{step:06d}.png", pictures.sheet(rows, row_labels=list(views)))
         return yardstick.compare_spreads(torch.cat(latents).unflatten(0, (SHEET_SEEDS, -1)))
 
-    def export(self, teacher: Model, unet: UNet2DConditionModel) -> None:
-        """Writes `student/`."""
-        about = about_student(self.config, self.recipe, teacher)
+    def export(
+        self, teacher: Model, unet: UNet2DConditionModel, *, trained: UNet2DConditionModel, init: Model | None
+    ) -> None:
+        """Writes `student/` with `unet`, and of a LoRA student, within `trained`, `student-lora/` too."""
+        about = about_student(self.config, self.recipe, teacher, init)
+        if self.recipe.student_rank:
+            export_lora(self.out / "student-lora", trained, "student", card=lora_card(about))
         export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)
 
     def _sheet(self) -> tuple[list[str], list[int]]:

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sbrush.console import progress
-from sbrush.evaluate.clip import ClipScorer
+from sbrush.console import SbrushError, progress
+from sbrush.evaluate.clip import MODEL, ClipScorer
 from sbrush.models.model import Model
 from sbrush.prompts import Prompts
 from sbrush.sample import student_pictures
@@ -44,7 +44,19 @@ class Validation:
         chosen = [prompts.texts[i * len(prompts) // count] for i in range(count)]
         if clip_weights is None and teacher.about.get("world") == "stickers":
             return cls(chosen, Judge.load(device=device))
-        return cls(chosen, ClipScorer.load(clip_weights, device=device))
+        try:
+            return cls(chosen, ClipScorer.load(clip_weights, device=device))
+        except SbrushError as problem:
+            problem.hint = f"--validation-clip: {MODEL}'s weights, or a folder of open_clip's; or no --validate-every"
+            raise
+
+    @staticmethod
+    def parameters(teacher: Model, clip_weights: Path | None) -> int:
+        """How many the CLIP model has that `load` would take; no weights are read."""
+        if clip_weights is None and teacher.about.get("world") == "stickers":
+            return 0  # a judge of a million: not worth a line
+        scorer = ClipScorer.shapes(clip_weights, model_name=MODEL)
+        return sum(p.numel() for p in scorer.network.parameters())
 
     def score(self, student: Model, *, batch: int = 8) -> float:
         """The mean CLIP score of one picture for each prompt."""

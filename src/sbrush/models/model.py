@@ -21,9 +21,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 from sbrush.core import NoiseSchedule, Prediction, Words
 from sbrush.device import send
 
-DECODED = (
-    1 << 22
-)  # pixels decoded at once: 64 pictures of 512 x 512 make a layer of 2^32 values, more than cuDNN counts
+# Pixels decoded at once, two pictures of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
+# would have 2^32 values, more than cuDNN counts.
+DECODED = 1 << 19
 
 
 @dataclass
@@ -106,6 +106,12 @@ class Model:
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_shape[1] * scale, self.latent_shape[2] * scale
 
+    @property
+    def decoded_at_once(self) -> int:
+        """Pictures, see DECODED."""
+        height, width = self.picture_size
+        return max(1, DECODED // (height * width))
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Words:
         """What the UNet is told of each text: "tokens" [B, L, D] in the text encoder's dtype.
@@ -136,8 +142,7 @@ class Model:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B, C, H, W] to pictures: uint8 [B, 3, H', W'] on the CPU, rounded as diffusers rounds."""
-        height, width = self.picture_size
-        parts = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype).split(max(1, DECODED // (height * width)))
+        parts = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype).split(self.decoded_at_once)
         pictures = (self.vae.decode(part).sample.float() / 2 + 0.5 for part in parts)
         return torch.cat([part.clamp(0, 1).mul(255).round().to(torch.uint8) for part in pictures]).cpu()
 
