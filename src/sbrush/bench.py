@@ -10,6 +10,7 @@ that the same device does in the same run; and the bytes that Adam and the avera
 
     python -m sbrush.bench                              the built-in teacher
     python -m sbrush.bench --size sd21 --minutes 6      SD 2.1's size, random weights, on a GPU: nine minutes
+    python -m sbrush.bench --size sd21 --cards          the options for smaller cards, images/s and peak memory each
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ def contenders(batch: int, *, built_in: bool, compiled: bool, student_rank: int 
         found["sbrush --compile"] = Contender(paper, fit=Fit(compile="inductor"))
         found["one LoRA forward, --compile"] = Contender(shared, fit=Fit(compile="inductor"))
     return found
+
+
+def by_card(batch: int) -> dict[str, Contender]:
+    """What each size of card takes (docs/your-own-teacher.md), with the paper's loss."""
+    paper = dataclasses.replace(RECIPES["swiftbrush"], batch=batch)
+    lora, adam8 = dataclasses.replace(paper, student_rank=256), dataclasses.replace(paper, optimizer="adam8bit")
+    return {
+        "12 GB": Contender(lora, fit=Fit(checkpointing=True, micro_batches=4)),
+        "12 GB, tighter": Contender(
+            dataclasses.replace(lora, optimizer="adam8bit"), fit=Fit(checkpointing=True, micro_batches=8)
+        ),
+        "16 GB": Contender(adam8, fit=Fit(checkpointing=True, micro_batches=4, ema_on_cpu=True)),
+        "24 GB": Contender(paper, fit=Fit(checkpointing=True, micro_batches=4, ema_on_cpu=True)),
+        "40 GB": Contender(paper, fit=Fit(micro_batches=4)),
+        "80 GB": Contender(paper),
+    }
 
 
 def measure(
@@ -171,6 +188,7 @@ def main(
     turns: Annotated[int, typer.Option(help="Of each contender.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Of a turn.", min=1)] = 3,
     minutes: Annotated[float, typer.Option(help="After which no turn begins.", min=0)] = 60,
+    cards: Annotated[bool, typer.Option(help="Measure the options for each size of card in place of these.")] = False,
     compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -181,6 +199,8 @@ def main(
     built_in = size is None and teacher is None
     compiled = where != "cpu" if compiled is None else compiled
     chosen = contenders(batch, built_in=built_in, compiled=compiled, student_rank=student_lora)
+    if cards:
+        chosen = by_card(batch)
     prompts = ShuffledPrompts(make_prompts((c.text for c in all_captions()), "stickers"), 0)
     accelerator = Accelerator(cpu=where == "cpu", mixed_precision="bf16" if bf16 else "no")
     rates = Rates.measure(where, torch.bfloat16 if bf16 else torch.float32)
@@ -189,10 +209,10 @@ def main(
     say(f"{about}: matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
     with full_size.or_made(teacher, size) as source:
         told = {
-            recipe: estimate(source, recipe, Fit(), bf16=bf16, device=where)
-            for recipe in {one.recipe for one in chosen.values()}
+            (one.recipe, one.fit): estimate(source, one.recipe, one.fit, bf16=bf16, device=where)
+            for one in chosen.values()
         }
-        costs = {name: told[one.recipe] for name, one in chosen.items()}
+        costs = {name: told[one.recipe, one.fit] for name, one in chosen.items()}
 
         def way(one: Contender) -> Callable[[int], object]:
             made = one.kind(load_teacher(source), one.recipe, seed=0, accelerator=accelerator, fit=one.fit)
@@ -217,7 +237,9 @@ def main(
     out(f"matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
     for name, row in found.items():
         times = f"{row['times_plain']:.2f} x plain" if row["times_plain"] else ""
-        peak = f"   peak {row['peak_gib']:.1f} GiB" if row["peak_gib"] else ""
+        peak = (
+            f"   peak {row['peak_gib']:.1f} GiB (expected {row['expected_peak_gib']:.1f})" if row["peak_gib"] else ""
+        )
         out(
             f"{name:28} {row['pictures_per_second']:8.2f} pictures/s   {row['forwards_per_picture']:g} UNet forwards"
             f"   {100 * row['matrix_rate_share']:.0f} % of the matrix rate,"
