@@ -68,26 +68,26 @@ full-size: $(READY)  ## Stable Diffusion's full sizes, random weights: needs 24 
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m slow tests/test_full_size.py
 
 ablations: $(READY)  ## the paper's ablations on the built-in world, with a picture each
-	$(BIN)/python -m sbrush.stickers.ablations
+	$(BIN)/python -m sbrush.benchmarks.ablations
 
 bench: $(READY)  ## the training step against the plain formulation and the floor; SIZE=sd21 for SD 2.1's, on a GPU
-	$(BIN)/python -m sbrush.bench $(if $(SIZE),--size $(SIZE) --minutes 6)
+	$(BIN)/python -m sbrush.benchmarks.training $(if $(SIZE),--size $(SIZE) --minutes 6)
 
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the usual way; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
-	$(BIN)/python -m sbrush.evaluate.bench $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --pictures 3000 --minutes 6)
+	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --pictures 3000 --minutes 6)
 
 teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, student
-	$(BIN)/python -m sbrush.stickers.teach vae
-	$(BIN)/python -m sbrush.stickers.teach judge
-	$(BIN)/python -m sbrush.stickers.teach teacher
-	$(BIN)/python -m sbrush.stickers.ship teacher
-	$(BIN)/python -m sbrush.stickers.ship guidance
+	$(BIN)/python -m sbrush.training.world.teach vae
+	$(BIN)/python -m sbrush.training.world.teach judge
+	$(BIN)/python -m sbrush.training.world.teach teacher
+	$(BIN)/python -m sbrush.training.world.ship teacher
+	$(BIN)/python -m sbrush.training.world.ship guidance
 	for seed in 0 1; do \
 	  $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed && \
 	  { ! grep -q '"extended_by": \[\]' runs/seed-$$seed/config.json || \
 	    $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed --extend 3000; } || exit 1; done
 	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
-	$(BIN)/python -m sbrush.stickers.ship student runs/shipped
+	$(BIN)/python -m sbrush.training.world.ship student runs/shipped
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw a picture with it
 	rm -rf dist

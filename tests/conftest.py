@@ -16,14 +16,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def build_tiny_teacher(folder: Path, *, prediction: str = "epsilon", seed: int = 0) -> Path:
-    """32 x 32 pictures, 4 x 16 x 16 latents, a few thousand parameters."""
+    """32 x 32 images, 4 x 16 x 16 latents, a few thousand parameters."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from sbrush.files import write_json
     from sbrush.models.model import Model
-    from sbrush.stickers.models import build_tokenizer
+    from sbrush.stickers.networks import build_tokenizer
+    from sbrush.storage.files import write_json
 
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(folder / "tokenizer")
@@ -59,8 +59,8 @@ def build_tiny_xl(folder: Path, *, seed: int = 0) -> Path:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from sbrush.files import write_json
     from sbrush.models.sdxl import ModelXL
+    from sbrush.storage.files import write_json
 
     build_tiny_teacher(folder, seed=seed)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -89,7 +89,7 @@ def build_clip(folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from sbrush.files import write_json
+    from sbrush.storage.files import write_json
 
     torch.manual_seed(0)
     config = {

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from sbrush.distiller import Distiller
-from sbrush.models.unet import answer_as
+from sbrush.models.unet import set_role
+from sbrush.training.methods.vsd import Distiller
 
 SENDERS = ("noise", "health", "text_cache", "evaluate.clip", "models.model", "models.sdxl")
 
@@ -50,7 +50,7 @@ def without_engine(distiller: Distiller) -> Distiller:
 
     def backward(loss: Tensor, role: Any) -> None:
         assert loss.requires_grad and loss.device.type == "cuda" and loss.dtype == torch.float32
-        answer_as(distiller.student if role == "student" else distiller.teacher.unet, role)
+        set_role(distiller.student if role == "student" else distiller.teacher.unet, role)
         for parameter in (distiller.trained if role == "student" else distiller.lora).values():
             parameter.grad = torch.empty_like(parameter)
 

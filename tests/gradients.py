@@ -9,26 +9,26 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from sbrush.distiller import Distiller
 from sbrush.models.load import load_teacher
-from sbrush.networks import Fit
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.networks import ExecutionOptions
+from sbrush.training.recipes import RECIPES
 
 PAPER = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, clip=1e9)
 WAYS = {
-    "full": (PAPER, Fit()),
-    "micro-batches": (PAPER, Fit(micro_batches=2)),
-    "checkpointing": (PAPER, Fit(checkpointing=True)),
-    "lora": (dataclasses.replace(PAPER, student_rank=3), Fit(micro_batches=2)),
-    "shared": (dataclasses.replace(PAPER, guide_lora=False, shared_forward=True, lora_updates=2), Fit()),
+    "full": (PAPER, ExecutionOptions()),
+    "micro-batches": (PAPER, ExecutionOptions(micro_batches=2)),
+    "checkpointing": (PAPER, ExecutionOptions(checkpointing=True)),
+    "lora": (dataclasses.replace(PAPER, student_rank=3), ExecutionOptions(micro_batches=2)),
+    "shared": (dataclasses.replace(PAPER, guide_lora=False, shared_forward=True, lora_updates=2), ExecutionOptions()),
 }
 
 
 def main(teacher: str, out: Path) -> None:
     accelerator, seen = Accelerator(cpu=True), {}
-    for way, (recipe, fit) in WAYS.items():
-        made = Distiller(load_teacher(teacher), recipe, seed=3, accelerator=accelerator, fit=fit)
+    for way, (recipe, execution) in WAYS.items():
+        made = Distiller(load_teacher(teacher), recipe, seed=3, accelerator=accelerator, execution=execution)
         torch.manual_seed(1)
         for _, parameter in sorted(made.lora.items()):
             parameter.data.normal_()  # far from the teacher: what is compared is no mere rounding

@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import build_tiny_teacher
-from sbrush.distill import distill
-from sbrush.plan import prepare
 from sbrush.prompts import make_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals
+from sbrush.training.loop import distill
+from sbrush.training.plan import prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals
 
-STEPS, EVERY = 12, Intervals(log=2, sheet=6, checkpoint=3)
+STEPS, EVERY = 12, Intervals(log=2, grid=6, checkpoint=3)
 RECIPE = dataclasses.replace(
     RECIPES["swiftbrush"], steps=STEPS, batch=2, student_lr=1e-3, lora_lr=1e-2, lora_rank=4, lora_alpha=4, ema=0.9,
     cooldown=0.5,
@@ -89,7 +89,7 @@ def in_a_child(work, *, seconds: float | None = None) -> bool:
 def state(out: Path) -> tuple[dict, dict, list]:
     """A complete run's student, last state, and logged values that do not hold times."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in entry.items() if k not in ("time", "pictures_per_second")} for entry in log]
+    kept = [{k: v for k, v in entry.items() if k not in ("time", "images_per_second")} for entry in log]
     student = load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
     parts = sorted((out / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"))
     return student, {f"{part.stem}.{k}": v for part in parts for k, v in load_file(part).items()}, kept

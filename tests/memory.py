@@ -1,8 +1,8 @@
-"""What `sbrush eval --coco-30k` holds in memory as pictures grow more.  `make memory`
+"""What `sbrush eval --coco-30k` holds in memory as images grow more.  `make memory`
 
-The whole road, the shipped student's pictures through Inception of its true size (random weights) and a small CLIP
-model, each time in a process of its own; the most that it held, as the system counts it, and how much more a picture
-cost. 8 KiB a picture are its features. With --quick a random projection stands in for Inception: minutes less.
+The whole road, the shipped student's images through Inception of its true size (random weights) and a small CLIP
+model, each time in a process of its own; the most that it held, as the system counts it, and how much more a image
+cost. 8 KiB a image are its features. With --quick a random projection stands in for Inception: minutes less.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from test_coco import make_coco, make_inception
 QUICK = """
 import torch
 from sbrush.cli.app import main
-from sbrush.evaluate.inception import Inception
+from sbrush.metrics.inception import Inception
 
 mix = torch.randn(3 * 16 * 16, 2048, generator=torch.Generator().manual_seed(0))
 pool = torch.nn.functional.adaptive_avg_pool2d
-Inception.features = lambda self, pictures: pool(pictures.float() / 128 - 1, 16).flatten(1) @ mix
+Inception.features = lambda self, images: pool(images.float() / 128 - 1, 16).flatten(1) @ mix
 main()
 """
 
@@ -54,10 +54,10 @@ def main(sizes: list[int], quick: bool) -> None:
                     "--report", folder / "report.html", "--device", "cpu",
                 ]
             )  # fmt: skip
-            print(f"{size:6} pictures {mib:8.0f} MiB at most", flush=True)
+            print(f"{size:6} images {mib:8.0f} MiB at most", flush=True)
             measured.append((size, mib))
     for (few, before), (many, after) in pairwise(measured):
-        print(f"from {few} to {many}: {(after - before) * 1024 / (many - few):.1f} KiB more a picture")
+        print(f"from {few} to {many}: {(after - before) * 1024 / (many - few):.1f} KiB more a image")
 
 
 if __name__ == "__main__":

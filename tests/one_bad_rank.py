@@ -7,10 +7,10 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from sbrush.distiller import Distiller
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.recipes import RECIPES
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbrush.evaluate.ahead import AHEAD, ahead
-from sbrush.evaluate.coco import PROTOCOLS, Bad, Looker
-from sbrush.pictures import save_png, to_image
+from sbrush.evaluate.coco.prefetch import AHEAD, ahead
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Bad, FeatureExtractor
+from sbrush.sampling.images import save_png, to_image
 
 
 def workers() -> int:
@@ -65,30 +65,30 @@ def test_errors_and_interrupts_end_it(where: str) -> None:
 
 
 class Means:
-    """In the place of both networks: a picture's features are its mean colour."""
+    """In the place of both networks: a image's features are its mean colour."""
 
-    def features(self, pictures: Tensor, resize: str) -> Tensor:
+    def features(self, images: Tensor, resize: str) -> Tensor:
         assert resize == "clean"
-        return pictures.float().mean(dim=(2, 3))
+        return images.float().mean(dim=(2, 3))
 
-    def prepare(self, picture: Tensor) -> Tensor:
-        return picture[:, :8, :8].float()
+    def prepare(self, image: Tensor) -> Tensor:
+        return image[:, :8, :8].float()
 
-    def scores(self, pictures: Tensor, captions: list[str], prefix: str = "") -> Tensor:
-        return pictures.mean(dim=(1, 2, 3)) + torch.tensor([float(len(c)) for c in captions])
+    def scores(self, images: Tensor, captions: list[str], prefix: str = "") -> Tensor:
+        return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(c)) for c in captions])
 
 
-def test_pictures_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """However many pictures there are, no more than the batches on their way exist at a time."""
+def test_images_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """However many images there are, no more than the batches on their way exist at a time."""
     alive: set[int] = set()
     most = [0]
 
     def batches() -> Iterator[Tensor]:
         for number in range(12):
-            batch = pictures[4 * number : 4 * number + 4].clone()
+            batch = images[4 * number : 4 * number + 4].clone()
             alive.add(number)
             weakref.finalize(batch.untyped_storage(), alive.discard, number)
-            # A thread lets go of its picture a moment after its result can be had.
+            # A thread lets go of its image a moment after its result can be had.
             until = time.monotonic() + 10
             while len(alive) > AHEAD + 2 and time.monotonic() < until:
                 time.sleep(0.001)
@@ -96,24 +96,24 @@ def test_pictures_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None
             yield batch
             del batch
 
-    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (48, 3, 40, 30), dtype=np.uint8))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (48, 3, 40, 30), dtype=np.uint8))
     captions = ["x" * i for i in range(48)]
-    looker = Looker(PROTOCOLS["swiftbrush"], Means(), Means())  # type: ignore[arg-type]
-    seen = list(looker.made(batches(), captions))
-    ready = [looker.prepare(to_image(p), scored=True) for p in pictures]
+    extractor = FeatureExtractor(PROTOCOLS["swiftbrush"], Means(), Means())  # type: ignore[arg-type]
+    seen = list(extractor.made(batches(), captions))
+    ready = [extractor.prepare(to_image(p), scored=True) for p in images]
     assert [len(rows["clip"]) for rows in seen] == [4] * 12
     for name in ("features", "clip"):
-        alone = torch.cat([looker.look([r], [c])[name] for r, c in zip(ready, captions, strict=True)])
+        alone = torch.cat([extractor.extract([r], [c])[name] for r, c in zip(ready, captions, strict=True)])
         assert torch.allclose(torch.cat([rows[name] for rows in seen]), alone)
     assert most[0] <= AHEAD + 2  # those begun, the one looked at, and the one that comes
 
     files = [tmp_path / f"{i}.png" for i in range(5)]
-    for file, picture in zip(files, pictures, strict=False):
-        save_png(file, to_image(picture))
+    for file, image in zip(files, images, strict=False):
+        save_png(file, to_image(image))
     files[2].write_bytes(b"none")
-    (read,) = looker.read(files, Bad(1), captions[:5])
+    (read,) = extractor.read(files, Bad(1), captions[:5])
     assert read["features"].isnan().any(dim=1).tolist() == [False, False, True, False, False]
     kept = torch.tensor([0, 1, 3, 4])
     assert torch.allclose(read["features"][kept], torch.cat([rows["features"] for rows in seen])[kept])
-    (reference,) = looker.read(files, Bad(1))
+    (reference,) = extractor.read(files, Bad(1))
     assert set(reference) == {"features"}

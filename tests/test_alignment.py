@@ -9,18 +9,18 @@ from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 
 from conftest import sbrush
-from sbrush.alignment import Alignment
 from sbrush.console import SbrushError
-from sbrush.distill import distill
-from sbrush.distiller import Distiller
-from sbrush.evaluate.clip import ClipScorer
+from sbrush.metrics.clip import ClipScorer
 from sbrush.models.load import load_teacher
-from sbrush.networks import Fit
 from sbrush.noise import StepNoise
-from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals
+from sbrush.training.alignment import Alignment
+from sbrush.training.loop import distill
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.networks import ExecutionOptions
+from sbrush.training.plan import prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals
 
 TEXTS = ["a cat", "a dog", "a red fish", "a blue car on a mint background"]
 PROMPTS = make_prompts(TEXTS, "four")
@@ -32,7 +32,7 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def tiny_vae(tmp_path_factory):
-    """Latents of 4 x 16 x 16 to pictures of 32 x 32, as the tiny teacher's."""
+    """Latents of 4 x 16 x 16 to images of 32 x 32, as the tiny teacher's."""
     folder = tmp_path_factory.mktemp("tiny-vae")
     build_tiny_vae(folder)
     return folder
@@ -51,28 +51,31 @@ def aligned(teacher, clip_folder, tiny_vae=None):
 
 
 @pytest.mark.parametrize("tiny", [False, True])
-def test_cosines_are_those_of_the_decoded_pictures_as_open_clip_prepares_them(
-    tiny_teacher, clip_folder, tiny_vae, tiny
-):
+def test_cosines_are_those_of_the_decoded_images_as_open_clip_prepares_them(tiny_teacher, clip_folder, tiny_vae, tiny):
     teacher = load_teacher(str(tiny_teacher))
     x0 = torch.randn(4, *teacher.latent_shape, generator=torch.Generator().manual_seed(1))
     vae = AutoencoderTiny.from_pretrained(tiny_vae) if tiny else teacher.vae
     with torch.no_grad():
-        pictures = vae.decode(x0 / vae.config.scaling_factor).sample / 2 + 0.5
+        images = vae.decode(x0 / vae.config.scaling_factor).sample / 2 + 0.5
         ours = aligned(teacher, clip_folder, tiny_vae if tiny else None).cosines(x0, TEXTS)
     scorer = ClipScorer.load(clip_folder)
-    prepared = torch.stack([scorer.prepare(p) for p in (pictures.clamp(0, 1) * 255).round().to(torch.uint8)])
+    prepared = torch.stack([scorer.prepare(p) for p in (images.clamp(0, 1) * 255).round().to(torch.uint8)])
     theirs = scorer.scores(prepared, TEXTS, prefix="")
-    assert theirs.std() > 0.02 and torch.allclose(ours, theirs, atol=5e-3)  # theirs are of rounded pictures
+    assert theirs.std() > 0.02 and torch.allclose(ours, theirs, atol=5e-3)  # theirs are of rounded images
 
 
-@pytest.mark.parametrize("fit", [{}, {"micro_batches": 2}])
-def test_its_gradient_is_added_to_the_students_and_reaches_nothing_else(tiny_teacher, clip_folder, tiny_vae, fit):
+@pytest.mark.parametrize("execution", [{}, {"micro_batches": 2}])
+def test_its_gradient_is_added_to_the_students_and_reaches_nothing_else(tiny_teacher, clip_folder, tiny_vae, execution):
     def gradient(recipe):
         teacher = load_teacher(str(tiny_teacher))
         alignment = aligned(teacher, clip_folder, tiny_vae)
         made = Distiller(
-            teacher, recipe, seed=3, accelerator=Accelerator(cpu=True), fit=Fit(**fit), alignment=alignment
+            teacher,
+            recipe,
+            seed=3,
+            accelerator=Accelerator(cpu=True),
+            execution=ExecutionOptions(**execution),
+            alignment=alignment,
         )
         seen = []
         made.student_optimizer.step = lambda: seen.extend(p.grad.clone() for p in made.trained.values())
@@ -85,7 +88,7 @@ def test_its_gradient_is_added_to_the_students_and_reaches_nothing_else(tiny_tea
     _, without, other = gradient(dataclasses.replace(unclipped, clip_weight=0.0))
     assert "clip_cosine" not in other
 
-    # The student's own pictures of step 1, and the loss's gradient by its weights, from torch alone.
+    # The student's own images of step 1, and the loss's gradient by its weights, from torch alone.
     shuffled = ShuffledPrompts(PROMPTS, 3)
     texts = [shuffled[i] for i in range(4)]
     z = StepNoise(3, 1, range(4), torch.device("cpu")).normal(made.teacher.latent_shape)
@@ -107,7 +110,7 @@ def test_its_gradient_is_added_to_the_students_and_reaches_nothing_else(tiny_tea
 def run(teacher, out, recipe=SMALL, **options):
     made = prepare(
         recipe, PROMPTS, out=out, teacher=str(teacher), init=None, seed=3, device="cpu", precision="float32",
-        every=Intervals(log=1, sheet=0, checkpoint=1), **options,
+        every=Intervals(log=1, grid=0, checkpoint=1), **options,
     )  # fmt: skip
     return distill(made)
 
@@ -127,7 +130,7 @@ def test_a_run_logs_the_cosine_and_is_another_with_another_clip_model(tmp_path, 
 @pytest.mark.parametrize("made", [{"blocks": 3}, {"latent_channels": 8}])
 def test_a_tiny_vae_of_other_latents_is_refused(tmp_path, tiny_teacher, clip_folder, made):
     build_tiny_vae(tmp_path, **made)
-    with pytest.raises(SbrushError, match="into pictures"):
+    with pytest.raises(SbrushError, match="into images"):
         aligned(load_teacher(str(tiny_teacher)), clip_folder, tmp_path)
 
 

@@ -9,30 +9,36 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sbrush.bench import PLAIN, PlainDistiller, contenders, measure, rows
-from sbrush.cost import estimate
-from sbrush.distiller import Distiller
-from sbrush.floor import Floor, Rates, copy_rate, matrix_rate
+from sbrush.benchmarks.roofline import Rates, Roofline, copy_rate, matrix_rate
+from sbrush.benchmarks.training import BASELINE, BaselineDistiller, contenders, measure, rows
 from sbrush.models.load import load_teacher
-from sbrush.networks import Fit
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
+from sbrush.training.cost import estimate
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.networks import ExecutionOptions
+from sbrush.training.recipes import RECIPES
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish"], "three")
 RECIPE = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, lora_lr=1e-2, student_lr=1e-3)
 RATES = Rates(matrix=1e12, copy=1e10)
 
 
-def steps(teacher, kind, **fit):
+def steps(teacher, kind, **execution):
     """Metrics of three steps, and the student's weights after them."""
-    made = kind(load_teacher(str(teacher)), RECIPE, seed=3, accelerator=Accelerator(cpu=True), fit=Fit(**fit))
+    made = kind(
+        load_teacher(str(teacher)),
+        RECIPE,
+        seed=3,
+        accelerator=Accelerator(cpu=True),
+        execution=ExecutionOptions(**execution),
+    )
     shuffled = ShuffledPrompts(PROMPTS, 3)
     metrics = [made.step(step, shuffled) for step in (1, 2, 3)]
     return metrics, torch.cat([p.detach().flatten() for p in made.trained.values()])
 
 
 def test_the_plain_formulation_trains_the_same_student(tiny_teacher):
-    (ours, student), (plain, other) = (steps(tiny_teacher, kind) for kind in (Distiller, PlainDistiller))
+    (ours, student), (plain, other) = (steps(tiny_teacher, kind) for kind in (Distiller, BaselineDistiller))
     for one, two in zip(ours, plain, strict=True):
         for name in ("gap", "student_grad", "lora_grad", "lora_loss"):
             assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-6), name
@@ -57,11 +63,11 @@ def test_compiled_roles_stay_who_they_are_and_are_compiled_once(tiny_teacher):
 
 def test_the_floor_is_products_over_their_rate_and_bytes_over_theirs():
     recipe = dataclasses.replace(RECIPE, batch=10, ema=0.0)
-    floor = Floor.of_step(recipe, 2e9, trained=1000, lora=100, bf16=False, rates=RATES)
+    floor = Roofline.of_step(recipe, 2e9, trained=1000, lora=100, bf16=False, rates=RATES)
     assert floor.compute == pytest.approx(10 * 9 * 2e9 / 1e12)  # nine forwards
     assert floor.moving == pytest.approx(32 * 1100 / 1e10)
     assert floor.seconds == floor.compute + floor.moving
-    more = Floor.of_step(dataclasses.replace(recipe, ema=0.9), 2e9, trained=1000, lora=100, bf16=True, rates=RATES)
+    more = Roofline.of_step(dataclasses.replace(recipe, ema=0.9), 2e9, trained=1000, lora=100, bf16=True, rates=RATES)
     assert more.moving - floor.moving == pytest.approx(18 * 1000 / 1e10)
 
 
@@ -108,20 +114,25 @@ def test_rows_are_medians_and_ratios_of_turns(tiny_teacher):
         name: dataclasses.replace(one, recipe=RECIPE)
         for name, one in contenders(4, built_in=False, compiled=False).items()
     }
-    cost = estimate(str(tiny_teacher), RECIPE, Fit(), bf16=False)
-    measured = {PLAIN: {"step": [4.0, 6.0, 8.0], "warm_up": 9.0}, "sbrush": {"step": [2.0, 2.0, 2.0], "warm_up": 1.0}}
+    cost = estimate(str(tiny_teacher), RECIPE, ExecutionOptions(), bf16=False)
+    measured = {
+        BASELINE: {"step": [4.0, 6.0, 8.0], "warm_up": 9.0},
+        "sbrush": {"step": [2.0, 2.0, 2.0], "warm_up": 1.0},
+    }
     found = rows(measured, chosen, dict.fromkeys(chosen, cost), False, RATES)
-    assert list(found) == [PLAIN, "sbrush"]
-    assert found["sbrush"]["times_plain"] == 3 and found[PLAIN]["times_plain"] == 1
-    assert found["sbrush"]["pictures_per_second"] == 2
+    assert list(found) == [BASELINE, "sbrush"]
+    assert found["sbrush"]["times_baseline"] == 3 and found[BASELINE]["times_baseline"] == 1
+    assert found["sbrush"]["images_per_second"] == 2
     assert found["sbrush"]["matrix_rate_share"] == pytest.approx(4 * 9 * cost.flops / 1e12 / 2)
 
 
 def test_the_command_prints_json(tiny_teacher):
     command = ["--teacher", tiny_teacher, "--batch", "2", "--turns", "1", "--steps", "1", "--device", "cpu", "--json"]
-    done = subprocess.run([sys.executable, "-m", "sbrush.bench", *map(str, command)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "sbrush.benchmarks.training", *map(str, command)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert list(found["rows"]) == [PLAIN, "sbrush", "sbrush, one LoRA forward"]
-    assert all(0 < row["floor_share"] < 1 for row in found["rows"].values())
+    assert list(found["rows"]) == [BASELINE, "sbrush", "sbrush, one LoRA forward"]
+    assert all(0 < row["roofline_fraction"] < 1 for row in found["rows"].values())
     assert "turn 1" in done.stderr  # a run that is cut off has said what it knew

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from sbrush import checkpoint
 from sbrush.console import SbrushError
-from sbrush.optimizer import restore, state_of
+from sbrush.storage import checkpoint
+from sbrush.training.optimizer import restore, state_of
 
 
 def trained(steps, saved=None):

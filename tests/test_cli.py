@@ -77,7 +77,7 @@ def test_a_wrong_command_line_gets_one_error_and_one_hint(tmp_path, monkeypatch,
         (["distill", "p.txt", "--out", "notes"], "no run of sbrush", 2),
         (["distill", "p.txt", "--out", "/proc/none"], "cannot write", 1),
         (["sample", "a cat", "--student", "notes"], "is no Stable Diffusion model", 2),
-        (["sample", "a cat", "-o", "x.jpg"], "pictures are PNG", 2),
+        (["sample", "a cat", "-o", "x.jpg"], "images are PNG", 2),
         (["sample", "a cat", "-o", "/proc/none/x.png"], "cannot write", 1),
         (["eval", "--student", "notes"], "is no Stable Diffusion model", 2),
         (["eval", "--report", "notes"], "cannot write", 2),
@@ -104,9 +104,9 @@ def test_distill_then_sample_from_the_command_line(tmp_path, tiny_teacher, promp
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(run / "student")]  # data on stdout, talk on stderr
     assert "1 blank, 1 duplicate" in done.stderr and "next: sbrush sample" in done.stderr
-    picture = tmp_path / "cat.png"
-    done = sbrush("sample", "a cat", "--student", run, "-o", picture)
-    assert done.returncode == 0 and done.stdout.splitlines() == [str(picture)] and picture.stat().st_size > 500
+    image = tmp_path / "cat.png"
+    done = sbrush("sample", "a cat", "--student", run, "-o", image)
+    assert done.returncode == 0 and done.stdout.splitlines() == [str(image)] and image.stat().st_size > 500
     changed = sbrush("distill", prompt_file, *options, "--seed", 5)
     assert_refused(changed, "seed was 0, now 5")
 

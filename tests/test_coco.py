@@ -23,27 +23,27 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import sbrush
+from sbrush.benchmarks.evaluation import BaselineInception
 from sbrush.cli.app import app
 from sbrush.console import SbrushError
 from sbrush.device import quick_products
-from sbrush.evaluate.bench import PlainInception
-from sbrush.evaluate.clip import ClipScorer
-from sbrush.evaluate.coco import PROTOCOLS, Bad, Coco, read_captions, square
-from sbrush.evaluate.fid import fid, fid_error
-from sbrush.evaluate.inception import Inception, clean_resize
-from sbrush.evaluate.kid import kid, mmd
-from sbrush.evaluate.published import BenchmarkReport, Measured
-from sbrush.files import write_json
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Bad, Coco, read_captions, square
+from sbrush.evaluate.coco.published import BenchmarkReport, Measured
+from sbrush.metrics.clip import ClipScorer
+from sbrush.metrics.fid import fid, fid_error
+from sbrush.metrics.inception import Inception, clean_resize
+from sbrush.metrics.kid import kid, mmd
 from sbrush.models.load import digest, load_student
-from sbrush.sample import student_pictures
-from sbrush.shards import Shards
+from sbrush.sampling.generation import student_images
 from sbrush.stickers.draw import draw
 from sbrush.stickers.world import random_caption, random_sticker, stream
+from sbrush.storage.files import write_json
+from sbrush.storage.shards import Shards
 
-PICTURES = 24
+IMAGES = 24
 
 
-def make_coco(root: Path, count: int = PICTURES) -> Path:
+def make_coco(root: Path, count: int = IMAGES) -> Path:
     """Stickers as JPEGs of odd sizes, one gray, one CMYK, one turned by EXIF; several captions each, out of order."""
     (root / "annotations").mkdir(parents=True)
     (root / "val2014").mkdir()
@@ -51,12 +51,12 @@ def make_coco(root: Path, count: int = PICTURES) -> Path:
     for i in range(count):
         caption = random_caption(stream("coco", i))
         width, height = 60 + 7 * (i % 5), 60 + 11 * (i % 4)  # landscape, portrait
-        picture = draw(random_sticker(stream("coco", i), caption)).resize((width, height))
+        image = draw(random_sticker(stream("coco", i), caption)).resize((width, height))
         name, exif = f"COCO_val2014_{i:012d}.jpg", Image.Exif()
         if i == 3:
             exif[0x0112] = 6  # lies on its side
-        picture = picture.convert({1: "L", 2: "CMYK"}.get(i, "RGB"))
-        picture.save(root / "val2014" / name, exif=exif)
+        image = image.convert({1: "L", 2: "CMYK"}.get(i, "RGB"))
+        image.save(root / "val2014" / name, exif=exif)
         images.append({"id": 1000 - i, "file_name": name, "width": width, "height": height})
         annotations.append({"id": i, "image_id": 1000 - i, "caption": f" {caption.text}\n"})
         annotations.append({"id": 900 + i, "image_id": 1000 - i, "caption": "a second caption"})
@@ -95,29 +95,29 @@ def noise(count: int, height: int, width: int) -> Tensor:
 class TestProtocol:
     def test_captions_are_images_order_and_first_in_file(self, coco: Path) -> None:
         read = Coco.read(coco)
-        assert read.captions == [random_caption(stream("coco", i)).text for i in range(PICTURES)]
-        assert [f.name for f in read.files] == [f"COCO_val2014_{i:012d}.jpg" for i in range(PICTURES)]
+        assert read.captions == [random_caption(stream("coco", i)).text for i in range(IMAGES)]
+        assert [f.name for f in read.files] == [f"COCO_val2014_{i:012d}.jpg" for i in range(IMAGES)]
 
     def test_crop_and_resize_against_pillow_alone(self, coco: Path) -> None:
         for file in Coco.read(coco).files[:6]:
-            with Image.open(file) as picture:
-                w, h = picture.size
+            with Image.open(file) as image:
+                w, h = image.size
                 side = min(w, h)
                 box = ((w - side) // 2, (h - side) // 2, (w - side) // 2 + side, (h - side) // 2 + side)
-                expected = np.array(picture.convert("RGB").crop(box).resize((256, 256), Image.LANCZOS))
-                assert torch.equal(square(picture), torch.from_numpy(expected).permute(2, 0, 1))
+                expected = np.array(image.convert("RGB").crop(box).resize((256, 256), Image.LANCZOS))
+                assert torch.equal(square(image), torch.from_numpy(expected).permute(2, 0, 1))
 
-    def test_a_picture_of_that_size_stays_as_it_is(self) -> None:
-        picture = noise(1, 256, 256)[0]
-        assert torch.equal(square(Image.fromarray(picture.permute(1, 2, 0).numpy())), picture)
+    def test_a_image_of_that_size_stays_as_it_is(self) -> None:
+        image = noise(1, 256, 256)[0]
+        assert torch.equal(square(Image.fromarray(image.permute(1, 2, 0).numpy())), image)
 
     @pytest.mark.filterwarnings("ignore")
     def test_clean_resize_is_clean_fids(self) -> None:
         resize = pytest.importorskip("cleanfid.resize")
         theirs = resize.make_resizer("PIL", False, "bicubic", (299, 299))
-        for picture in (*noise(2, 256, 256), *noise(1, 300, 200)):
-            ours = clean_resize(picture)
-            assert np.array_equal(ours.permute(1, 2, 0).numpy(), theirs(picture.permute(1, 2, 0).numpy()))
+        for image in (*noise(2, 256, 256), *noise(1, 300, 200)):
+            ours = clean_resize(image)
+            assert np.array_equal(ours.permute(1, 2, 0).numpy(), theirs(image.permute(1, 2, 0).numpy()))
 
     def test_features_are_torch_fidelitys(self, inception_file: Path, tmp_path: Path) -> None:
         """The whole network and the first FID code's resizing, on the same weights."""
@@ -126,11 +126,11 @@ class TestProtocol:
         state = torch.load(inception_file, weights_only=True)
         torch.save({**state, "fc.bias": torch.zeros(1008)}, tmp_path / "theirs.pth")
         theirs = FeatureExtractorInceptionV3("net", ["2048"], str(tmp_path / "theirs.pth"))
-        pictures = noise(2, 256, 256)
-        expected, ours = theirs(pictures)[0], Inception.load(inception_file)
-        assert torch.equal(PlainInception.load(inception_file).features(pictures), expected)
-        assert torch.allclose(ours.features(pictures), expected, rtol=1e-5, atol=1e-4)  # in another layout: rounding
-        resized = ours.features(torch.stack([clean_resize(p) for p in pictures]))
+        images = noise(2, 256, 256)
+        expected, ours = theirs(images)[0], Inception.load(inception_file)
+        assert torch.equal(BaselineInception.load(inception_file).features(images), expected)
+        assert torch.allclose(ours.features(images), expected, rtol=1e-5, atol=1e-4)  # in another layout: rounding
+        resized = ours.features(torch.stack([clean_resize(p) for p in images]))
         assert not torch.allclose(resized, expected, rtol=1e-3, atol=1e-2)
 
     @pytest.mark.filterwarnings("ignore")
@@ -140,11 +140,11 @@ class TestProtocol:
         state = torch.load(inception_file, weights_only=True)
         torch.save({**state, "fc.bias": torch.zeros(1008)}, tmp_path / "theirs.pth")
         theirs = NoTrainInceptionV3("net", ["2048"], str(tmp_path / "theirs.pth"))
-        pictures, ours = noise(2, 256, 256), Inception.load(inception_file)
+        images, ours = noise(2, 256, 256), Inception.load(inception_file)
         resize = PROTOCOLS["torchmetrics"].resize
-        assert torch.allclose(ours.features(pictures, resize), theirs(pictures), rtol=1e-5, atol=1e-4)
+        assert torch.allclose(ours.features(images, resize), theirs(images), rtol=1e-5, atol=1e-4)
         resize = PROTOCOLS["torch-fidelity"].resize
-        assert not torch.allclose(ours.features(pictures, resize), theirs(pictures), rtol=1e-3, atol=1e-2)
+        assert not torch.allclose(ours.features(images, resize), theirs(images), rtol=1e-3, atol=1e-2)
 
     def test_inception_is_exact_and_clip_quick_on_a_gpu(self, inception_file: Path) -> None:
         seen = []
@@ -175,9 +175,9 @@ class TestProtocol:
         config = json.loads((folder / "open_clip_config.json").read_text())
         config["model_cfg"]["text_cfg"] |= text
         (folder / "open_clip_config.json").write_text(json.dumps(config))
-        pictures = noise(2, 256, 256)
+        images = noise(2, 256, 256)
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-        images = torch.stack([preprocess(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures])
+        images = torch.stack([preprocess(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in images])
         with torch.no_grad():
             seen = model.eval().encode_image(images)
             said = model.encode_text(open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
@@ -185,7 +185,7 @@ class TestProtocol:
         ours = ClipScorer.load(folder)
         read: list[int] = []
         ours.network.transformer.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
-        prepared = torch.stack([ours.prepare(p) for p in pictures])
+        prepared = torch.stack([ours.prepare(p) for p in images])
         assert torch.allclose(ours.scores(prepared, captions), expected, atol=1e-6)
         longest = max(int(t.argmax()) + 1 for t in open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
         assert read == [77 if text else longest]
@@ -249,13 +249,13 @@ class TestReport:
         """By Python's parser: what is opened is closed, each row has its cells, and nothing from outside is a tag."""
         names = ("fid", "fid_standard_error", "kid", "kid_spread", "clip_score", "hps", "precision", "recall")
         evil = "<script>alert('x')</script>"
-        manifest = {"protocol": {"name": "swiftbrush", "pictures": 30_000}, "pictures": 300, "captions": evil, "x": [1]}
+        manifest = {"protocol": {"name": "swiftbrush", "images": 30_000}, "images": 300, "captions": evil, "x": [1]}
         manifest |= {"inception_sha256": "0", "clip": "mine"}
         report = BenchmarkReport(
-            [Measured(f"runs/{evil}", dict.fromkeys(names, 0.25), {"sha256": "77"}, {"pictures": 1})] * 2, manifest
+            [Measured(f"runs/{evil}", dict.fromkeys(names, 0.25), {"sha256": "77"}, {"images": 1})] * 2, manifest
         )
-        pictures = [(f"{i} {evil}", Image.new("RGB", (600, 400), (i, 0, 0))) for i in range(3)]
-        report.write(tmp_path / "report.html", {"The first": pictures, "The lowest": pictures[:1]})
+        images = [(f"{i} {evil}", Image.new("RGB", (600, 400), (i, 0, 0))) for i in range(3)]
+        report.write(tmp_path / "report.html", {"The first": images, "The lowest": images[:1]})
         page = Tags((tmp_path / "report.html").read_text(encoding="utf-8"))
         assert not page.open and page.count["table"] == 1 and page.count["script"] == 0
         assert {cells for cells in page.rows if cells > 1} == {3}  # a label, two columns; a heading has 1
@@ -263,14 +263,14 @@ class TestReport:
         assert (
             page.text.count(evil) == 3 + 4 + 1
             and "sha256 77" in page.text
-            and "name swiftbrush, pictures 30000" in page.text
+            and "name swiftbrush, images 30000" in page.text
         )
         sizes = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in page.sources]
         assert sizes == [(700, 500)] + [(256, 171)] * 4
 
 
 class Tags(HTMLParser):
-    """A page's tags: those left open, how many of each, each row's cells; its text, its pictures' sources."""
+    """A page's tags: those left open, how many of each, each row's cells; its text, its images' sources."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class TestShards:
     def test_blocks_go_on_where_they_stopped_and_damaged_ones_are_done_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("sbrush.shards.BLOCK", 200)
+        monkeypatch.setattr("sbrush.storage.shards.BLOCK", 200)
         rows = torch.arange(450.0)[:, None]
 
         def batches(blocks):  # type: ignore[no-untyped-def]
@@ -324,7 +324,7 @@ class TestShards:
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("sbrush.shards.save_file", full)
+        monkeypatch.setattr("sbrush.storage.shards.save_file", full)
         with pytest.raises(SbrushError, match="No space left") as stopped:
             Shards(tmp_path, 4).fill("test", lambda _: [{"features": torch.zeros(4, 2)}])
         assert "goes on" in stopped.value.hint and not list(tmp_path.iterdir())
@@ -377,7 +377,7 @@ class TestBadInput:
             Inception.load(download=True)
         assert not list(tmp_path.rglob("*.pth"))
 
-    def test_bad_pictures_are_counted(self, tmp_path: Path) -> None:
+    def test_bad_images_are_counted(self, tmp_path: Path) -> None:
         bad = Bad(1)
         bad.note(tmp_path / "one.jpg")
         with pytest.raises(SbrushError, match="missing"):
@@ -413,29 +413,29 @@ class TestCommand:
 
     def test_the_whole_road(self, evaluate, coco: Path) -> None:  # type: ignore[no-untyped-def]
         work = evaluate.work
-        first = evaluate("--json", "--save-images", work / "pictures")
+        first = evaluate("--json", "--save-images", work / "images")
         assert first.returncode == 0, first.stderr
         told = json.loads(first.stdout)
         assert told == json.loads((work / "report.json").read_text())
         manifest = told["manifest"]
-        assert (manifest["pictures"], manifest["reference_pictures"], manifest["bad_pictures"]) == (20, PICTURES, 0)
+        assert (manifest["images"], manifest["reference_images"], manifest["bad_images"]) == (20, IMAGES, 0)
         page = (work / "report.html").read_text()
         assert "16.67" in page and "like nothing published" in page and page.count("data:image/png") == 20 + 12
 
-        kept = sorted((work / "pictures").iterdir())
+        kept = sorted((work / "images").iterdir())
         kept[7].unlink()  # asked for again they are all there, whatever is known of them
-        assert evaluate("--save-images", work / "pictures").returncode == 0
-        assert sorted((work / "pictures").iterdir()) == kept and len(kept) == 20
+        assert evaluate("--save-images", work / "images").returncode == 0
+        assert sorted((work / "images").iterdir()) == kept and len(kept) == 20
 
-        shards = sorted(work.glob("coco-pictures-*/*.safetensors"))
+        shards = sorted(work.glob("coco-images-*/*.safetensors"))
         shards[-1].unlink()  # as if stopped before the last one
         again = evaluate("--json")
         assert json.loads(again.stdout)["points"][0]["figures"] == told["points"][0]["figures"]
 
-        same = evaluate("--json", "--images", work / "pictures")  # what was kept gives the same again
+        same = evaluate("--json", "--images", work / "images")  # what was kept gives the same again
         assert same.returncode == 0, same.stderr
         figures = json.loads(same.stdout)["points"][0]["figures"]
-        for absent in ("fid_standard_error", "hps"):  # no interval of 20 pictures, and no weights of HPS
+        for absent in ("fid_standard_error", "hps"):  # no interval of 20 images, and no weights of HPS
             assert figures.pop(absent) is told["points"][0]["figures"].pop(absent) is None
         assert figures == pytest.approx(told["points"][0]["figures"], rel=1e-5, abs=1e-6)
 
@@ -446,7 +446,7 @@ class TestCommand:
         other = evaluate("--json", "--seed", 1)
         assert json.loads(other.stdout)["points"][0]["figures"]["fid"] != told["points"][0]["figures"]["fid"]
         before = {place.name for place in work.glob("coco-*")}
-        resized = evaluate("--json", "--protocol", "torchmetrics", "--images", work / "pictures")
+        resized = evaluate("--json", "--protocol", "torchmetrics", "--images", work / "images")
         assert json.loads(resized.stdout)["points"][0]["figures"]["fid"] != figures["fid"]
         assert len({place.name for place in work.glob("coco-*")} - before) == 2  # nothing of another protocol is used
 
@@ -461,19 +461,19 @@ class TestCommand:
         told, coco = json.loads(done.stdout), Coco.read(root)
         figures, manifest = told["points"][0]["figures"], told["manifest"]
 
-        # The pictures: each of its caption and of its own seed.
+        # The images: each of its caption and of its own seed.
         files, student = sorted((tmp_path / "kept").iterdir()), load_student(None)
         assert [file.name for file in files] == [f"{i:05d}.png" for i in range(290)]
         for i in (0, 1, 255, 256, 289):
-            (expected,) = student_pictures(student, [coco.captions[i]], [seed * 1_000_000 + i])
-            with Image.open(files[i]) as picture:
-                drawn = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            (expected,) = student_images(student, [coco.captions[i]], [seed * 1_000_000 + i])
+            with Image.open(files[i]) as image:
+                drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             assert (drawn.int() - expected[0].int()).abs().max() <= 1  # another batch: rounding
 
         # The figures.
         rows = {
             what: [load_file(f) for f in sorted(work.glob(f"coco-{what}-*/*.safetensors"))]
-            for what in ("reference", "pictures")
+            for what in ("reference", "images")
         }
         real, fake = (torch.cat([row["features"] for row in rows[what]]) for what in rows)
         assert (len(real), len(fake)) == (300, 290)
@@ -492,12 +492,12 @@ class TestCommand:
         scores = []
         with torch.no_grad():
             for file, caption in zip(files, coco.captions, strict=False):
-                with Image.open(file) as picture:
-                    ready = preprocess(picture.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
+                with Image.open(file) as image:
+                    ready = preprocess(image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
                 said = model.eval().encode_text(open_clip.tokenize([f"A photo depicts {caption}"]), normalize=True)
                 scores.append((model.encode_image(ready[None], normalize=True) * said).sum())
         scores = torch.stack(scores)
-        assert torch.allclose(torch.cat([row["clip"] for row in rows["pictures"]]), scores, atol=1e-5)
+        assert torch.allclose(torch.cat([row["clip"] for row in rows["images"]]), scores, atol=1e-5)
         assert figures["clip_score"] == pytest.approx(scores.mean().item(), abs=1e-6)
 
         # The manifest, and the page.
@@ -508,7 +508,7 @@ class TestCommand:
         assert manifest["reference_sha256"] == sha(listed.encode())
         assert manifest["captions_sha256"] == sha("".join(f"{c}\n" for c in coco.captions[:290]).encode())
         assert manifest["inception_sha256"] == sha(inception_file.read_bytes())
-        assert (manifest["seed"], manifest["reference_pictures"], manifest["pictures"]) == (seed, 300, 290)
+        assert (manifest["seed"], manifest["reference_images"], manifest["images"]) == (seed, 300, 290)
         assert manifest["protocol"]["prefix"] == "A photo depicts " and manifest["protocol"]["neighbours"] == 3
         assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] and manifest["versions"]["pillow"]
         model_of = {"kind": "student", "sha256": digest(student), "steps": 1, "guidance": 1, "dtype": "float32"}
@@ -527,8 +527,8 @@ class TestCommand:
         places = [page.index(html.escape(text)) for text in worst]
         assert places == sorted(places)
 
-    def test_captions_beside_the_pictures(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-        """Real pictures with COCO's captions, and with others beside them: another CLIP score, the same FID."""
+    def test_captions_beside_the_images(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        """Real images with COCO's captions, and with others beside them: another CLIP score, the same FID."""
         for i, file in enumerate(Coco.read(coco).files[:20]):
             shutil.copy(file, tmp_path / f"{i}.jpg")
         theirs = json.loads(evaluate("--json", "--images", tmp_path).stdout)
@@ -536,7 +536,7 @@ class TestCommand:
         own = json.loads(evaluate("--json", "--images", tmp_path).stdout)
         assert (theirs["manifest"]["captions"], own["manifest"]["captions"]) == (
             "COCO's own",
-            "captions.txt beside the pictures",
+            "captions.txt beside the images",
         )
         assert theirs["points"][0]["figures"]["fid"] == own["points"][0]["figures"]["fid"]
         assert theirs["points"][0]["figures"]["clip_score"] != own["points"][0]["figures"]["clip_score"]
@@ -547,14 +547,14 @@ class TestCommand:
         told = json.loads(done.stdout)["points"][0]["figures"]
         rows = {
             what: [load_file(f) for f in sorted(tmp_path.glob(f"coco-{what}-*/*.safetensors"))]
-            for what in ("reference", "pictures")
+            for what in ("reference", "images")
         }
         real, fake = (torch.cat([row["features"] for row in rows[what]]) for what in rows)
         assert told["fid"] == pytest.approx(fid(real, fake), rel=1e-9)
-        assert told["clip_score"] == pytest.approx(torch.cat([row["clip"] for row in rows["pictures"]]).mean().item())
+        assert told["clip_score"] == pytest.approx(torch.cat([row["clip"] for row in rows["images"]]).mean().item())
         assert done.returncode == 1 and "is above 0.001" in done.stderr
 
-    def test_hps_is_the_cosine_without_prefix_of_the_picture_at_its_own_size(  # type: ignore[no-untyped-def]
+    def test_hps_is_the_cosine_without_prefix_of_the_image_at_its_own_size(  # type: ignore[no-untyped-def]
         self, evaluate, coco: Path, clip_folder: Path, tmp_path: Path
     ) -> None:
         """By open_clip alone; another tiny model in HPS's place."""
@@ -569,8 +569,8 @@ class TestCommand:
         tokenizer, scores = open_clip.get_tokenizer(f"local-dir:{clip_folder}"), []
         with torch.no_grad():
             for i, caption in enumerate(Coco.read(coco).captions[:20]):
-                with Image.open(tmp_path / f"{i}.jpg") as picture:
-                    seen = model.encode_image(preprocess(picture.convert("RGB"))[None], normalize=True)
+                with Image.open(tmp_path / f"{i}.jpg") as image:
+                    seen = model.encode_image(preprocess(image.convert("RGB"))[None], normalize=True)
                 scores.append((seen * model.encode_text(tokenizer([caption]), normalize=True)).sum().item())
         assert told["points"][0]["figures"]["hps"] == pytest.approx(100 * np.mean(scores), abs=1e-3)
         assert told["manifest"]["hps"].startswith("v2.1 ") and told["points"][0]["figures"]["clip_score"]
@@ -594,7 +594,7 @@ class TestCommand:
         assert two.stderr.count("measuring") == 1  # one of them talks
 
     def test_a_sweep_over_a_runs_checkpoints(self, evaluate, tiny_teacher: Path, prompt_file: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
-        shape = "--batch", 2, "--steps", 2, "--checkpoint-every", 1, "--sheet-every", 0, "--student-lr", 1e-2
+        shape = "--batch", 2, "--steps", 2, "--checkpoint-every", 1, "--grid-every", 0, "--student-lr", 1e-2
         made = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--out", tmp_path / "run", *shape)
         assert made.returncode == 0, made.stderr
         done = evaluate("--sweep", tmp_path / "run" / "checkpoints", "--json")
@@ -608,7 +608,7 @@ class TestCommand:
         [
             (["--protocol", "gigagan"], "a list of its own"),
             (["--limit", 25], "there are 24"),
-            (["--limit", 20, "--images", "."], "pictures for 20 captions"),
+            (["--limit", 20, "--images", "."], "images for 20 captions"),
             (["--teacher", "x", "--student", "y"], "several things"),
             (["--coco-root", "nowhere"], "COCO is not there"),
             (["--teacher", "x", "--start-timestep", 9], "is the student's"),
@@ -628,38 +628,38 @@ class TestCommand:
         self, coco: Path, inception_file: Path, clip_folder: Path, flags: list[object], says: str
     ) -> None:
         """In this process, for speed: test_the_whole_road says what becomes of a SbrushError."""
-        usual = "--coco-root", coco, "--inception", inception_file, "--clip-weights", clip_folder, "--limit", 20
-        done = CliRunner().invoke(app, ["eval", "--coco-30k", *map(str, [*usual, *flags])])
+        baseline = "--coco-root", coco, "--inception", inception_file, "--clip-weights", clip_folder, "--limit", 20
+        done = CliRunner().invoke(app, ["eval", "--coco-30k", *map(str, [*baseline, *flags])])
         assert isinstance(done.exception, SbrushError) and done.exception.code == 2, done.output
         assert says in str(done.exception) and done.exception.hint
 
-    def test_a_corrupt_picture(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def test_a_corrupt_image(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         root = make_coco(tmp_path / "coco")
-        (root / "val2014" / "COCO_val2014_000000000005.jpg").write_bytes(b"\xff\xd8 no picture")
+        (root / "val2014" / "COCO_val2014_000000000005.jpg").write_bytes(b"\xff\xd8 no image")
         stopped = evaluate("--coco-root", root)
-        assert stopped.returncode == 1 and "000000000005.jpg is no picture" in stopped.stderr
+        assert stopped.returncode == 1 and "000000000005.jpg is no image" in stopped.stderr
         passed = evaluate("--coco-root", root, "--max-bad", 1, "--json")
         assert passed.returncode == 0, passed.stderr
-        assert json.loads(passed.stdout)["manifest"]["reference_pictures"] == PICTURES - 1
+        assert json.loads(passed.stdout)["manifest"]["reference_images"] == IMAGES - 1
         # Mended, and as large as before: it is looked at again.
         shutil.copy(evaluate.coco / "val2014" / "COCO_val2014_000000000005.jpg", root / "val2014")
         whole = evaluate("--coco-root", root, "--json")
-        assert whole.returncode == 0 and json.loads(whole.stdout)["manifest"]["reference_pictures"] == PICTURES
+        assert whole.returncode == 0 and json.loads(whole.stdout)["manifest"]["reference_images"] == IMAGES
 
-    def test_a_corrupt_picture_among_those_to_measure(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def test_a_corrupt_image_among_those_to_measure(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         for i, file in enumerate(Coco.read(coco).files[:20]):
             shutil.copy(file, tmp_path / f"{i}.jpg")
-        (tmp_path / "3.jpg").write_bytes(b"\xff\xd8 no picture")
+        (tmp_path / "3.jpg").write_bytes(b"\xff\xd8 no image")
         stopped = evaluate("--images", tmp_path)
-        assert stopped.returncode == 1 and "3.jpg is no picture" in stopped.stderr
+        assert stopped.returncode == 1 and "3.jpg is no image" in stopped.stderr
         passed = evaluate("--images", tmp_path, "--max-bad", 1, "--json")
         assert passed.returncode == 0, passed.stderr
-        assert json.loads(passed.stdout)["manifest"]["pictures"] == 19
+        assert json.loads(passed.stdout)["manifest"]["images"] == 19
         again = evaluate("--images", tmp_path, "--json")  # it is known by now, and named all the same
         assert again.returncode == 1 and "3.jpg could not be read" in again.stderr
         (tmp_path / "3.jpg").unlink()
         (tmp_path / "3.jpg").symlink_to("nowhere")
-        assert "has no picture 3" in evaluate("--images", tmp_path).stderr
+        assert "has no image 3" in evaluate("--images", tmp_path).stderr
 
     def test_a_clip_folders_configuration_is_part_of_it(self, evaluate, clip_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         first = json.loads(evaluate("--json").stdout)

@@ -133,7 +133,7 @@ def test_a_v_student_and_an_epsilon_student_of_one_function_give_one_x0():
 
 
 @both_predictions
-def test_without_reparameterisation_the_output_is_the_picture(prediction):
+def test_without_reparameterisation_the_output_is_the_image(prediction):
     output, z = normal(*SHAPE, seed=11), normal(*SHAPE, seed=12)
     x0 = student_x0(output, z, TIMES, SCHEDULE, prediction, reparameterised=False)
     assert torch.equal(x0, output)
@@ -206,7 +206,7 @@ def test_results_are_float32_and_no_digit_is_lost_to_the_networks_dtype(dtype):
 
 
 class Denoiser:
-    """A stand-in for a UNet: a nonlinear function of picture, timestep and text; it notes the size of its batches."""
+    """A stand-in for a UNet: a nonlinear function of image, timestep and text; it notes the size of its batches."""
 
     def __init__(self):
         self.batches = []
@@ -217,11 +217,11 @@ class Denoiser:
         return torch.tanh(x_t * mean.view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 500)
 
 
-def words(batch, seed):
+def conditioning(batch, seed):
     return {"tokens": normal(batch, 3, 8, seed=seed), "pooled": normal(batch, 5, seed=seed + 100)}
 
 
-X_T, COND, NULL = normal(*SHAPE, seed=16), words(len(TIMES), seed=17), words(1, seed=18)
+X_T, COND, NULL = normal(*SHAPE, seed=16), conditioning(len(TIMES), seed=17), conditioning(1, seed=18)
 
 
 @both_predictions
@@ -463,7 +463,7 @@ def test_core_imports_torch_and_the_standard_library_only():
     assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"torch"}
 
 
-def test_the_pair_loss_pulls_the_student_to_the_teachers_picture_and_not_the_other_way():
+def test_the_pair_loss_pulls_the_student_to_the_teachers_image_and_not_the_other_way():
     torch.manual_seed(0)
     x0, theirs = (torch.randn(2, 4, 3, 3, requires_grad=True) for _ in range(2))
     loss = core.pair_loss(x0.bfloat16(), theirs.bfloat16())

@@ -10,16 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import sbrush
-from sbrush.cost import Held, estimate
-from sbrush.distiller import Distiller
 from sbrush.models.load import load_teacher
-from sbrush.networks import Fit
-from sbrush.noise import picture_noise
+from sbrush.noise import image_noise
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
+from sbrush.training.cost import Held, estimate
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.networks import ExecutionOptions
+from sbrush.training.recipes import RECIPES
 
 SMALL = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, null_chance=0.0)
-FIT = Fit()
+FIT = ExecutionOptions()
 LORA = dataclasses.replace(SMALL, student_rank=3, ema=0.0)
 SHARED = dataclasses.replace(SMALL, guide_lora=False, shared_forward=True)
 
@@ -33,7 +33,7 @@ def test_what_is_kept_is_what_a_distiller_keeps(tiny_teacher, recipe):
     made = Distiller(load_teacher(str(tiny_teacher)), recipe, seed=0, accelerator=Accelerator(cpu=True))
     for step in (1, 2):
         made.step(step, ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 0))
-    told = estimate(str(tiny_teacher), recipe, Fit(), bf16=False)
+    told = estimate(str(tiny_teacher), recipe, ExecutionOptions(), bf16=False)
     state = made.state()
     own = {n: p for n, p in made.teacher.unet.named_parameters() if ".lora_" not in n}
     assert told.memory["teacher's UNet, frozen"] == size(own.values()) == 4 * told.parameters["UNet"]
@@ -53,8 +53,8 @@ def test_flops_are_those_of_a_real_forward(tiny_teacher):
     counter = FlopCounterMode(display=False)
     # Attention in plain products: not every torch's counter knows the fused one on a CPU.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model.denoise(picture_noise([1], (4, 16, 16)), torch.tensor([5]), model.encode(["a cat"]))
-    assert estimate(str(tiny_teacher), SMALL, Fit(), bf16=False).flops == pytest.approx(
+        model.denoise(image_noise([1], (4, 16, 16)), torch.tensor([5]), model.encode(["a cat"]))
+    assert estimate(str(tiny_teacher), SMALL, ExecutionOptions(), bf16=False).flops == pytest.approx(
         counter.get_total_flops(), rel=0.02
     )
 
@@ -75,7 +75,10 @@ def test_what_is_held_is_counted_for_as_long_as_it_is_held():
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(Fit(), Fit(checkpointing=True)), (Fit(), Fit(micro_batches=4))],
+    [
+        (ExecutionOptions(), ExecutionOptions(checkpointing=True)),
+        (ExecutionOptions(), ExecutionOptions(micro_batches=4)),
+    ],
 )
 def test_what_is_meant_to_save_memory_does(tiny_teacher, before, after):
     one, two = (
@@ -86,17 +89,17 @@ def test_what_is_meant_to_save_memory_does(tiny_teacher, before, after):
 
 def test_processes_share_a_batch_and_with_fsdp_the_student_and_its_gradients(tiny_teacher):
     def told(world, *, shard=False):
-        fit, recipe = Fit(checkpointing=True, shard=shard), dataclasses.replace(SMALL, batch=world)
-        return estimate(None, recipe, fit, bf16=False, world=world, sheets=False)
+        execution, recipe = ExecutionOptions(checkpointing=True, shard=shard), dataclasses.replace(SMALL, batch=world)
+        return estimate(None, recipe, execution, bf16=False, world=world, grids=False)
 
     alone, four, sharded = told(1), told(4), told(4, shard=True)
-    assert alone.memory == four.memory  # a picture each
+    assert alone.memory == four.memory  # a image each
     trained = 4 * alone.parameters["student, trained"]
     for name in ("student's weights, float32", "student's Adam", "student's average"):
         assert sharded.memory[name] == pytest.approx(four.memory[name] / 4, abs=8)
     assert trained / 8 < sharded.memory["student's weights, a block of them together"] < trained
     # With checkpointing most is held when all gradients are there.
-    at_work = "gradients and activations, 1 picture at once"
+    at_work = "gradients and activations, 1 image at once"
     assert four.memory[at_work] - sharded.memory[at_work] == pytest.approx(0.75 * trained, rel=0.05)
     assert sharded.parameters == four.parameters and sharded.checkpoint == four.checkpoint
 
@@ -107,22 +110,25 @@ def test_a_dry_run_of_several_processes_is_told_once(tiny_teacher, prompt_file, 
     done = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--batch", "4", **started)
     assert done.returncode == 0, done.stderr
     assert ("processes: 2" in done.stdout) == (rank == 0)
-    assert ("2 pictures at once" in done.stdout) == (rank == 0)
+    assert ("2 images at once" in done.stdout) == (rank == 0)
     assert ("a block of them together" in done.stdout) == (rank == 0 and fsdp)
 
 
 def test_the_average_can_be_kept_elsewhere_or_not_at_all(tiny_teacher):
-    def average(recipe, fit):
-        told = estimate(str(tiny_teacher), recipe, fit, bf16=False)
+    def average(recipe, execution):
+        told = estimate(str(tiny_teacher), recipe, execution, bf16=False)
         return told.memory["student's average"], told.host_memory["student's average"]
 
-    own = 4 * estimate(str(tiny_teacher), SMALL, Fit(), bf16=False).parameters["UNet"]
-    assert average(SMALL, Fit()) == (own, 0) and average(SMALL, Fit(ema_on_cpu=True)) == (0, 2 * own)
-    assert average(dataclasses.replace(SMALL, ema=0.0), Fit()) == (0, 0)
+    own = 4 * estimate(str(tiny_teacher), SMALL, ExecutionOptions(), bf16=False).parameters["UNet"]
+    assert average(SMALL, ExecutionOptions()) == (own, 0) and average(SMALL, ExecutionOptions(ema_on_cpu=True)) == (
+        0,
+        2 * own,
+    )
+    assert average(dataclasses.replace(SMALL, ema=0.0), ExecutionOptions()) == (0, 0)
 
 
 def test_an_xl_teacher_has_its_price_too(tiny_xl):
-    told = estimate(str(tiny_xl), SMALL, Fit(), bf16=True, device="cuda")
+    told = estimate(str(tiny_xl), SMALL, ExecutionOptions(), bf16=True, device="cuda")
     model = load_teacher(str(tiny_xl))
     count = sum(p.numel() for _, encoder in model.text_parts for p in encoder.parameters())
     assert told.parameters["text encoder"] == count
@@ -141,8 +147,8 @@ def test_a_dry_run_reads_no_weights(tmp_path, tiny_teacher, prompt_file):
 
 
 def test_what_is_chosen_to_save_memory_is_told_to(tiny_teacher):
-    def told(recipe=SMALL, fit=FIT, **options):
-        return estimate(str(tiny_teacher), recipe, fit, bf16=True, device="cuda", **options)
+    def told(recipe=SMALL, execution=FIT, **options):
+        return estimate(str(tiny_teacher), recipe, execution, bf16=True, device="cuda", **options)
 
     plain, eight = told(), told(dataclasses.replace(SMALL, optimizer="adam8bit"))
     assert plain.memory["student's Adam"] == 4 * eight.memory["student's Adam"] == 8 * plain.parameters["UNet"]
@@ -150,25 +156,29 @@ def test_what_is_chosen_to_save_memory_is_told_to(tiny_teacher):
     parked, encoder = told(cached_prompts=10), 2 * plain.parameters["text encoder"]
     others = "text encoder and autoencoder, frozen"
     assert plain.memory[others] - parked.memory[others] == encoder == parked.host_memory["text encoder"]
-    assert told(fit=Fit(checkpointing=True)).forwards == plain.forwards + 2
+    assert told(execution=ExecutionOptions(checkpointing=True)).forwards == plain.forwards + 2
     judged = told(validation=1000)
     assert judged.peak - plain.peak == 4000
 
 
 def test_contact_sheets_are_counted_where_they_hold_more_than_a_step(tiny_teacher, monkeypatch):
-    recipe, fit = dataclasses.replace(LORA, batch=1), Fit(checkpointing=True)
+    recipe, execution = dataclasses.replace(LORA, batch=1), ExecutionOptions(checkpointing=True)
     with_sheets, without = (
-        estimate(str(tiny_teacher), recipe, fit, bf16=False, sheets=sheets) for sheets in (True, False)
+        estimate(str(tiny_teacher), recipe, execution, bf16=False, grids=grids) for grids in (True, False)
     )
-    assert with_sheets.peak > without.peak  # 8 pictures are decoded at once, where one is trained on
+    assert with_sheets.peak > without.peak  # 8 images are decoded at once, where one is trained on
     monkeypatch.setattr("sbrush.models.model.DECODED", 32 * 32)
-    assert estimate(str(tiny_teacher), recipe, fit, bf16=False).peak < with_sheets.peak
+    assert estimate(str(tiny_teacher), recipe, execution, bf16=False).peak < with_sheets.peak
 
 
 def test_the_clamped_clip_loss_is_counted(tiny_teacher, clip_folder):
-    without = estimate(str(tiny_teacher), SMALL, Fit(), bf16=False)
+    without = estimate(str(tiny_teacher), SMALL, ExecutionOptions(), bf16=False)
     with_loss = estimate(
-        str(tiny_teacher), dataclasses.replace(SMALL, clip_weight=0.1), Fit(), bf16=False, clip_weights=clip_folder
+        str(tiny_teacher),
+        dataclasses.replace(SMALL, clip_weight=0.1),
+        ExecutionOptions(),
+        bf16=False,
+        clip_weights=clip_folder,
     )
     name = "CLIP model and tiny VAE, frozen"
     assert without.memory[name] == 0
@@ -176,5 +186,5 @@ def test_the_clamped_clip_loss_is_counted(tiny_teacher, clip_folder):
     assert with_loss.alignment_flops > 0 == without.alignment_flops
     assert any("for the CLIP loss" in line for line in with_loss.lines(SMALL))
     activations = [[v for k, v in told.memory.items() if "activations" in k] for told in (without, with_loss)]
-    # Of four pictures of 32 x 32 the decoder keeps at least eight channels in float32, a few times.
+    # Of four images of 32 x 32 the decoder keeps at least eight channels in float32, a few times.
     assert activations[1][0] - activations[0][0] > 3 * 4 * 8 * 32 * 32 * 4

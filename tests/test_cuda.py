@@ -8,13 +8,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fake_cuda import Waits, fake_cuda, without_engine
-from sbrush.cost import Held, kernels
-from sbrush.distiller import Distiller
-from sbrush.health import Yardstick
 from sbrush.models.load import load_shapes
-from sbrush.networks import Fit
-from sbrush.recipes import RECIPES
-from sbrush.sample import student_latents
+from sbrush.sampling.generation import student_latents
+from sbrush.training.cost import Held, kernels
+from sbrush.training.health import TeacherReference
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.networks import ExecutionOptions
+from sbrush.training.recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 PROMPTS = ["a cat", "a dog", "a red fish", "a blue car"] * 4
@@ -23,36 +23,38 @@ SHARED = dataclasses.replace(RECIPES["stickers"], batch=4, lora_rank=4, lora_alp
 
 
 @pytest.mark.parametrize(
-    ("recipe", "fit"),
+    ("recipe", "execution"),
     [
-        (PAPER, Fit()),
-        (SHARED, Fit(micro_batches=2)),
-        (dataclasses.replace(PAPER, student_rank=3), Fit(checkpointing=True)),
-        (dataclasses.replace(PAPER, guidance=0.5, guidance_to=4.0), Fit()),
+        (PAPER, ExecutionOptions()),
+        (SHARED, ExecutionOptions(micro_batches=2)),
+        (dataclasses.replace(PAPER, student_rank=3), ExecutionOptions(checkpointing=True)),
+        (dataclasses.replace(PAPER, guidance=0.5, guidance_to=4.0), ExecutionOptions()),
     ],
 )
 @pytest.mark.parametrize("family", ["tiny_teacher", "tiny_xl"])
-def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, family, recipe, fit):
+def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, family, recipe, execution):
     # The teacher's many steps read diffusers' timesteps on the CPU, whose values a fake one has not.
-    monkeypatch.setattr("sbrush.distiller.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
+    monkeypatch.setattr("sbrush.training.methods.vsd.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
     teacher = load_shapes(str(request.getfixturevalue(family)))
-    yardstick = Yardstick([0.0] * 4, [1.0] * 4, [1.0] * 4, 1.0, 1.0)
+    reference = TeacherReference([0.0] * 4, [1.0] * 4, [1.0] * 4, 1.0, 1.0)
     with fake_cuda() as accelerator:
         for network in teacher.networks:
             network.to_empty(device="cpu")
         assert len(teacher.schedule) == 1000 and teacher.schedule.alpha.device.type == "cpu"  # as when a run is planned
-        made = without_engine(Distiller(teacher, recipe, seed=0, accelerator=accelerator, fit=fit))
+        made = without_engine(Distiller(teacher, recipe, seed=0, accelerator=accelerator, execution=execution))
         made.step(1, PROMPTS)
         with Waits() as waits:
             result = made.step(2, PROMPTS)
-            result |= yardstick.compare(result["x0"])
-            torch.stack([result[name] for name in ("gap", "gap_share", "lora_error", "drift", "skipped")])
+            result |= reference.compare(result["x0"])
+            torch.stack(
+                [result[name] for name in ("gap", "score_gap_ratio", "lora_divergence", "latent_drift", "skipped")]
+            )
         assert {value.device.type for value in result.values()} == {"cuda"}
         assert waits.found == []
 
 
 @pytest.mark.parametrize("family", ["tiny_teacher", "tiny_xl"])
-def test_pictures_are_drawn_on_the_device(request, family):
+def test_images_are_drawn_on_the_device(request, family):
     model = load_shapes(str(request.getfixturevalue(family)))
     with fake_cuda():
         for network in model.networks:

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from sbrush.curves import PANELS, draw_curves
+from sbrush.training.curves import PANELS, draw_curves
 
 
 def drawn(tmp_path, log):
@@ -22,7 +22,7 @@ def log(steps=range(10, 200, 10), **more):
     return [{"step": s, **{key: 0.5 + 0.001 * s for key in keys}, **more} for s in steps]
 
 
-def test_every_value_of_the_log_that_a_panel_names_is_in_the_picture(tmp_path):
+def test_every_value_of_the_log_that_a_panel_names_is_in_the_image(tmp_path):
     whole = drawn(tmp_path, log())
     for key in (key for lines in PANELS.values() for key in lines):
         without = [{k: v for k, v in entry.items() if k != key} for entry in log()]

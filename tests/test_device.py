@@ -5,7 +5,7 @@ import torch
 from accelerate import PartialState
 
 from sbrush.console import SbrushError
-from sbrush.device import crew, parted, pick_device, pick_dtype, send
+from sbrush.device import is_disconnected, pick_device, pick_dtype, process_group, send
 
 LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
 
@@ -24,11 +24,11 @@ def test_a_tensor_for_the_cpu_is_left_as_it_is():
 
 
 def test_a_crew_that_loses_one_says_so(monkeypatch):
-    assert parted(RuntimeError(LOST)) and not parted(RuntimeError("shapes do not match"))
-    with pytest.raises(RuntimeError, match="Connection closed"), crew("cpu"):  # alone there is nobody to lose
+    assert is_disconnected(RuntimeError(LOST)) and not is_disconnected(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="Connection closed"), process_group("cpu"):  # alone there is nobody to lose
         raise RuntimeError(LOST)
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
-    with pytest.raises(SbrushError, match="another process has ended"), crew("cpu"):
+    with pytest.raises(SbrushError, match="another process has ended"), process_group("cpu"):
         raise RuntimeError(LOST)
-    with pytest.raises(RuntimeError, match="shapes"), crew("cpu"):
+    with pytest.raises(RuntimeError, match="shapes"), process_group("cpu"):
         raise RuntimeError("shapes do not match")

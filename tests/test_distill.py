@@ -20,18 +20,19 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from conftest import build_tiny_teacher, sbrush
-from sbrush import checkpoint, core
+from sbrush import core
 from sbrush.console import SbrushError
-from sbrush.distill import Saving, distill, stop_requests
-from sbrush.distiller import Distiller
 from sbrush.models.load import load_shapes, load_teacher
-from sbrush.models.unet import answer_as
-from sbrush.networks import Fit
+from sbrush.models.unet import set_role
 from sbrush.noise import StepNoise
-from sbrush.plan import _accelerator, check, prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals, read_log
+from sbrush.storage import checkpoint
+from sbrush.training.loop import Saving, distill, stop_requests
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.networks import ExecutionOptions
+from sbrush.training.plan import _accelerator, check, prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals, read_log
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
 SMALL = dataclasses.replace(
@@ -46,7 +47,7 @@ def distiller(teacher, recipe, **options):
 def plan(teacher, out, recipe=SMALL, prompts=PROMPTS, seed=3, init=None):
     return prepare(
         recipe, prompts, out=out, teacher=str(teacher), init=init, seed=seed, device="cpu", precision="float32",
-        every=Intervals(log=2, sheet=3, checkpoint=3),
+        every=Intervals(log=2, grid=3, checkpoint=3),
     )  # fmt: skip
 
 
@@ -55,24 +56,24 @@ def by_hand(distiller, step):
     recipe, teacher = distiller.recipe, distiller.teacher
     order = ShuffledPrompts(PROMPTS, 3)
     draw = StepNoise(3, step, range(recipe.batch), torch.device("cpu"))
-    words = teacher.encode([order[(step - 1) * recipe.batch + i] for i in range(recipe.batch)])
+    conditioning = teacher.encode([order[(step - 1) * recipe.batch + i] for i in range(recipe.batch)])
     empty = teacher.encode([""] * recipe.batch)
     abar = teacher.scheduler.alphas_cumprod
     z = draw.normal(teacher.latent_shape)
     T = torch.full((recipe.batch,), 999)
-    x0 = (z - (1 - abar[999]).sqrt() * distiller.student(z, T, words["tokens"]).sample) / abar[999].sqrt()
+    x0 = (z - (1 - abar[999]).sqrt() * distiller.student(z, T, conditioning["tokens"]).sample) / abar[999].sqrt()
     t, noise = draw.timesteps(20, 980), draw.normal(teacher.latent_shape)
     a = abar[t].view(-1, 1, 1, 1)
     x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).detach()
 
     def guided():
-        cond, null = teacher.unet(x_t, t, words["tokens"]).sample, teacher.unet(x_t, t, empty["tokens"]).sample
+        cond, null = teacher.unet(x_t, t, conditioning["tokens"]).sample, teacher.unet(x_t, t, empty["tokens"]).sample
         return null + recipe.guidance * (cond - null)
 
     with torch.no_grad():
-        answer_as(teacher.unet, "teacher")
+        set_role(teacher.unet, "teacher")
         phi = guided()
-        answer_as(teacher.unet, "lora_teacher")
+        set_role(teacher.unet, "lora_teacher")
         psi = guided()
     return x0, (1 - a) * (phi - psi)
 
@@ -138,9 +139,9 @@ def test_a_shared_forward_gives_the_same_gap_and_trains_the_lora_teacher_on_it(t
     draw.normal((4, 16, 16))
     t, noise = draw.timesteps(20, 980), draw.normal((4, 16, 16))
     a = abar[t].view(-1, 1, 1, 1)
-    words = fresh.teacher.encode([order[i] for i in range(4)])
+    conditioning = fresh.teacher.encode([order[i] for i in range(4)])
     with torch.no_grad():
-        psi = fresh.teacher.unet(a.sqrt() * second["x0"] + (1 - a).sqrt() * noise, t, words["tokens"]).sample
+        psi = fresh.teacher.unet(a.sqrt() * second["x0"] + (1 - a).sqrt() * noise, t, conditioning["tokens"]).sample
     assert torch.isclose(second["lora_loss"], (a * (psi - noise).pow(2)).mean(), rtol=1e-4)
     assert second["lora_grad"] > 0 and not all(
         torch.equal(p, b) for p, b in zip(two.lora.values(), before, strict=True)
@@ -161,25 +162,25 @@ def test_without_the_reparameterisation_x0_is_the_unets_output(tiny_teacher):
     ours = distiller(tiny_teacher, dataclasses.replace(SMALL, reparameterised=False))
     draw = StepNoise(3, 1, range(4), torch.device("cpu"))
     order = ShuffledPrompts(PROMPTS, 3)
-    words = ours.teacher.encode([order[i] for i in range(4)])
+    conditioning = ours.teacher.encode([order[i] for i in range(4)])
     with torch.no_grad():
-        output = ours.student(draw.normal((4, 16, 16)), torch.full((4,), 999), words["tokens"]).sample
+        output = ours.student(draw.normal((4, 16, 16)), torch.full((4,), 999), conditioning["tokens"]).sample
     assert torch.allclose(ours.step(1, order)["x0"], output, atol=1e-5)
 
 
-def test_pairs_hold_some_samples_to_the_teachers_own_pictures_of_their_noise(tiny_teacher):
+def test_pairs_hold_some_samples_to_the_teachers_own_images_of_their_noise(tiny_teacher):
     plain = dataclasses.replace(SMALL, student_lr=0.0)
     paired = dataclasses.replace(plain, pairs=2, pair_steps=4, pair_guidance=2.0, pair_weight=0.7)
     order = ShuffledPrompts(PROMPTS, 3)
     without, ours = distiller(tiny_teacher, plain).step(2, order), distiller(tiny_teacher, paired)
     result = ours.step(2, order)
     draw, teacher = StepNoise(3, 2, range(4), torch.device("cpu")), load_teacher(str(tiny_teacher))
-    x, words = draw.normal((4, 16, 16))[[0, 2]], teacher.encode([order[4], order[6]])
+    x, conditioning = draw.normal((4, 16, 16))[[0, 2]], teacher.encode([order[4], order[6]])
     abar = teacher.scheduler.alphas_cumprod
     for now, then in ((999, 749), (749, 499), (499, 249), (249, None)):  # DDIM, written out
         with torch.no_grad():
             t = torch.full((2,), now)
-            cond, null = (teacher.unet(x, t, w["tokens"]).sample for w in (words, teacher.encode(["", ""])))
+            cond, null = (teacher.unet(x, t, w["tokens"]).sample for w in (conditioning, teacher.encode(["", ""])))
         eps = null + 2.0 * (cond - null)
         x0 = (x - (1 - abar[now]).sqrt() * eps) / abar[now].sqrt()
         x = x0 if then is None else abar[then].sqrt() * x0 + (1 - abar[then]).sqrt() * eps
@@ -235,10 +236,10 @@ def test_pairs_end_with_their_share_of_the_run(tiny_teacher):
 def test_an_earlier_start_takes_the_noise_for_x_t_there(tiny_teacher):
     ours = distiller(tiny_teacher, dataclasses.replace(SMALL, t_init=700))
     draw, order = StepNoise(3, 1, range(4), torch.device("cpu")), ShuffledPrompts(PROMPTS, 3)
-    words = ours.teacher.encode([order[i] for i in range(4)])
+    conditioning = ours.teacher.encode([order[i] for i in range(4)])
     z, abar = draw.normal((4, 16, 16)), ours.teacher.scheduler.alphas_cumprod[700]
     with torch.no_grad():
-        output = ours.student(z, torch.full((4,), 700), words["tokens"]).sample
+        output = ours.student(z, torch.full((4,), 700), conditioning["tokens"]).sample
     assert torch.allclose(ours.step(1, order)["x0"], (z - (1 - abar).sqrt() * output) / abar.sqrt(), atol=1e-4)
 
 
@@ -309,7 +310,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, tiny_teacher):
     assert distill(plan(tiny_teacher, out))
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries] == [1, 2, 3, 4, 6]
-    assert {"gap", "student_loss", "lora_loss", "x0_mean", "x0_std", "pictures_per_second"} <= entries[0].keys()
+    assert {"gap", "student_loss", "lora_loss", "x0_mean", "x0_std", "images_per_second"} <= entries[0].keys()
     names = {p.name for p in (out / "samples").iterdir()}
     assert names == {"teacher.png", "teacher.json"} | {
         f"{kind}-{step:06d}.png" for kind in ("step", "x0") for step in (1, 3, 6)
@@ -378,7 +379,7 @@ def test_an_init_that_means_something_else_by_noise_words_or_output_is_refused(t
     (linear / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler | {"beta_schedule": "linear"}))
     early, late = SMALL, dataclasses.replace(SMALL, t_init=700)
     for init, recipe, complaint in (
-        (tiny_xl, early, "another architecture"),  # as many channels, other words
+        (tiny_xl, early, "another architecture"),  # as many channels, other conditioning
         (v, early, "predicts v_prediction, the teacher epsilon"),
         (linear, early, "another noise schedule"),
         (tmp_path / "late", early, "takes its step at timestep 700, this run would at 999"),
@@ -403,7 +404,7 @@ def test_the_first_signal_asks_and_the_handlers_come_back(number, capfd):
 
 def test_checkpoints_come_as_often_as_they_are_worth(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("sbrush.distill.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sbrush.training.loop.time.monotonic", lambda: now[0])
 
     def saved_at(every, *, a_step, a_save, steps):
         saving, found = Saving(every, Accelerator(cpu=True)), []
@@ -485,25 +486,31 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path, tiny_teacher):
 def test_what_does_not_fit_together_is_refused_before_anything_is_loaded(tiny_teacher, prompt_file):
     guide = load_shapes(str(tiny_teacher))
     small = dataclasses.replace(SMALL, t_init=None)
-    check(small, guide, Fit(), world=2, init=None)
-    for recipe, fit, world, init, complaint in (
-        (small, Fit(micro_batches=3), 1, None, "cannot be split into 3"),
-        (small, Fit(), 3, None, "cannot be shared by 3"),
-        (small, Fit(shard=True, ema_on_cpu=True), 2, None, "FSDP is for a full student"),
-        (dataclasses.replace(small, student_rank=2), Fit(shard=True), 2, None, "FSDP is for a full student"),
-        (dataclasses.replace(small, ema=0.0), Fit(ema_on_cpu=True), 1, None, "no average"),
-        (dataclasses.replace(small, student_rank=2), Fit(), 1, "x", "starts as its teacher"),
-        (dataclasses.replace(small, t_init=1000), Fit(), 1, None, "beyond the teacher's last timestep"),
-        (dataclasses.replace(small, t_high=1000), Fit(), 1, None, "beyond the teacher's last timestep"),
+    check(small, guide, ExecutionOptions(), world=2, init=None)
+    for recipe, execution, world, init, complaint in (
+        (small, ExecutionOptions(micro_batches=3), 1, None, "cannot be split into 3"),
+        (small, ExecutionOptions(), 3, None, "cannot be shared by 3"),
+        (small, ExecutionOptions(shard=True, ema_on_cpu=True), 2, None, "FSDP is for a full student"),
+        (
+            dataclasses.replace(small, student_rank=2),
+            ExecutionOptions(shard=True),
+            2,
+            None,
+            "FSDP is for a full student",
+        ),
+        (dataclasses.replace(small, ema=0.0), ExecutionOptions(ema_on_cpu=True), 1, None, "no average"),
+        (dataclasses.replace(small, student_rank=2), ExecutionOptions(), 1, "x", "starts as its teacher"),
+        (dataclasses.replace(small, t_init=1000), ExecutionOptions(), 1, None, "beyond the teacher's last timestep"),
+        (dataclasses.replace(small, t_high=1000), ExecutionOptions(), 1, None, "beyond the teacher's last timestep"),
     ):
         with pytest.raises(SbrushError, match=complaint) as caught:
-            check(recipe, guide, fit, world=world, init=init)
+            check(recipe, guide, execution, world=world, init=init)
         assert caught.value.code == 2
     pure = dataclasses.replace(guide, scheduler=DDIMScheduler.from_config(guide.scheduler.config))
     pure.scheduler.alphas_cumprod[-1] = 0
-    check(small, pure, Fit(), world=1, init=None)
+    check(small, pure, ExecutionOptions(), world=1, init=None)
     with pytest.raises(SbrushError, match="ends in pure noise"):
-        check(dataclasses.replace(small, lora_weight="v"), pure, Fit(), world=1, init=None)
+        check(dataclasses.replace(small, lora_weight="v"), pure, ExecutionOptions(), world=1, init=None)
     told = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--micro-batches", "5")
     assert told.returncode == 2 and "cannot be split into 5" in told.stderr and "hint:" in told.stderr
     twice = sbrush("distill", prompt_file, "--student-lr", "1", "--set", "student_lr=2", "--dry-run")
@@ -554,7 +561,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, tiny_te
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
     command = ["-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", "run"]
     command += ["--recipe", "swiftbrush", "--batch", "4", "--device", "cpu", "--precision", "float32"]
-    command += ["--checkpoint-every", "2", "--sheet-every", "0"]
+    command += ["--checkpoint-every", "2", "--grid-every", "0"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     long = [*command, "--steps", "5000"]
     both = subprocess.Popen([*launch, *long], cwd=tmp_path, stderr=subprocess.PIPE, text=True)

@@ -8,19 +8,19 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from conftest import build_tiny_teacher
-from sbrush import checkpoint
 from sbrush.console import SbrushError
-from sbrush.distill import distill
-from sbrush.distiller import Distiller
 from sbrush.models.load import digest, load_student, load_teacher
-from sbrush.models.unet import answer_as
-from sbrush.networks import Fit
-from sbrush.noise import picture_noise
-from sbrush.plan import prepare
+from sbrush.models.unet import set_role
+from sbrush.noise import image_noise
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals
-from sbrush.sample import student_pictures
+from sbrush.sampling.generation import student_images
+from sbrush.storage import checkpoint
+from sbrush.training.loop import distill
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.networks import ExecutionOptions
+from sbrush.training.plan import prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
 SMALL = dataclasses.replace(
@@ -31,8 +31,14 @@ LORA = dataclasses.replace(SMALL, student_rank=3)
 variants = pytest.mark.parametrize("recipe", [SMALL, SHARED, LORA, dataclasses.replace(SHARED, student_rank=3)])
 
 
-def distiller(teacher, recipe, **fit):
-    made = Distiller(load_teacher(str(teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), fit=Fit(**fit))
+def distiller(teacher, recipe, **execution):
+    made = Distiller(
+        load_teacher(str(teacher)),
+        recipe,
+        seed=3,
+        accelerator=Accelerator(cpu=True),
+        execution=ExecutionOptions(**execution),
+    )
     torch.manual_seed(1)
     # The LoRA teacher is far from the teacher: their difference is what is compared, and a small one is mere rounding.
     for parts, std in ((made.lora, 1.0), (made.trained if recipe.student_rank else {}, 0.1)):
@@ -53,10 +59,10 @@ def gradients(made):
 
 
 @variants
-@pytest.mark.parametrize("fit", [{"micro_batches": 2}, {"checkpointing": True}, {"ema_on_cpu": True}])
-def test_whatever_fits_a_run_to_its_machine_leaves_its_gradients_alone(tiny_teacher, recipe, fit):
-    plain, other = (gradients(distiller(tiny_teacher, recipe, **options)) for options in ({}, fit))
-    assert len(plain[0]) == len(other[0]) == 1 + recipe.lora_updates and plain[1]["gap_share"] > 0.01
+@pytest.mark.parametrize("execution", [{"micro_batches": 2}, {"checkpointing": True}, {"ema_on_cpu": True}])
+def test_whatever_fits_a_run_to_its_machine_leaves_its_gradients_alone(tiny_teacher, recipe, execution):
+    plain, other = (gradients(distiller(tiny_teacher, recipe, **options)) for options in ({}, execution))
+    assert len(plain[0]) == len(other[0]) == 1 + recipe.lora_updates and plain[1]["score_gap_ratio"] > 0.01
     for one, two in zip(plain[0], other[0], strict=True):
         assert one.norm() > 0 and (one - two).norm() < 1e-4 * one.norm()
     for name, value in plain[1].items():
@@ -71,9 +77,9 @@ def test_a_batch_that_cannot_be_split_so_is_refused(tiny_teacher):
 def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher):
     made = Distiller(load_teacher(str(tiny_teacher)), LORA, seed=3, accelerator=Accelerator(cpu=True))
     own = load_teacher(str(tiny_teacher))
-    z, t, words = picture_noise([1, 2], (4, 16, 16)), torch.tensor([999, 999]), own.encode(["a cat", "a dog"])
+    z, t, conditioning = image_noise([1, 2], (4, 16, 16)), torch.tensor([999, 999]), own.encode(["a cat", "a dog"])
     with made.average() as student, torch.no_grad():
-        assert torch.allclose(student.denoise(z, t, words), own.denoise(z, t, words), atol=1e-6)
+        assert torch.allclose(student.denoise(z, t, conditioning), own.denoise(z, t, conditioning), atol=1e-6)
     before = {n: p.detach().clone() for n, p in made.student.named_parameters() if ".lora_" not in n}
     order = ShuffledPrompts(PROMPTS, 3)
     for step in (1, 2, 3):
@@ -83,18 +89,21 @@ def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher)
     assert all(".lora_" in n and ".student." in n for n in made.trained)
     assert set(made.trained).isdisjoint(made.lora)
     with made.average() as student, torch.no_grad():
-        assert not torch.allclose(student.denoise(z, t, words), own.denoise(z, t, words), atol=1e-3)
+        assert not torch.allclose(student.denoise(z, t, conditioning), own.denoise(z, t, conditioning), atol=1e-3)
         merged = made.exported()
-        assert torch.allclose(student.denoise(z, t, words), merged(z, t, words["tokens"]).sample, atol=1e-4)
-    answer_as(made.student, "teacher")
+        assert torch.allclose(
+            student.denoise(z, t, conditioning), merged(z, t, conditioning["tokens"]).sample, atol=1e-4
+        )
+    set_role(made.student, "teacher")
     with torch.no_grad():
-        assert torch.allclose(made.teacher.denoise(z, t, words), own.denoise(z, t, words), atol=1e-6)
+        assert torch.allclose(made.teacher.denoise(z, t, conditioning), own.denoise(z, t, conditioning), atol=1e-6)
 
 
 def run(teacher, out, recipe=SMALL, **options):
     plan = prepare(
         recipe, PROMPTS, out=out, teacher=str(teacher), init=options.pop("init", None), seed=3, device="cpu",
-        precision="float32", every=options.pop("every", Intervals(log=2, sheet=3, checkpoint=3)), fit=Fit(**options),
+        precision="float32", every=options.pop("every", Intervals(log=2, grid=3, checkpoint=3)),
+        execution=ExecutionOptions(**options),
     )  # fmt: skip
     assert distill(plan)
     return out / "student"
@@ -118,12 +127,12 @@ def test_a_run_of_any_kind_goes_on_from_its_checkpoint_exactly(tmp_path, tiny_te
     "recipe", [SMALL, dataclasses.replace(LORA, t_init=700), dataclasses.replace(SMALL, ema=0.0, reparameterised=False)]
 )
 def test_a_checkpoint_is_the_student_of_its_step(tmp_path, tiny_teacher, recipe):
-    run(tiny_teacher, tmp_path / "run", recipe, every=Intervals(log=1, sheet=0, checkpoint=2, keep=3))
+    run(tiny_teacher, tmp_path / "run", recipe, every=Intervals(log=1, grid=0, checkpoint=2, keep=3))
     then = [load_student(str(path)) for path in reversed(checkpoint.paths(tmp_path / "run" / "checkpoints"))]
     assert [model.name for model in then] == ["run after step 2", "run after step 4", "run after step 6"]
     texts, seeds = ["a cat", "a dog"], [1, 2]
-    drawn = [torch.cat(list(student_pictures(model, texts, seeds))) for model in then]
-    exported = torch.cat(list(student_pictures(load_student(str(tmp_path / "run")), texts, seeds)))
+    drawn = [torch.cat(list(student_images(model, texts, seeds))) for model in then]
+    exported = torch.cat(list(student_images(load_student(str(tmp_path / "run")), texts, seeds)))
     assert torch.equal(drawn[2], exported) and not torch.equal(drawn[0], drawn[2])
     assert len({digest(model) for model in then}) == 3  # by which measured features are kept apart
     whole = load_student(str(tmp_path / "run")).about
@@ -151,8 +160,8 @@ def test_a_lora_student_is_exported_whole_and_as_a_lora_for_plain_diffusers(tmp_
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     student = run(tiny_teacher, tmp_path / "run", dataclasses.replace(LORA, student_lr=1e-2))
-    ours = next(student_pictures(load_student(str(student)), ["a red cat"], [5]))[0].float()
-    from_teacher = next(student_pictures(load_student(str(tiny_teacher)), ["a red cat"], [5]))[0].float()
+    ours = next(student_images(load_student(str(student)), ["a red cat"], [5]))[0].float()
+    from_teacher = next(student_images(load_student(str(tiny_teacher)), ["a red cat"], [5]))[0].float()
     assert (ours - from_teacher).abs().max() > 5
     pipe = StableDiffusionPipeline.from_pretrained(tiny_teacher)
     pipe.scheduler = DDIMScheduler.from_pretrained(student / "scheduler")
@@ -191,7 +200,7 @@ def test_an_xl_teacher_distils_and_its_student_is_plain_diffusers(tmp_path, tiny
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "np"}
     theirs = pipe("a red cat", generator=torch.Generator().manual_seed(5), **options).images[0]
-    ours = next(student_pictures(load_student(str(student)), ["a red cat"], [5]))[0].float()
+    ours = next(student_images(load_student(str(student)), ["a red cat"], [5]))[0].float()
     assert (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours).abs().max() <= 1
     assert ours.std() > 5
 
@@ -202,25 +211,27 @@ def test_what_the_unet_is_told_is_what_diffusers_tells_it(tiny_xl):
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_xl, add_watermarker=False)
     model = load_teacher(str(tiny_xl))
     cond, null, pooled, null_pooled = pipe.encode_prompt("a red cat", device="cpu", do_classifier_free_guidance=True)
-    words, nothing = model.encode(["a red cat"]), model.null()
-    assert torch.allclose(words["tokens"], cond, atol=1e-6) and torch.allclose(words["pooled"], pooled, atol=1e-6)
+    conditioning, nothing = model.encode(["a red cat"]), model.null()
+    assert torch.allclose(conditioning["tokens"], cond, atol=1e-6) and torch.allclose(
+        conditioning["pooled"], pooled, atol=1e-6
+    )
     assert torch.equal(nothing["tokens"], null) and torch.equal(nothing["pooled"], null_pooled)
     assert pooled.abs().max() > 0 and cond.shape == (1, 16, 40)
     model.index["force_zeros_for_empty_prompt"] = False
     assert torch.allclose(model.null()["tokens"], model.encode([""])["tokens"]) and model.null()["tokens"].any()
-    assert model.picture_size == (32, 32)
+    assert model.image_size == (32, 32)
 
 
 def test_the_size_that_an_xl_network_is_told_matters_and_is_its_own(tiny_xl):
     model = load_teacher(str(tiny_xl))
-    x, t, words = picture_noise([1], (4, 16, 16)), torch.tensor([500]), model.encode(["a cat"])
+    x, t, conditioning = image_noise([1], (4, 16, 16)), torch.tensor([500]), model.encode(["a cat"])
     sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
 
     def told(ids):
-        added = {"text_embeds": words["pooled"], "time_ids": ids}
-        return model.unet(x, t, words["tokens"], added_cond_kwargs=added).sample
+        added = {"text_embeds": conditioning["pooled"], "time_ids": ids}
+        return model.unet(x, t, conditioning["tokens"], added_cond_kwargs=added).sample
 
-    assert torch.allclose(model.denoise(x, t, words), told(sizes), atol=1e-6)
+    assert torch.allclose(model.denoise(x, t, conditioning), told(sizes), atol=1e-6)
     assert not torch.allclose(told(sizes), told(sizes * 2), atol=1e-4)
 
 
@@ -230,7 +241,7 @@ def test_a_flow_matching_network_is_one_more_adapter(tmp_path):
     from sbrush.models.model import Model
 
     class Flow(Model):
-        def predict(self, network, x_t, t, words):
+        def predict(self, network, x_t, t, conditioning):
             alpha, sigma = self.schedule.at(t)
             s = sigma / (alpha + sigma)
             x = x_t / (alpha + sigma)
@@ -245,7 +256,7 @@ def test_a_flow_matching_network_is_one_more_adapter(tmp_path):
         variance = ((1 - s) * deviation) ** 2 + s**2
         return s / variance * x - (1 - s) * deviation**2 / variance * x
 
-    x_t, t = picture_noise([1, 2, 3], (4, 8, 8)), torch.tensor([3, 500, 999])
+    x_t, t = image_noise([1, 2, 3], (4, 8, 8)), torch.tensor([3, 500, 999])
     eps = core.to_epsilon(model.predict(network, x_t, t, {}), x_t, t, model.schedule, model.prediction)
     alpha, sigma = model.schedule.at(t)
     expected = sigma / ((alpha * deviation) ** 2 + sigma**2) * x_t  # E[eps | x_t]

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 from sbrush.console import SbrushError
-from sbrush.evaluate import download
-from sbrush.evaluate.coco import Coco
-from sbrush.evaluate.download import ARCHIVES, Archive, fetch_coco
+from sbrush.evaluate.coco.download import ARCHIVES, Archive, fetch_coco
+from sbrush.evaluate.coco.protocols import Coco, download
 
-PICTURES = {"val2014/": b"", "val2014/a.jpg": bytes(range(256)) * 8000, "val2014/b.jpg": b"b", "other/c.jpg": b"c"}
+IMAGES = {"val2014/": b"", "val2014/a.jpg": bytes(range(256)) * 8000, "val2014/b.jpg": b"b", "other/c.jpg": b"c"}
 CAPTIONS = {"annotations/captions_val2014.json": b"{}", "annotations/instances_val2014.json": b"[]"}
 
 
@@ -83,24 +82,24 @@ def test_fetches_what_is_wanted_and_once(server: Server, tmp_path: Path) -> None
     captions = server.archive(CAPTIONS, ARCHIVES[0].members)
     fetch_coco(tmp_path, [captions])
     (tmp_path / captions.name).unlink()
-    pictures = server.archive(PICTURES, ARCHIVES[1].members)
-    fetch_coco(tmp_path, [captions, pictures])
+    images = server.archive(IMAGES, ARCHIVES[1].members)
+    fetch_coco(tmp_path, [captions, images])
     there = {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*.j*") if f.is_file()}
     assert there == {
         "annotations/mine.json": b"kept",
         "annotations/captions_val2014.json": b"{}",
-        "val2014/a.jpg": PICTURES["val2014/a.jpg"],
+        "val2014/a.jpg": IMAGES["val2014/a.jpg"],
         "val2014/b.jpg": b"b",
     }
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*.partial"))
-    fetch_coco(tmp_path, [captions, pictures])
+    fetch_coco(tmp_path, [captions, images])
     assert server.asked == [None, None]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path, ranges: bool) -> None:
     """With a server that can go on in the middle, and with one that answers 200 with everything."""
-    archive = server.archive(PICTURES)
+    archive = server.archive(IMAGES)
     server.cut = 1_500_000
     with pytest.raises(SbrushError, match="broke off") as stopped:
         fetch_coco(tmp_path, [archive])
@@ -110,11 +109,11 @@ def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path, ranges:
     server.cut, server.ranges = None, ranges
     fetch_coco(tmp_path, [archive])
     assert server.asked == [None, f"bytes={have}-"]
-    assert (tmp_path / "val2014" / "a.jpg").read_bytes() == PICTURES["val2014/a.jpg"]
+    assert (tmp_path / "val2014" / "a.jpg").read_bytes() == IMAGES["val2014/a.jpg"]
 
 
 def test_a_wrong_checksum_is_thrown_away_but_not_ones_own_file(server: Server, tmp_path: Path) -> None:
-    archive = server.archive(PICTURES)
+    archive = server.archive(IMAGES)
     server.content = server.content[:-1] + b"?"
     with pytest.raises(SbrushError, match="has MD5"):
         fetch_coco(tmp_path, [archive])
@@ -142,7 +141,7 @@ def test_more_than_there_should_be(server: Server, tmp_path: Path) -> None:
 
 
 def test_no_room_and_no_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = server.archive(PICTURES)
+    archive = server.archive(IMAGES)
     with pytest.raises(SbrushError, match=r"needs .* MB"):
         fetch_coco(tmp_path, [replace(archive, unpacked=10**18)])
     with pytest.raises(SbrushError, match="cannot fetch"):

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from sbrush import ema
-from sbrush.ema import EMA
+from sbrush.training import ema
+from sbrush.training.ema import EMA
 
 
 def test_the_average_follows_the_ramp_and_then_the_decay():

@@ -15,16 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from sbrush.console import SbrushError
-from sbrush.evaluate import diversity, stickers
-from sbrush.evaluate.accuracy import accuracy, attribute_accuracy
-from sbrush.evaluate.fid import FID, fid
-from sbrush.evaluate.precision_recall import coverage, precision_recall, radii
+from sbrush.evaluate import stickers
 from sbrush.evaluate.report import Figures, Report, finite, from_png, png
-from sbrush.evaluate.stickers import Candidate, Pair, diversity_pairs, evaluate_stickers, pairs, real_pictures
-from sbrush.files import write_text
+from sbrush.evaluate.stickers import Candidate, Pair, diversity_pairs, evaluate_stickers, pairs, real_images
+from sbrush.metrics import diversity
+from sbrush.metrics.accuracy import accuracy, attribute_accuracy
+from sbrush.metrics.fid import FID, fid
+from sbrush.metrics.precision_recall import coverage, precision_recall, radii
 from sbrush.stickers.draw import draw
 from sbrush.stickers.judge import foreground, pixel_attributes
-from sbrush.stickers.world import ATTRIBUTES, COLOURS, PICTURE, Caption, Sticker, random_sticker, stream
+from sbrush.stickers.world import ATTRIBUTES, COLOURS, IMAGE_SIZE, Caption, Sticker, random_sticker, stream
+from sbrush.storage.files import write_text
 
 
 def normal(n: int, width: int, seed: int, *, shift: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -133,7 +134,7 @@ class TestPrecisionRecall:
         assert precision_recall(real, fake) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
         assert theirs["precision"] != theirs["recall"]
 
-    def test_too_few_pictures_are_refused(self) -> None:
+    def test_too_few_images_are_refused(self) -> None:
         with pytest.raises(ValueError, match="too few"):
             radii(torch.zeros(3, 2), k=3)
 
@@ -181,7 +182,7 @@ class TestDiversity:
     def varieties(self, drawn: Sequence[Sticker]) -> list[diversity.Variety]:
         """Variety with the truth in the judge's place, and real centroids."""
         judged = {n: torch.tensor([v.index(getattr(s, n)) for s in drawn]) for n, v in ATTRIBUTES.items()}
-        places = torch.cat([diversity.centroids(pictures(drawn[i : i + 100])) for i in range(0, len(drawn), 100)])
+        places = torch.cat([diversity.centroids(images(drawn[i : i + 100])) for i in range(0, len(drawn), 100)])
         return diversity.varieties(diversity.CAPTIONS, judged, places)
 
     def drawn(self, name: str, **fixed: object) -> list[Sticker]:
@@ -193,7 +194,7 @@ class TestDiversity:
         for name in diversity.ENTROPIES:
             assert sum(getattr(c, name) is None for c in diversity.CAPTIONS) >= 4
 
-    def test_real_pictures_have_the_truths_variety_and_collapsed_ones_none(self) -> None:
+    def test_real_images_have_the_truths_variety_and_collapsed_ones_none(self) -> None:
         truth = self.varieties(self.drawn("a"))
         real = diversity.shares(self.varieties(self.drawn("b")), truth)
         assert set(real) == {*diversity.ASPECTS, "mean"}
@@ -229,7 +230,7 @@ class TestDiversity:
     @pytest.mark.parametrize("noise", [0, 10])
     def test_centroids_are_where_the_stickers_are(self, noise: int) -> None:
         drawn = [random_sticker(stream("place", i), held_out=True) for i in range(300)]
-        seen = pictures(drawn).float()
+        seen = images(drawn).float()
         seen += noise * torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
         places = diversity.centroids(seen.round().clamp(0, 255).byte())
         true = torch.tensor([[s.x, s.y] for s in drawn])
@@ -239,7 +240,7 @@ class TestDiversity:
             assert torch.corrcoef(torch.stack([places[:, axis], true[:, axis]]))[0, 1] > least
         assert diversity.spread(places) == pytest.approx(diversity.spread(true), rel=0.06)
 
-    def test_an_empty_picture_is_centred(self) -> None:
+    def test_an_empty_image_is_centred(self) -> None:
         assert diversity.centroids(torch.full((1, 3, 64, 64), 200, dtype=torch.uint8)).tolist() == [[32, 32]]
 
 
@@ -264,7 +265,7 @@ class PixelJudge:
 
 
 class Maker:
-    """A candidate that draws each caption's picture, with what `fixed` fixes, in uneven batches; counts its calls."""
+    """A candidate that draws each caption's image, with what `fixed` fixes, in uneven batches; counts its calls."""
 
     def __init__(self, **fixed: object) -> None:
         self.fixed, self.calls = fixed, 0
@@ -273,10 +274,10 @@ class Maker:
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
         self.calls += 1
         drawn = [random_sticker(stream("maker", s), self.captions[p]) for p, s in zip(prompts, seeds, strict=True)]
-        yield from pictures([replace(s, **self.fixed) for s in drawn]).split(37)
+        yield from images([replace(s, **self.fixed) for s in drawn]).split(37)
 
 
-def pictures(drawn: Sequence[Sticker]) -> Tensor:
+def images(drawn: Sequence[Sticker]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(draw(s))).permute(2, 0, 1) for s in drawn])
 
 
@@ -293,20 +294,20 @@ class TestProtocol:
         varied = diversity_pairs(4)
         assert [c for c, _ in varied[::4]] == list(diversity.CAPTIONS) and varied[7][1] == 2_000_007
 
-    def test_real_pictures_are_true_and_reference_and_floor_differ(self) -> None:
+    def test_real_images_are_true_and_reference_and_floor_differ(self) -> None:
         items: list[Pair] = [(Caption(kind="cat", colour="red", background="sky"), seed) for seed in range(150)]
-        reference, floor = (torch.cat(list(real_pictures(name, items))) for name in ("reference", "floor"))
-        assert reference.shape == (150, 3, PICTURE, PICTURE) and reference.dtype == torch.uint8
+        reference, floor = (torch.cat(list(real_images(name, items))) for name in ("reference", "floor"))
+        assert reference.shape == (150, 3, IMAGE_SIZE, IMAGE_SIZE) and reference.dtype == torch.uint8
         assert (pixel_attributes(reference)["colour"] == list(COLOURS).index("red")).all()
         assert not (reference == floor).flatten(1).all(dim=1).any()
-        torch.testing.assert_close(next(iter(real_pictures("reference", items[7:8])))[0], reference[7])
+        torch.testing.assert_close(next(iter(real_images("reference", items[7:8])))[0], reference[7])
 
     def test_a_good_model_is_at_the_floor_and_a_collapsed_one_is_not(self, tmp_path: Path) -> None:
         good = Candidate("good", Maker(), steps=1)
         red = Candidate("red", Maker(colour="red", x=32.0, y=32.0), guidance=3.0)
         report = self.evaluate(good, red, cache=tmp_path)
         first, second, floor = report.figures
-        assert [f.name for f in report.figures] == ["good", "red", "real pictures"]
+        assert [f.name for f in report.figures] == ["good", "red", "real images"]
         assert (first.n, first.per_caption, first.steps, first.guidance) == (200, 20, 1, None)
         assert first.fid is not None and floor.fid is not None and second.fid is not None
         assert first.fid < 3 * floor.fid and second.fid > 10 * floor.fid
@@ -316,9 +317,9 @@ class TestProtocol:
         assert second.recall is not None and first.recall is not None and second.recall < first.recall
         assert sum(first.accuracy_n.values()) > sum(first.held_out_n.values()) > 0
         assert list(tmp_path.iterdir()) == []  # without a key nothing is remembered
-        shown = report.pictures["good"]
+        shown = report.images["good"]
         assert [c for c, _ in shown] == [c.text for c, _ in pairs(12)] + ["a cat"] * 12
-        assert all(image.size == (PICTURE, PICTURE) for _, image in shown)
+        assert all(image.size == (IMAGE_SIZE, IMAGE_SIZE) for _, image in shown)
 
     def test_figures_do_not_depend_on_the_batches(self) -> None:
         judge, (captions, _) = PixelJudge(), zip(*pairs(60), strict=True)
@@ -334,13 +335,13 @@ class TestProtocol:
         ]
         assert found[0] == found[1] == found[2]
 
-    @pytest.mark.parametrize("made, problem", [(37, "60 pictures were asked for, 37 came"), (61, "60 .* 61 came")])
-    def test_too_few_or_too_many_pictures_are_refused(self, made: int, problem: str) -> None:
-        blank = torch.zeros(made, 3, PICTURE, PICTURE, dtype=torch.uint8)
+    @pytest.mark.parametrize("made, problem", [(37, "60 images were asked for, 37 came"), (61, "60 .* 61 came")])
+    def test_too_few_or_too_many_images_are_refused(self, made: int, problem: str) -> None:
+        blank = torch.zeros(made, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
         with pytest.raises(ValueError, match=problem):
             stickers.measure("m", [blank], [], [Caption()] * 60, PixelJudge(), None)  # type: ignore
 
-    def test_pictures_of_another_size_are_refused(self) -> None:
+    def test_images_of_another_size_are_refused(self) -> None:
         large = torch.zeros(1, 3, 512, 512, dtype=torch.uint8)
         with pytest.raises(SbrushError, match="512 x 512"):
             stickers.measure("m", [large], [], [Caption()], PixelJudge(), None)  # type: ignore
@@ -368,9 +369,9 @@ class TestMemory:
         first, second = (self.evaluate(maker, tmp_path / "new" / "folder") for _ in range(2))
         assert maker.calls == 2  # pairs and diversity, once
         assert first.figures == second.figures and first.json() == second.json()
-        assert first.pictures.keys() == second.pictures.keys()
-        for name, shown in first.pictures.items():
-            assert [(c, i.tobytes()) for c, i in shown] == [(c, i.tobytes()) for c, i in second.pictures[name]]
+        assert first.images.keys() == second.images.keys()
+        for name, shown in first.images.items():
+            assert [(c, i.tobytes()) for c, i in shown] == [(c, i.tobytes()) for c, i in second.images[name]]
         self.evaluate(maker, tmp_path / "new" / "folder", fresh=True)
         assert maker.calls == 4
 
@@ -446,7 +447,7 @@ class TestReport:
     def test_json_goes_there_and_back(self) -> None:
         data = json.loads(json.dumps(self.report.json(), allow_nan=False))
         assert [Figures.from_json(model) for model in data["models"]] == self.report.figures
-        assert data["protocol"] == self.report.protocol and "pictures" not in data
+        assert data["protocol"] == self.report.protocol and "images" not in data
 
     @pytest.mark.parametrize(
         "change",
@@ -487,7 +488,7 @@ class TestReport:
         assert from_png(code).getpixel((5, 5)) == (255, 0, 0)
         assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
-    def test_other_pictures_can_be_shown(self, tmp_path: Path) -> None:
+    def test_other_images_can_be_shown(self, tmp_path: Path) -> None:
         self.report.write_html(tmp_path / "r.html", {"mine": [("one", Image.new("RGB", (8, 8)))] * 3})
         page = (tmp_path / "r.html").read_text(encoding="utf-8")
         assert page.count("<img ") == 3 and "<h2>mine</h2>" in page

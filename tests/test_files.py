@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from sbrush.files import whole, write_json, write_text
+from sbrush.storage.files import atomic_write, write_json, write_text
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     file = tmp_path / "a.txt"
     write_text(file, "old")
-    with pytest.raises(RuntimeError), whole(file) as partial:
+    with pytest.raises(RuntimeError), atomic_write(file) as partial:
         partial.write_text("half of the n")
         raise RuntimeError
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
@@ -19,7 +19,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
     file = tmp_path / "a.txt"
     write_text(file, "old")
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text("new")
         assert file.read_text() == "old" and partial.parent == tmp_path  # beside it: a rename must not cross disks
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]

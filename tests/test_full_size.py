@@ -1,7 +1,7 @@
 """Teachers of Stable Diffusion's full sizes, random weights: the whole road.  python -m pytest -m slow
 
 Every weight is there (866 million in SD 2.1's UNet; of SDXL's, whose transformers are cut to one layer, what 24 GiB
-hold); the pictures are 128 pixels wide, which makes a step take seconds in place of minutes.
+hold); the images are 128 pixels wide, which makes a step take seconds in place of minutes.
 """
 
 import json
@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import sbrush
-from sbrush.models.full_size import UNETS, make
+from sbrush.benchmarks.full_size import UNETS, make
 
 pytestmark = pytest.mark.slow
-FLAGS = ["--recipe", "swiftbrush", "--steps", "2", "--batch", "1", "--checkpointing", "--sheet-every", "0",
+FLAGS = ["--recipe", "swiftbrush", "--steps", "2", "--batch", "1", "--checkpointing", "--grid-every", "0",
          "--checkpoint-every", "1", "--set", "ema=0"]  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_two_steps_killed_resumed_exported_and_drawn_by_plain_diffusers(tmp_path
     from diffusers import DiffusionPipeline
 
     from sbrush.models.load import load_student
-    from sbrush.sample import student_pictures
+    from sbrush.sampling.generation import student_images
 
     teacher, out = make(name, tmp_path / "teacher", latent=16), tmp_path / "run"
     flags = [*FLAGS, *(["--student-lora", "16"] if student == "lora" else [])]
@@ -48,7 +48,7 @@ def test_two_steps_killed_resumed_exported_and_drawn_by_plain_diffusers(tmp_path
     was, now = load_file(teacher / weights), load_file(out / "student" / weights)
     assert was.keys() == now.keys() and any((was[key].float() - now[key]).abs().max() > 0 for key in now)
     del was, now
-    ours = next(student_pictures(load_student(str(out)), ["a red cat"], [5]))[0].float()
+    ours = next(student_images(load_student(str(out)), ["a red cat"], [5]))[0].float()
     pipe = DiffusionPipeline.from_pretrained(out / "student")
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "np"}

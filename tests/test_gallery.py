@@ -1,4 +1,4 @@
-"""Pictures that another tool made: their order, the captions beside them, their identity."""
+"""Images that another tool made: their order, the captions beside them, their identity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sbrush.console import SbrushError
-from sbrush.evaluate.gallery import Gallery
+from sbrush.evaluate.coco.gallery import Gallery
 
 
 def fill(folder: Path, *names: str, **texts: str) -> Path:
@@ -29,7 +29,7 @@ def test_numbers_are_captions_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [["1.png", "2.png"], ["0.png", "2.png"], ["0.png", "1.png", "00001.jpg"]])
 def test_numbers_that_would_shift_captions(tmp_path: Path, names: list[str]) -> None:
-    with pytest.raises(SbrushError, match="has no picture") as problem:
+    with pytest.raises(SbrushError, match="has no image") as problem:
         Gallery.read(fill(tmp_path, *names))
     assert problem.value.code == 2
     with pytest.raises(SbrushError, match=r"and grid\.png"):
@@ -43,7 +43,7 @@ TABLES = {
 }
 
 
-def test_lines_go_with_the_pictures_order(tmp_path: Path) -> None:
+def test_lines_go_with_the_images_order(tmp_path: Path) -> None:
     read = Gallery.read(fill(tmp_path, "b.png", "a.png", captions_txt="first\nsecond\n"))
     assert [(f.name, c) for f, c in zip(read.files, read.captions or [], strict=True)] == [
         ("a.png", "first"),

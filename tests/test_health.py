@@ -11,17 +11,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sbrush import checkpoint, health
 from sbrush.console import SbrushError
-from sbrush.distill import distill
-from sbrush.distiller import Distiller
-from sbrush.health import ALARMS, GRACE, LASTING, MOST_SKIPPED, Yardstick, alarms, spreads
 from sbrush.models.load import load_teacher
-from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals, read_log
-from sbrush.sample import student_latents, teacher_latents
+from sbrush.sampling.generation import student_latents, teacher_latents
+from sbrush.storage import checkpoint
+from sbrush.training import health
+from sbrush.training.health import ALARMS, GRACE, LASTING, MOST_SKIPPED, TeacherReference, alarms, spreads
+from sbrush.training.loop import distill
+from sbrush.training.methods.vsd import Distiller
+from sbrush.training.plan import prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals, read_log
 
 HEALTHY = Path(__file__).parent.parent / "docs" / "healthy"
 STICKERS = Path(__file__).parent.parent / "prompts" / "stickers.txt"
@@ -30,15 +31,16 @@ SMALL = dataclasses.replace(
     RECIPES["swiftbrush"], steps=24, batch=4, student_lr=1e-4, lora_lr=1e-2, lora_rank=4, lora_alpha=4
 )
 FINE = {
-    "drift": 0.2, "beyond": 0.0, "gap_share": 0.1, "lora_error": 0.9, "prompt_spread": 0.8, "seed_spread": 0.8,
+    "latent_drift": 0.2, "saturation": 0.0, "score_gap_ratio": 0.1, "lora_divergence": 0.9, "prompt_spread": 0.8,
+    "seed_spread": 0.8,
 }  # fmt: skip
 BAD = {
-    "latent drift": {"drift": 1.1},
-    "saturation": {"beyond": 0.02},
-    "vanished score gap": {"gap_share": 0.001},
-    "LoRA-teacher divergence": {"lora_error": 1.6},
-    "prompt-independent pictures": {"prompt_spread": 0.2},
-    "seed-independent pictures": {"seed_spread": 0.2},
+    "latent_drift": {"latent_drift": 1.1},
+    "saturation": {"saturation": 0.02},
+    "score_gap_ratio": {"score_gap_ratio": 0.001},
+    "lora_divergence": {"lora_divergence": 1.6},
+    "prompt_spread": {"prompt_spread": 0.2},
+    "seed_spread": {"seed_spread": 0.2},
 }
 
 
@@ -50,8 +52,8 @@ def names(log):
     return [alarm.name for alarm in alarms(log)]
 
 
-def run(teacher, out, recipe, *, prompts=PROMPTS, sheet=1000):
-    every = Intervals(log=2, sheet=sheet, checkpoint=8)
+def run(teacher, out, recipe, *, prompts=PROMPTS, grid=1000):
+    every = Intervals(log=2, grid=grid, checkpoint=8)
     plan = prepare(
         recipe, prompts, out=out, teacher=teacher and str(teacher), init=None, seed=3, device="cpu",
         precision="float32", every=every,
@@ -91,30 +93,30 @@ def test_a_sign_must_last_and_the_first_steps_do_not_count(name):
 def test_what_was_not_measured_says_nothing():
     assert names([{"step": s} for s in range(10, 200, 10)]) == names([]) == []
     assert names([{"step": s, **dict.fromkeys(FINE)} for s in range(10, 200, 10)]) == []
-    sheets = entries()
-    for entry in sheets[1:-1]:
+    grids = entries()
+    for entry in grids[1:-1]:
         del entry["prompt_spread"]
-    sheets[-1]["prompt_spread"] = 0.1  # measured with the contact sheet only, so one sign is enough
-    assert names(sheets) == ["prompt-independent pictures"]
+    grids[-1]["prompt_spread"] = 0.1  # measured with the sample grid only, so one sign is enough
+    assert names(grids) == ["prompt_spread"]
 
 
 def test_the_reference_run_is_silent():
     log = [json.loads(line) for line in (HEALTHY / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(log) > 50 and log[-1]["drift"] is not None and "prompt_spread" in log[-1]
+    assert len(log) > 50 and log[-1]["latent_drift"] is not None and "prompt_spread" in log[-1]
     assert {name for i in range(1, len(log) + 1) for name in names(log[:i])} == set()
 
 
 def test_a_student_that_begins_without_variety_has_time_to_find_it():
     start = {"step": 1, **FINE, "prompt_spread": 0.1, "seed_spread": 0.2}
     assert names([start, {"step": 200, **FINE, "prompt_spread": 0.15, "seed_spread": 0.22}]) == []
-    assert names([start, {"step": 200, **FINE, "prompt_spread": 0.05}]) == ["prompt-independent pictures"]
+    assert names([start, {"step": 200, **FINE, "prompt_spread": 0.05}]) == ["prompt_spread"]
 
 
 def test_a_short_healthy_run_is_silent(tmp_path, impatient, capsys):
     recipe = dataclasses.replace(RECIPES["stickers"], steps=24, batch=8)
-    log = run(None, tmp_path / "run", recipe, prompts=read_prompts(STICKERS), sheet=8)
+    log = run(None, tmp_path / "run", recipe, prompts=read_prompts(STICKERS), grid=8)
     assert not [e for e in log if e.get("alarms")] and "alarm:" not in capsys.readouterr().err
-    assert all(e["drift"] > 0 and e["skipped"] == 0 for e in log)
+    assert all(e["latent_drift"] > 0 and e["skipped"] == 0 for e in log)
     assert [e["step"] for e in log if "seed_spread" in e] == [1, 8, 16, 24]
 
 
@@ -124,7 +126,7 @@ def provoked(log, name):
 
 def test_a_lora_teacher_that_does_not_learn_leaves_no_gap(tmp_path, tiny_teacher, impatient, capsys):
     log = run(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, lora_lr=0.0))
-    assert provoked(log, "vanished score gap")[0] == 12 and log[-1]["gap"] == 0
+    assert provoked(log, "score_gap_ratio")[0] == 12 and log[-1]["gap"] == 0
     said = capsys.readouterr().err
     assert said.count("alarm: vanished score gap at step 12") == 1 == said.count("alarm: vanished")  # at its onset
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
@@ -133,32 +135,32 @@ def test_a_lora_teacher_that_does_not_learn_leaves_no_gap(tmp_path, tiny_teacher
 def test_a_lora_teacher_that_learns_too_fast_diverges(tmp_path, impatient):
     fast = dataclasses.replace(SMALL, lora_lr=0.3, student_lr=1e-5, steps=14, guidance=1.0)
     log = run(None, tmp_path / "run", fast)  # of the built-in teacher, which has something to lose
-    assert provoked(log, "LoRA-teacher divergence")
+    assert provoked(log, "lora_divergence")
 
 
 def test_a_student_that_learns_too_fast_drifts_and_saturates(tmp_path, tiny_teacher, impatient):
     log = run(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, student_lr=0.1))
-    assert provoked(log, "latent drift") and provoked(log, "saturation")
+    assert provoked(log, "latent_drift") and provoked(log, "saturation")
 
 
-def test_pictures_that_ignore_their_prompt_or_their_seed_are_seen(tiny_teacher):
+def test_images_that_ignore_their_prompt_or_their_seed_are_seen(tiny_teacher):
     model = load_teacher(str(tiny_teacher))
     texts, seeds = ["a cat", "a red fish", "a blue car"] * 3, [s for s in (1, 2, 3) for _ in range(3)]
     latents = torch.cat(list(teacher_latents(model, texts, seeds, steps=5, guidance=7.5))).unflatten(0, (3, 3))
-    yardstick = Yardstick.of(latents)
-    same = yardstick.compare_spreads(latents)
+    reference = TeacherReference.of(latents)
+    same = reference.compare_spreads(latents)
     assert same["prompt_spread"] == pytest.approx(1) and same["seed_spread"] == pytest.approx(1)
     for name, parameter in model.unet.named_parameters():
         if "attn2.to_out" in name:
             parameter.data.zero_()
     deaf = torch.cat(list(student_latents(model, texts, seeds))).unflatten(0, (3, 3))
-    shares = yardstick.compare_spreads(deaf)
+    shares = reference.compare_spreads(deaf)
     assert shares["prompt_spread"] < 1e-3 < 0.25 < shares["seed_spread"]
     start = {"step": 1, **FINE}
-    assert names([start, {"step": 200, **FINE, **shares}]) == ["prompt-independent pictures"]
+    assert names([start, {"step": 200, **FINE, **shares}]) == ["prompt_spread"]
     one_seed = latents[:1].expand_as(latents)
-    assert names([start, {"step": 200, **FINE, **yardstick.compare_spreads(one_seed)}]) == ["seed-independent pictures"]
-    assert yardstick.compare_spreads(latents[:1, :1]) == {}
+    assert names([start, {"step": 200, **FINE, **reference.compare_spreads(one_seed)}]) == ["seed_spread"]
+    assert reference.compare_spreads(latents[:1, :1]) == {}
 
 
 def test_the_yardstick_measures_what_it_says():
@@ -166,12 +168,12 @@ def test_the_yardstick_measures_what_it_says():
     latents = torch.randn(3, 4, 2, 8, 8) * torch.tensor([1.0, 5.0]).view(2, 1, 1) + torch.tensor([0.0, 10.0]).view(
         2, 1, 1
     )
-    yardstick = Yardstick.of(latents)
-    assert yardstick.mean[1] == pytest.approx(10, abs=0.5) and yardstick.deviation[1] == pytest.approx(5, rel=0.1)
-    shifted = yardstick.compare(latents.flatten(0, 1) + torch.tensor([0.0, 10.0]).view(2, 1, 1))
-    assert shifted["drift"].item() == pytest.approx(2, rel=0.1)  # ten in a channel whose deviation is five
-    assert yardstick.compare(latents.flatten(0, 1)) == {"drift": pytest.approx(0, abs=1e-5), "beyond": 0}
-    assert yardstick.compare(latents.flatten(0, 1) * 100)["beyond"] > 0.9
+    reference = TeacherReference.of(latents)
+    assert reference.mean[1] == pytest.approx(10, abs=0.5) and reference.deviation[1] == pytest.approx(5, rel=0.1)
+    shifted = reference.compare(latents.flatten(0, 1) + torch.tensor([0.0, 10.0]).view(2, 1, 1))
+    assert shifted["latent_drift"].item() == pytest.approx(2, rel=0.1)  # ten in a channel whose deviation is five
+    assert reference.compare(latents.flatten(0, 1)) == {"latent_drift": pytest.approx(0, abs=1e-5), "saturation": 0}
+    assert reference.compare(latents.flatten(0, 1) * 100)["saturation"] > 0.9
     checkers = torch.tensor([[1.0, -1.0], [1.0, -1.0]]).view(2, 2, 1, 1, 1)  # each column a prompt, each row a seed
     assert spreads(checkers) == (1.0, 0.0)
 
@@ -211,7 +213,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_teacher, 
     after = everything()
     student = [k for k in before if k.startswith("student")]
     assert student and all(torch.equal(before[k], after[k]) for k in student)
-    if network == "student":  # whose pictures the LoRA teacher cannot learn from
+    if network == "student":  # whose images the LoRA teacher cannot learn from
         assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("lora"))
     assert ours.step(3, order)["skipped"] == 0
     third = everything()

@@ -16,17 +16,18 @@ from PIL import Image
 
 from conftest import build_tiny_teacher, sbrush
 from fuzz import fuzz
-from sbrush import checkpoint, run
-from sbrush.config import NOT_COMPARED, differences
+from sbrush.cli.seeds import parse_seeds
 from sbrush.console import SbrushError, printable
-from sbrush.distill import distill
 from sbrush.models.load import digest, load_teacher
-from sbrush.pictures import parameters, save_png, sheet
-from sbrush.plan import prepare
 from sbrush.prompts import make_prompts, read_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals
-from sbrush.seeds import parse_seeds
+from sbrush.sampling.images import image_grid, parameters, save_png
+from sbrush.storage import checkpoint
+from sbrush.training import run
+from sbrush.training.config import NOT_COMPARED, differences
+from sbrush.training.loop import distill
+from sbrush.training.plan import prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals
 
 SMALL = dataclasses.replace(RECIPES["swiftbrush"], steps=4, batch=2, lora_rank=4, lora_alpha=4)
 ABOUT = {
@@ -46,7 +47,7 @@ NASTY = {
 def plan(teacher, out, recipe=SMALL, extend=0, prompts=("a cat", "a dog")):
     return prepare(
         recipe, make_prompts(prompts, "two"), out=out, teacher=str(teacher), init=None, seed=3, device="cpu",
-        precision="float32", every=Intervals(log=1, sheet=4, checkpoint=1), extend=extend,
+        precision="float32", every=Intervals(log=1, grid=4, checkpoint=1), extend=extend,
     )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def test_nasty_prompts_are_shown_safely_everywhere(tmp_path, tiny_teacher, text,
     card = (tmp_path / "run" / "student" / "README.md").read_text(encoding="utf-8")
     said = "".join(capfd.readouterr()) + prompts.describe() + card
     assert not [c for c in said if c not in "\n\r" and not c.isprintable()]
-    image = sheet([[torch.zeros(3, 8, 8, dtype=torch.uint8)]], row_labels=[text[:200]], column_labels=[text])
+    image = image_grid([[torch.zeros(3, 8, 8, dtype=torch.uint8)]], row_labels=[text[:200]], column_labels=[text])
     about = {**ABOUT, "prompt": text, "model": text}
     save_png(tmp_path / "a.png", image, about)
     with Image.open(tmp_path / "a.png") as read:
@@ -114,10 +115,10 @@ def test_nasty_prompts_are_shown_safely_everywhere(tmp_path, tiny_teacher, text,
 
 def test_nasty_prompts_on_the_command_line(tmp_path, tiny_teacher):
     texts = [text.replace("\x00", "") for name, text in NASTY.items() if name != "long"]
-    drawn = sbrush("sample", *texts, "--student", tiny_teacher, "-o", tmp_path / "pictures")
+    drawn = sbrush("sample", *texts, "--student", tiny_teacher, "-o", tmp_path / "images")
     assert drawn.returncode == 0, drawn.stderr
-    files = list((tmp_path / "pictures").iterdir())
-    assert len(files) == len(texts) and all(f.name.isprintable() and f.parent == tmp_path / "pictures" for f in files)
+    files = list((tmp_path / "images").iterdir())
+    assert len(files) == len(texts) and all(f.name.isprintable() and f.parent == tmp_path / "images" for f in files)
     assert not [c for c in drawn.stdout + drawn.stderr if c != "\n" and not c.isprintable()]
 
 
@@ -166,7 +167,7 @@ def test_any_seed_text_is_a_range_or_is_refused(text):
 
 
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=60))
-def test_metadata_come_back_from_the_picture(tmp_path_factory, prompt):
+def test_metadata_come_back_from_the_image(tmp_path_factory, prompt):
     file = tmp_path_factory.getbasetemp() / "metadata.png"
     about = {**ABOUT, "prompt": prompt}
     save_png(file, Image.new("RGB", (8, 8)), about)
@@ -204,7 +205,7 @@ def test_a_full_disk_is_seen_before_writing_and_the_last_checkpoint_stays(tmp_pa
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO, errno.ENOENT])
-@pytest.mark.parametrize("where", ["checkpoint", "log", "sheet", "export"])
+@pytest.mark.parametrize("where", ["checkpoint", "log", "sample grid", "export"])
 def test_what_cannot_be_written_ends_the_run_in_one_line_and_it_goes_on_later(
     tmp_path, tiny_teacher, monkeypatch, number, where
 ):
@@ -212,7 +213,7 @@ def test_what_cannot_be_written_ends_the_run_in_one_line_and_it_goes_on_later(
         raise OSError(number, os.strerror(number))
 
     places = {
-        "checkpoint": (checkpoint, "save_file"), "log": (run.Run, "log"), "sheet": (run.pictures, "save_png"),
+        "checkpoint": (checkpoint, "save_file"), "log": (run.Run, "log"), "sample grid": (run.images, "save_png"),
         "export": (run, "export_student"),
     }  # fmt: skip
     monkeypatch.setattr(*places[where], refuse)

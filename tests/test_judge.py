@@ -15,7 +15,7 @@ from torch import Tensor
 from sbrush.console import SbrushError
 from sbrush.stickers.draw import draw
 from sbrush.stickers.judge import Judge, foreground, pixel_attributes
-from sbrush.stickers.models import build_judge, build_tokenizer
+from sbrush.stickers.networks import build_judge, build_tokenizer
 from sbrush.stickers.world import ATTRIBUTES, BACKGROUNDS, Sticker, random_sticker, stream
 
 UNSEEN = 400
@@ -23,7 +23,7 @@ UNSEEN = 400
 
 @cache
 def unseen() -> tuple[list[Sticker], Tensor]:
-    """Stickers that no training has drawn, held-out combinations among them, and their pictures."""
+    """Stickers that no training has drawn, held-out combinations among them, and their images."""
     stickers = [random_sticker(stream("judge-test", i), held_out=True) for i in range(UNSEEN)]
     return stickers, torch.stack([torch.from_numpy(np.array(draw(s))).permute(2, 0, 1) for s in stickers])
 
@@ -50,9 +50,9 @@ def untrained(folder: Path) -> Judge:
 
 
 def test_features_do_not_depend_on_the_batch(untrained: Judge) -> None:
-    pictures = unseen()[1][:24]
-    together = untrained.features(pictures)
-    apart = torch.cat([untrained.features(p) for p in pictures.split(5)])
+    images = unseen()[1][:24]
+    together = untrained.features(images)
+    apart = torch.cat([untrained.features(p) for p in images.split(5)])
     assert together.shape == (24, untrained.width) and together.dtype == torch.float32
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)
 
@@ -81,7 +81,7 @@ def test_clip_score_is_the_cosine_with_the_own_caption(untrained: Judge) -> None
     expected = [torch.dot(f / f.norm(), s).item() for f, s in zip(features, said, strict=True)]
     torch.testing.assert_close(untrained.clip_score(features, captions), torch.tensor(expected))
     assert untrained.clip_score(features[:0], []).shape == (0,)
-    with pytest.raises(ValueError, match="4 pictures"):
+    with pytest.raises(ValueError, match="4 images"):
         untrained.clip_score(features, captions[:3])
 
 
@@ -91,18 +91,18 @@ def test_any_text_can_be_scored(untrained: Judge) -> None:
 
 
 @pytest.mark.parametrize(
-    "pictures",
+    "images",
     [
         torch.zeros(1, 3, 64, 64),
         torch.zeros(3, 64, 64, dtype=torch.uint8),
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
     ],
 )
-def test_other_pictures_are_refused(untrained: Judge, pictures: Tensor) -> None:
+def test_other_images_are_refused(untrained: Judge, images: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8"):
-        untrained.features(pictures)
+        untrained.features(images)
     with pytest.raises(ValueError, match="uint8"):
-        pixel_attributes(pictures)
+        pixel_attributes(images)
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "foreign", "config"])
@@ -123,7 +123,7 @@ def test_a_damaged_judge_is_told_in_one_line(folder: Path, tmp_path: Path, damag
     assert "\n" not in str(problem.value) and problem.value.hint
 
 
-def test_foreground_of_a_flat_picture_is_empty_and_its_background_exact() -> None:
+def test_foreground_of_a_flat_image_is_empty_and_its_background_exact() -> None:
     mint = torch.tensor(BACKGROUNDS["mint"], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 64, 64)
     background, mask = foreground(mint)
     assert background.tolist() == [list(map(float, BACKGROUNDS["mint"]))] and not mask.any()
@@ -133,19 +133,19 @@ def test_foreground_of_a_flat_picture_is_empty_and_its_background_exact() -> Non
 @pytest.mark.parametrize("noise", [0, 10])
 @pytest.mark.parametrize("name", ["colour", "background"])
 def test_pixels_tell_colour_and_background(name: str, noise: int) -> None:
-    pictures = unseen()[1].float()
-    pictures += noise * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    found = pixel_attributes(pictures.round().clamp(0, 255).byte())[name]
+    images = unseen()[1].float()
+    images += noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    found = pixel_attributes(images.round().clamp(0, 255).byte())[name]
     assert (found == truth(name)).float().mean() >= 0.99
 
 
 def test_the_shipped_judge_is_right_and_agrees_with_the_pixels() -> None:
     judge = Judge.load()
-    pictures = unseen()[1]
-    judged = judge.classify(torch.cat([judge.features(p) for p in pictures.split(100)]))
+    images = unseen()[1]
+    judged = judge.classify(torch.cat([judge.features(p) for p in images.split(100)]))
     right = {name: (labels == truth(name)).float().mean().item() for name, labels in judged.items()}
     assert min(right.values()) >= 0.99, right
-    counted = pixel_attributes(pictures)
+    counted = pixel_attributes(images)
     agreement = {name: (judged[name] == labels).float().mean().item() for name, labels in counted.items()}
     assert set(agreement) == {"colour", "background"} and min(agreement.values()) >= 0.99, agreement
 
@@ -153,19 +153,19 @@ def test_the_shipped_judge_is_right_and_agrees_with_the_pixels() -> None:
 def test_the_shipped_judge_gives_the_true_caption_the_highest_score() -> None:
     from sbrush.stickers.world import Caption
 
-    judge, (stickers, pictures) = Judge.load(), unseen()
+    judge, (stickers, images) = Judge.load(), unseen()
     captions = [Caption(kind=s.kind, colour=s.colour, background=s.background, size=s.size).text for s in stickers]
-    features = judge.features(pictures[:200])
+    features = judge.features(images[:200])
     true, other = judge.clip_score(features, captions[:200]), judge.clip_score(features, captions[200:400])
     assert (true > other).float().mean() >= 0.97
 
 
-def test_the_shipped_judge_is_right_on_pictures_that_the_autoencoder_has_softened() -> None:
+def test_the_shipped_judge_is_right_on_images_that_the_autoencoder_has_softened() -> None:
     from sbrush.models.load import load_teacher
 
-    judge, teacher, pictures = Judge.load(), load_teacher(), unseen()[1][:500]
+    judge, teacher, images = Judge.load(), load_teacher(), unseen()[1][:500]
     with torch.no_grad():
-        latents = teacher.vae.encode(pictures.float() / 127.5 - 1).latent_dist.mean
+        latents = teacher.vae.encode(images.float() / 127.5 - 1).latent_dist.mean
     softened = teacher.decode(latents * teacher.vae.config.scaling_factor)
     judged = judge.classify(judge.features(softened))
     right = {name: (labels == truth(name)[:500]).float().mean().item() for name, labels in judged.items()}

@@ -1,4 +1,4 @@
-"""One measurement: pictures under their captions' numbers, whichever of them were missing."""
+"""One measurement: images under their captions' numbers, whichever of them were missing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sbrush import shards
-from sbrush.evaluate.coco import PROTOCOLS, Coco, Looker
-from sbrush.evaluate.measurement import Measurement, Subject
+from sbrush.evaluate.coco.measurement import Measurement, Subject
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco, FeatureExtractor
+from sbrush.storage import shards
 from test_ahead import Means
 
 
 def gray(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
-    """Of each seed a picture in its own gray, two at a time."""
+    """Of each seed a image in its own gray, two at a time."""
     for some in torch.tensor(seeds).split(2):
         yield (10 * some).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
@@ -33,27 +33,30 @@ def test_a_block_that_was_missing_is_drawn_saved_and_shown_under_its_own_numbers
     inception.digest = "means"
     measurement = Measurement(
         coco=Coco(["a"], [tmp_path / "real.jpg"]), texts=list("abcdefgh"),
-        looker=Looker(PROTOCOLS["swiftbrush"], inception, None), folder=tmp_path / "work", seed=0, max_bad=0,
-        save_images=tmp_path / "pictures", device="cpu",
-        crew=SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None),  # type: ignore[arg-type]
+        extractor=FeatureExtractor(PROTOCOLS["swiftbrush"], inception, None), folder=tmp_path / "work",
+        seed=0, max_bad=0,
+        save_images=tmp_path / "images", device="cpu",
+        process_group=SimpleNamespace(  # type: ignore[arg-type]
+            process_index=0, num_processes=1, wait_for_everyone=lambda: None
+        ),
     )  # fmt: skip
     subject, shown = Subject("grays", ["grays"], gray), dict[int, Image.Image]()
-    first = measurement.look(subject, shown)
-    saved = {file.name: np.array(Image.open(file))[0, 0, 0] for file in (tmp_path / "pictures").iterdir()}
+    first = measurement.extract(subject, shown)
+    saved = {file.name: np.array(Image.open(file))[0, 0, 0] for file in (tmp_path / "images").iterdir()}
     assert saved == {f"{i:05d}.png": 10 * i for i in range(8)}
-    assert {i: picture.getpixel((0, 0))[0] for i, picture in shown.items()} == {i: 10 * i for i in range(8)}
+    assert {i: image.getpixel((0, 0))[0] for i, image in shown.items()} == {i: 10 * i for i in range(8)}
 
-    next((tmp_path / "work").glob("coco-pictures-*/000003.safetensors")).unlink()
+    next((tmp_path / "work").glob("coco-images-*/000003.safetensors")).unlink()
     for i in (3, 4, 5):
-        (tmp_path / "pictures" / f"{i:05d}.png").unlink()
+        (tmp_path / "images" / f"{i:05d}.png").unlink()
     shown.clear()
-    again = measurement.look(subject, shown)
+    again = measurement.extract(subject, shown)
     assert torch.equal(again["features"], first["features"])
-    saved = {file.name: np.array(Image.open(file))[0, 0, 0] for file in (tmp_path / "pictures").iterdir()}
+    saved = {file.name: np.array(Image.open(file))[0, 0, 0] for file in (tmp_path / "images").iterdir()}
     assert saved == {f"{i:05d}.png": 10 * i for i in range(8)}
-    assert {i: picture.getpixel((0, 0))[0] for i, picture in shown.items()} == {i: 10 * i for i in (3, 4, 5)}
+    assert {i: image.getpixel((0, 0))[0] for i, image in shown.items()} == {i: 10 * i for i in (3, 4, 5)}
 
-    (tmp_path / "pictures" / "00007.png").unlink()  # its rows are known, but it is to be kept
+    (tmp_path / "images" / "00007.png").unlink()  # its rows are known, but it is to be kept
     shown.clear()
-    assert torch.equal(measurement.look(subject, shown)["features"], first["features"])
-    assert shown.keys() == {6, 7} and (tmp_path / "pictures" / "00007.png").is_file()
+    assert torch.equal(measurement.extract(subject, shown)["features"], first["features"])
+    assert shown.keys() == {6, 7} and (tmp_path / "images" / "00007.png").is_file()

@@ -7,10 +7,10 @@ import torch
 
 from conftest import build_tiny_teacher
 from sbrush.console import SbrushError
-from sbrush.merge import merge
 from sbrush.models.card import model_card
 from sbrush.models.export import export_student
 from sbrush.models.load import load_student, load_teacher
+from sbrush.models.merge import merge
 
 ABOUT = {
     "version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,

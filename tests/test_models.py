@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from conftest import build_tiny_teacher
-from sbrush import sample
 from sbrush.console import SbrushError
 from sbrush.models.card import about_student, lora_card, model_card
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student, load_teacher
-from sbrush.models.unet import add_lora, answer_as, attend_explicitly, lora_parameters
-from sbrush.recipes import RECIPES
+from sbrush.models.unet import add_lora, attend_explicitly, lora_parameters, set_role
+from sbrush.sampling import generation
+from sbrush.training.recipes import RECIPES
 
 ABOUT = {
     "version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
@@ -32,7 +32,7 @@ def exported(teacher, folder, t_init=None):
 @pytest.mark.parametrize("half", [False, True])  # of half a teacher's weights, as most folders on the Hub have them
 @pytest.mark.parametrize("t_init", [None, 750, 1])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_student_folder_gives_the_same_picture_in_plain_diffusers(tmp_path, prediction, t_init, half):
+def test_a_student_folder_gives_the_same_image_in_plain_diffusers(tmp_path, prediction, t_init, half):
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
@@ -51,10 +51,10 @@ def test_a_student_folder_gives_the_same_picture_in_plain_diffusers(tmp_path, pr
         generator=torch.Generator().manual_seed(5),
         output_type="np",
     ).images[0]
-    (ours,) = sample.student_pictures(load_student(str(folder)), ["a red cat"], [5])
+    (ours,) = generation.student_images(load_student(str(folder)), ["a red cat"], [5])
     difference = (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours[0].float()).abs()
     assert difference.max() <= 1
-    assert ours.float().std() > 5  # not a flat picture, which would agree with anything
+    assert ours.float().std() > 5  # not a flat image, which would agree with anything
 
 
 def test_the_teachers_own_scheduler_would_not_do(tmp_path, tiny_teacher):
@@ -67,7 +67,7 @@ def test_the_teachers_own_scheduler_would_not_do(tmp_path, tiny_teacher):
     theirs = pipe(
         "a cat", num_inference_steps=1, guidance_scale=1, generator=torch.Generator().manual_seed(5), output_type="np"
     ).images[0]
-    (ours,) = sample.student_pictures(load_student(str(folder)), ["a cat"], [5])
+    (ours,) = generation.student_images(load_student(str(folder)), ["a cat"], [5])
     assert (torch.from_numpy(theirs * 255).permute(2, 0, 1) - ours[0].float()).abs().max() > 5
 
 
@@ -86,8 +86,8 @@ def test_the_lines_in_a_card_run(tmp_path, request, kind, monkeypatch):
     lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(lines.replace("path/to/this/folder", str(folder)), {})
-    with Image.open(tmp_path / "cat.png") as picture:
-        assert picture.size == (32, 32)
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.size == (32, 32)
 
 
 def test_a_card_states_the_licence_of_all_that_a_student_was_made_of(tiny_teacher):
@@ -103,7 +103,7 @@ def test_a_card_states_the_licence_of_all_that_a_student_was_made_of(tiny_teache
     card = model_card(about_student(config, RECIPES["swiftbrush"], guide, init))
     assert 'license: "other"\nbase' in card and "cc-by-nc-4.0; sai-nc" in card and "runs/first" in card
     ablation = model_card(alone | {"reparameterised": False})
-    assert "The same picture" in card and "The same picture" not in ablation
+    assert "The same image" in card and "The same image" not in ablation
 
 
 def test_a_folder_of_a_variant_alone_is_named(tmp_path, tiny_teacher):
@@ -131,13 +131,13 @@ def test_a_student_of_a_newer_format_is_refused(tmp_path, tiny_teacher):
         load_student(str(folder))
 
 
-def test_explicit_attention_is_the_same_function_and_left_to_small_pictures(tiny_teacher):
+def test_explicit_attention_is_the_same_function_and_left_to_small_images(tiny_teacher):
     model = load_teacher(str(tiny_teacher))
-    x, t, words = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), model.encode(["a cat", "a dog"])
-    before = model.denoise(x, t, words)
+    x, t, conditioning = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), model.encode(["a cat", "a dog"])
+    before = model.denoise(x, t, conditioning)
     fused = set(map(type, model.unet.attn_processors.values()))
     attend_explicitly(model.unet)
-    assert torch.allclose(model.denoise(x, t, words), before, atol=1e-5)
+    assert torch.allclose(model.denoise(x, t, conditioning), before, atol=1e-5)
     assert set(map(type, model.unet.attn_processors.values())).isdisjoint(fused)
     large = load_teacher(str(tiny_teacher)).unet
     large.register_to_config(sample_size=64)
@@ -147,19 +147,19 @@ def test_explicit_attention_is_the_same_function_and_left_to_small_pictures(tiny
 
 def test_lora_starts_as_no_change_and_alone_is_trainable(tiny_teacher):
     teacher = load_teacher(str(tiny_teacher))
-    x, t, words = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), teacher.encode(["a cat", "a dog"])
-    before = teacher.denoise(x, t, words)
+    x, t, conditioning = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), teacher.encode(["a cat", "a dog"])
+    before = teacher.denoise(x, t, conditioning)
     parameters = add_lora(teacher.unet, "lora_teacher", rank=4, alpha=8, targets="to_q to_v", seed=0)
-    assert torch.equal(teacher.denoise(x, t, words), before)
+    assert torch.equal(teacher.denoise(x, t, conditioning), before)
     trainable = {name for name, p in teacher.unet.named_parameters() if p.requires_grad}
     assert trainable == set(lora_parameters(teacher.unet, "lora_teacher")) and len(parameters) == len(trainable) > 0
     assert all(".to_q." in name or ".to_v." in name for name in trainable)
     for parameter in parameters.values():
         parameter.data.normal_()
-    assert not torch.allclose(teacher.denoise(x, t, words), before, atol=1e-3)
-    answer_as(teacher.unet, "teacher")
-    assert torch.equal(teacher.denoise(x, t, words), before)  # the teacher is still there, in the same weights
-    answer_as(teacher.unet, "lora_teacher")
+    assert not torch.allclose(teacher.denoise(x, t, conditioning), before, atol=1e-3)
+    set_role(teacher.unet, "teacher")
+    assert torch.equal(teacher.denoise(x, t, conditioning), before)  # the teacher is still there, in the same weights
+    set_role(teacher.unet, "lora_teacher")
     assert {name for name, p in teacher.unet.named_parameters() if p.requires_grad} == trainable
 
 
@@ -190,8 +190,8 @@ def test_a_schedule_that_ends_in_pure_noise_is_for_v_prediction_only(tmp_path, p
         with pytest.raises(SbrushError, match="ends in pure noise"):
             load_teacher(str(folder))
     else:
-        (picture,) = sample.student_pictures(load_student(str(folder)), ["a cat"], [5])
-        assert picture.float().std() > 5
+        (image,) = generation.student_images(load_student(str(folder)), ["a cat"], [5])
+        assert image.float().std() > 5
 
 
 def remove_part(folder):

@@ -32,7 +32,7 @@ def test_nothing_imports_the_command_line():
 def test_distill_sample_and_eval_share_the_core():
     assert "sbrush.core" in " ".join(imports(SOURCE / "sample.py"))
     assert "sbrush.core" in " ".join(imports(SOURCE / "distiller.py"))
-    assert "sbrush.sample" in " ".join(imports(SOURCE / "evaluate" / "candidates.py"))
+    assert "sbrush.sampling.generation" in " ".join(imports(SOURCE / "evaluate" / "candidates.py"))
 
 
 def test_nothing_is_unpickled():
@@ -59,6 +59,6 @@ def test_the_readme_names_every_module_in_its_tree():
 
 
 def test_every_recipe_is_described():
-    from sbrush import recipes
+    from sbrush.training import recipes
 
     assert all(re.search(rf"^{name} ", recipes.__doc__, re.M) for name in recipes.RECIPES)

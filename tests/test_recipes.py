@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sbrush.console import SbrushError
-from sbrush.recipes import RECIPES, Recipe
+from sbrush.training.recipes import RECIPES, Recipe
 
 FIELDS = [field.name for field in dataclasses.fields(Recipe) if field.name != "name"]
 ANYTHING = st.one_of(

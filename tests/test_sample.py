@@ -1,4 +1,4 @@
-"""Pictures: one step, the teacher's many steps against plain diffusers, files and their metadata."""
+"""Images: one step, the teacher's many steps against plain diffusers, files and their metadata."""
 
 import json
 
@@ -8,8 +8,8 @@ from PIL import Image
 
 from sbrush.console import SbrushError
 from sbrush.models.load import load_student, load_teacher
-from sbrush.pictures import parameters, save_png, sheet
-from sbrush.sample import sample_to_files, student_pictures, teacher_pictures
+from sbrush.sampling.generation import sample_to_files, student_images, teacher_images
+from sbrush.sampling.images import image_grid, parameters, save_png
 
 OPTIONS = {
     "student": None, "teacher": None, "compare": False, "steps": 3, "guidance": 2.0, "metadata": True, "batch": 8,
@@ -22,12 +22,12 @@ def size(path):
         return image.size
 
 
-def test_a_seeds_picture_does_not_depend_on_its_batch(tiny_teacher):
+def test_a_seeds_image_does_not_depend_on_its_batch(tiny_teacher):
     model = load_student(str(tiny_teacher))
     prompts, seeds = ["a cat", "a dog", "a big red fish on a mint background", "a cat", "a star"], [1, 2, 3, 4, 1]
-    together = torch.cat(list(student_pictures(model, prompts, seeds, batch=5)))
+    together = torch.cat(list(student_images(model, prompts, seeds, batch=5)))
     for batch in (1, 2):
-        apart = torch.cat(list(student_pictures(model, prompts, seeds, batch=batch)))
+        apart = torch.cat(list(student_images(model, prompts, seeds, batch=batch)))
         assert (together.int() - apart.int()).abs().max() <= 1
     assert not torch.equal(together[0], together[3]) and not torch.equal(together[0], together[4])
 
@@ -43,12 +43,12 @@ def test_the_teachers_steps_are_plain_diffusers_ddim(tiny_teacher):
     theirs = pipe(
         "a cat", num_inference_steps=6, guidance_scale=3, generator=torch.Generator().manual_seed(9), output_type="np"
     ).images[0]
-    (ours,) = teacher_pictures(load_teacher(str(tiny_teacher)), ["a cat"], [9], steps=6, guidance=3)
+    (ours,) = teacher_images(load_teacher(str(tiny_teacher)), ["a cat"], [9], steps=6, guidance=3)
     difference = (torch.from_numpy(theirs * 255).round().permute(2, 0, 1) - ours[0].float()).abs()
     assert difference.max() <= 1 and ours.float().std() > 5
 
 
-def test_one_picture_is_one_png_with_its_seed_in_it(tmp_path, tiny_teacher):
+def test_one_image_is_one_png_with_its_seed_in_it(tmp_path, tiny_teacher):
     out = tmp_path / "deep" / "cat.png"
     assert sample_to_files(["a cat, sitting"], [7], out, **OPTIONS | {"student": str(tiny_teacher)}) == [out]
     assert size(out) == (32, 32)
@@ -67,7 +67,7 @@ def test_no_metadata_means_none(tmp_path, tiny_teacher):
         assert image.text == {}
 
 
-def test_several_pictures_are_a_grid_or_a_folder(tmp_path, tiny_teacher):
+def test_several_images_are_a_grid_or_a_folder(tmp_path, tiny_teacher):
     options = OPTIONS | {"student": str(tiny_teacher), "teacher": str(tiny_teacher)}
     (grid,) = sample_to_files(["a cat", "a dog"], [1, 2, 3], tmp_path / "grid.png", **options)
     wide, high = size(grid)
@@ -106,10 +106,10 @@ def test_a_png_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == b"before"
 
 
-def test_a_sheet_has_a_cell_for_every_picture():
+def test_a_sheet_has_a_cell_for_every_image():
     red = torch.zeros(3, 8, 8, dtype=torch.uint8)
     red[0] = 255
-    image = sheet([[red, red], [red]], row_labels=["a", "b"], column_labels=["first", "second"])
+    image = image_grid([[red, red], [red]], row_labels=["a", "b"], column_labels=["first", "second"])
     assert sum(count for count, colour in image.getcolors(1 << 20) if colour == (255, 0, 0)) == 3 * 128 * 128
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from sbrush.console import SbrushError
 from sbrush.models.load import load_student, load_teacher
 from sbrush.models.schedule import noise_scale, read_scheduler
-from sbrush.noise import picture_noise
-from sbrush.sample import sample_to_files, student_latents
+from sbrush.noise import image_noise
+from sbrush.sampling.generation import sample_to_files, student_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
 
@@ -58,7 +58,7 @@ def by_hand(folder: Path, t: int, scale: float) -> Tensor:
     """x0 = (x_t - sigma_t eps(x_t, t, y)) / alpha_t with x_t = scale z, from SD's betas."""
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t]
     model = load_teacher(str(folder))
-    x_t = scale * picture_noise([5], model.latent_shape)
+    x_t = scale * image_noise([5], model.latent_shape)
     eps = model.unet(x_t, torch.tensor([t]), model.encode(["a red cat"])["tokens"]).sample
     return (x_t - (1 - abar).sqrt().float() * eps) / abar.sqrt().float()
 
@@ -83,7 +83,7 @@ def test_turbo_is_plain_diffusers_own_pipeline(tiny_teacher: Path, tmp_path: Pat
     folder = foreign(tiny_teacher, tmp_path / "student", TURBO)
     theirs = plain(folder)
     assert torch.allclose(ours(folder), theirs, atol=1e-3)
-    assert (by_hand(folder, 999, 1.0) - theirs).abs().max() > 0.02  # unscaled noise would be another picture
+    assert (by_hand(folder, 999, 1.0) - theirs).abs().max() > 0.02  # unscaled noise would be another image
 
 
 def test_an_earlier_start_is_diffusers_recipe_for_dmd2(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from sbrush.cli.seeds import parse_seeds
 from sbrush.console import SbrushError
-from sbrush.noise import StepNoise, picture_noise
-from sbrush.seeds import parse_seeds
+from sbrush.noise import StepNoise, image_noise
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ def test_what_is_no_seed_range_is_refused(text):
     assert refusal.value.code == 2
 
 
-def test_a_pictures_noise_is_what_diffusers_draws_and_depends_on_its_seed_alone():
-    together = picture_noise([3, 8, 3], (4, 5, 6))
+def test_a_images_noise_is_what_diffusers_draws_and_depends_on_its_seed_alone():
+    together = image_noise([3, 8, 3], (4, 5, 6))
     assert torch.equal(together[0], together[2]) and not torch.equal(together[0], together[1])
     assert torch.equal(together[1:2], torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(8)))
 

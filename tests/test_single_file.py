@@ -1,4 +1,4 @@
-"""A teacher in one .safetensors: the same weights and pictures as the folder that it was made of, or a refusal."""
+"""A teacher in one .safetensors: the same weights and images as the folder that it was made of, or a refusal."""
 
 import json
 import shutil
@@ -276,15 +276,15 @@ def test_its_shapes_tell_whose_configuration_it_takes_and_no_weights_are_fetched
 
 def test_a_run_with_a_single_file_resumes_and_names_it_in_the_card(tmp_path, tiny_teacher, tiny_file, prompt_file):
     options = ("--teacher", tiny_file, "--teacher-config", tiny_teacher, "--out", tmp_path / "run", "--device", "cpu")
-    small = ("--steps", 2, "--batch", 2, "--sheet-every", 0, "--precision", "float32")
+    small = ("--steps", 2, "--batch", 2, "--grid-every", 0, "--precision", "float32")
     assert "parameters" in sbrush("distill", prompt_file, *options, *small, "--dry-run").stdout
     for told in ("converting", "this run is complete"):
         result = sbrush("distill", prompt_file, *options, *small)
         assert result.returncode == 0, result.stderr
         assert told in result.stderr
     assert f'base_model: "{tiny_file}"' in (tmp_path / "run" / "student" / "README.md").read_text()
-    picture = tmp_path / "cat.png"
+    image = tmp_path / "cat.png"
     result = sbrush(
-        "sample", "a cat", "--student", tmp_path / "run", "--compare", *options[:4], "--steps", 2, "-o", picture
+        "sample", "a cat", "--student", tmp_path / "run", "--compare", *options[:4], "--steps", 2, "-o", image
     )  # fmt: skip
-    assert result.returncode == 0 and picture.is_file(), result.stderr
+    assert result.returncode == 0 and image.is_file(), result.stderr

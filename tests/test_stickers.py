@@ -15,8 +15,8 @@ from sbrush.stickers.world import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT,
+    IMAGE_SIZE,
     KINDS,
-    PICTURE,
     SIZES,
     Caption,
     all_captions,
@@ -47,7 +47,7 @@ def test_a_sticker_is_true_of_its_caption_and_never_of_a_held_out_combination_by
         sticker = random_sticker(stream("another test", i), caption)
         assert sticker.matches(caption)
         assert caption.held_out or (sticker.kind, sticker.colour) not in HELD_OUT
-        assert 2 <= sticker.x - sticker.radius and sticker.x + sticker.radius <= PICTURE - 2
+        assert 2 <= sticker.x - sticker.radius and sticker.x + sticker.radius <= IMAGE_SIZE - 2
 
 
 def test_what_a_caption_leaves_out_is_uniform():
@@ -71,16 +71,16 @@ def test_a_drawing_is_where_and_as_large_as_the_sticker_says(kind):
     for size in SIZES:
         caption = Caption(kind=kind, colour="purple", background="mint", size=size)
         sticker = random_sticker(stream(f"draw/{kind}", 1), caption)
-        picture = draw(sticker)
-        assert picture.size == (PICTURE, PICTURE) and picture.mode == "RGB"
-        empty = picture.copy()
-        empty.paste(BACKGROUNDS["mint"], (0, 0, *picture.size))
-        left, top, right, bottom = ImageChops.difference(picture, empty).getbbox()
+        image = draw(sticker)
+        assert image.size == (IMAGE_SIZE, IMAGE_SIZE) and image.mode == "RGB"
+        empty = image.copy()
+        empty.paste(BACKGROUNDS["mint"], (0, 0, *image.size))
+        left, top, right, bottom = ImageChops.difference(image, empty).getbbox()
         extent = max(right - left, bottom - top) / 2
         assert 0.8 * sticker.radius < extent < sticker.radius + 3.5
         assert abs((left + right) / 2 - sticker.x) < 0.2 * sticker.radius + 1
         assert abs((top + bottom) / 2 - sticker.y) < 0.3 * sticker.radius + 1
-        assert draw(sticker).tobytes() == picture.tobytes()
+        assert draw(sticker).tobytes() == image.tobytes()
 
 
 def test_any_text_tokenizes_and_the_worlds_words_are_one_token_each():
@@ -107,18 +107,18 @@ def test_the_teacher_is_a_plain_stable_diffusion_pipeline():
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
     image = pipe("a red cat", num_inference_steps=2, generator=generator).images[0]
-    assert image.size == (PICTURE, PICTURE)
+    assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
     assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.scheduler.config.beta_end == 0.012
 
 
-def test_the_vae_keeps_a_picture():
+def test_the_vae_keeps_a_image():
     teacher = load_teacher()
     drawn = [draw(random_sticker(stream("vae-check", i), held_out=True)) for i in range(64)]
-    pictures = torch.stack([pil_to_tensor(picture) for picture in drawn])
-    x = pictures.float() / 127.5 - 1
+    images = torch.stack([pil_to_tensor(image) for image in drawn])
+    x = images.float() / 127.5 - 1
     with torch.no_grad():
         latents = teacher.vae.encode(x).latent_dist.mean * teacher.vae.config.scaling_factor
-    error = (teacher.decode(latents).float() - pictures).pow(2).mean(dim=(1, 2, 3))
+    error = (teacher.decode(latents).float() - images).pow(2).mean(dim=(1, 2, 3))
     assert (10 * torch.log10(255**2 / error)).mean() >= 28
     assert 0.8 < latents.std() < 1.2
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sbrush.ema import EMA
-from sbrush.stickers import teach
+from sbrush.training.ema import EMA
+from sbrush.training.world import teach
 
 
 def trained(work, steps, *, stop_after=None):

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from conftest import build_tiny_teacher, sbrush
 from sbrush.console import SbrushError
-from sbrush.distill import distill
 from sbrush.models.load import load_teacher
-from sbrush.plan import prepare
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals
-from sbrush.text_cache import TextCache
+from sbrush.training.loop import distill
+from sbrush.training.plan import prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals
+from sbrush.training.text_cache import TextCache
 
 PROMPTS = make_prompts([f"{a} {b}" for a in ("a red", "a blue", "a small") for b in ("cat", "dog", "fish")], "nine")
 SMALL = dataclasses.replace(
@@ -26,8 +26,8 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("sbrush.shards.BLOCK", 4)
-    monkeypatch.setattr("sbrush.text_cache.BATCH", 2)
+    monkeypatch.setattr("sbrush.storage.shards.BLOCK", 4)
+    monkeypatch.setattr("sbrush.training.text_cache.BATCH", 2)
 
 
 def filled(folder, teacher, prompts=PROMPTS):
@@ -40,7 +40,7 @@ def filled(folder, teacher, prompts=PROMPTS):
 def test_words_are_the_encoders_rounded_to_half(tmp_path, request, kind):
     teacher = load_teacher(str(request.getfixturevalue(kind)))
     places = [8, 0, 3, 4, 0]  # of three files, and one twice
-    found = filled(tmp_path, teacher).words(places)
+    found = filled(tmp_path, teacher).conditioning(places)
     expected = teacher.encode([PROMPTS.texts[place] for place in places])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -55,7 +55,7 @@ def test_another_encoder_or_format_is_another_cache(tmp_path, tiny_teacher):
         filled(tmp_path / "cache", load_teacher(str(teacher), dtype=dtype))
         for teacher, dtype in ((tiny_teacher, torch.float32), (other, torch.float32), (tiny_teacher, torch.bfloat16))
     ]
-    one, two, three = (cache.words([0, 1])["tokens"].float() for cache in caches)
+    one, two, three = (cache.conditioning([0, 1])["tokens"].float() for cache in caches)
     assert len(list((tmp_path / "cache").iterdir())) == 3
     assert not torch.allclose(one, two, atol=1e-2) and torch.allclose(one, three, atol=0.1)
 
@@ -94,7 +94,7 @@ def test_a_row_is_read_without_the_rest_of_its_file(tmp_path, tiny_teacher):
     with file.open("r+b") as handle:  # the last rows are lost: the first can still be had
         handle.seek(-rows[2:].nbytes, 2)
         handle.write(b"\xff" * rows[2:].nbytes)
-    assert cache.words([1])["tokens"].isfinite().all() and not cache.words([3])["tokens"].isfinite().all()
+    assert cache.conditioning([1])["tokens"].isfinite().all() and not cache.conditioning([3])["tokens"].isfinite().all()
 
 
 def test_too_little_room_is_refused_before_anything_is_written(tmp_path, tiny_teacher, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_run_with_a_cache_trains_on_its_own_prompts_and_is_another_run(tmp_pat
     def run(out, **options):
         plan = prepare(
             SMALL, PROMPTS, out=tmp_path / out, teacher=str(tiny_teacher), init=None, seed=3, device="cpu",
-            precision="float32", every=Intervals(log=1, sheet=0, checkpoint=2), **options,
+            precision="float32", every=Intervals(log=1, grid=0, checkpoint=2), **options,
         )  # fmt: skip
         assert distill(plan)
         return load_file(tmp_path / out / "student" / "unet" / "diffusion_pytorch_model.safetensors")

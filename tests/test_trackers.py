@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 
-from sbrush import checkpoint
 from sbrush.console import SbrushError
-from sbrush.distill import distill
-from sbrush.evaluate.clip import ClipScorer
+from sbrush.metrics.clip import ClipScorer
 from sbrush.models.load import load_student, load_teacher
-from sbrush.plan import prepare
 from sbrush.prompts import make_prompts
-from sbrush.recipes import RECIPES
-from sbrush.run import Intervals
-from sbrush.sample import student_pictures
-from sbrush.validation import Validation
+from sbrush.sampling.generation import student_images
+from sbrush.storage import checkpoint
+from sbrush.training.loop import distill
+from sbrush.training.plan import prepare
+from sbrush.training.recipes import RECIPES
+from sbrush.training.run import Intervals
+from sbrush.training.validation import Validation
 
 TEXTS = ["a cat", "a dog", "a red fish", "a blue car on a mint background"]
 SMALL = dataclasses.replace(
@@ -28,7 +28,7 @@ SMALL = dataclasses.replace(
 def run(teacher, out, *, validate=0, **options):
     plan = prepare(
         SMALL, make_prompts(TEXTS, "four"), out=out, teacher=str(teacher), init=None, seed=3, device="cpu",
-        precision="float32", every=Intervals(log=1, sheet=0, checkpoint=2, validate=validate), **options,
+        precision="float32", every=Intervals(log=1, grid=0, checkpoint=2, validate=validate), **options,
     )  # fmt: skip
     assert distill(plan)
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -51,7 +51,7 @@ def test_tensorboard_holds_the_log_and_each_step_once_after_a_kill(tmp_path, tin
     log = run(tiny_teacher, tmp_path / "run", trackers=["tensorboard"])
     events = EventAccumulator(str(tmp_path / "run" / "trackers" / "sbrush"))
     events.Reload()
-    assert {"gap", "lora_loss", "pictures_per_second"} <= set(events.Tags()["scalars"])
+    assert {"gap", "lora_loss", "images_per_second"} <= set(events.Tags()["scalars"])
     assert not {"step", "clip_score"} & set(events.Tags()["scalars"])
     for name in ("gap", "x0_std"):
         told = [(event.step, event.value) for event in events.Scalars(name)]
@@ -87,9 +87,9 @@ def test_validation_is_the_average_students_clip_score_and_leaves_the_run_alone(
     weights = zip(one.unet.state_dict().values(), two.unet.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     assert ["clip_score" in entry for entry in log] == [False, False, True, True]  # every third, and at the end
-    pictures = next(student_pictures(one, others.texts, [0, 1]))
+    images = next(student_images(one, others.texts, [0, 1]))
     scorer = ClipScorer.load(clip_folder)
-    prepared = torch.stack([scorer.prepare(picture) for picture in pictures])
+    prepared = torch.stack([scorer.prepare(image) for image in images])
     assert log[3]["clip_score"] == pytest.approx(scorer.scores(prepared, others.texts).mean().item(), abs=1e-5)
     assert log[2]["clip_score"] != log[3]["clip_score"]
 
@@ -97,4 +97,4 @@ def test_validation_is_the_average_students_clip_score_and_leaves_the_run_alone(
 def test_the_built_in_world_is_validated_by_its_judge():
     prompts = make_prompts([f"a small red cat on a {name} background" for name in ("mint", "cream")], "two")
     validation = Validation.load(prompts, load_teacher(), None, device="cpu")
-    assert validation.score(load_student()) > 0.2  # real pictures have .28, other captions about 0
+    assert validation.score(load_student()) > 0.2  # real images have .28, other captions about 0

@@ -27,7 +27,7 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
 
 
-def say(text: str = "") -> None:
+def info(text: str = "") -> None:
     """A line of talk on stderr."""
     print(text, file=sys.stderr, flush=True)
 
@@ -71,7 +71,7 @@ class Progress:
         if (self._drawn or now - self._start > 2) and self._said != self.done:
             self._show(now, "", interactive())
         if self._drawn:
-            say()
+            info()
 
     def _show(self, now: float, note: str, live: bool) -> None:
         spent, new = now - self._start, self.done - self._first
@@ -84,7 +84,7 @@ class Progress:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
             self._drawn = True
         else:
-            say(line)
+            info(line)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 This module is the paper. It imports only torch; its functions are pure: noise and timesteps come in as arguments.
 
     code          symbol            shape           meaning
-    x0            x_0               [B, C, H, W]    a clean latent; the student's picture
+    x0            x_0               [B, C, H, W]    a clean latent; the student's image
     z             z ~ N(0, I)       [B, C, H, W]    what the student starts from
     noise         eps ~ N(0, I)     [B, C, H, W]    what a clean latent is mixed with
     t             t, t', T          [B] int64       timestep in 0 .. T; T = len(schedule) - 1 is pure noise, nearly
@@ -38,11 +38,11 @@ Prediction = Literal["epsilon", "v_prediction"]
 LoraWeight = Literal["alpha", "v", "min-snr"]
 """What the LoRA teacher's squared error in epsilon is weighted by, see lora_loss."""
 
-Words = dict[str, Tensor]
+Conditioning = dict[str, Tensor]
 """What a UNet is told of the prompts: tensors by name, the batch first; "tokens" [B, L, D], the text embedding."""
 
-Denoiser = Callable[[Tensor, Tensor, Words], Tensor]
-"""(x_t [B, C, H, W], t [B], words) -> output [B, C, H, W]."""
+Denoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""(x_t [B, C, H, W], t [B], conditioning) -> output [B, C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ def student_x0(
     *,
     reparameterised: bool = True,
 ) -> Tensor:
-    """The student's map from noise to picture, given its UNet's output at (z, T, y) (SwiftBrush eq. 8).
+    """The student's map from noise to image, given its UNet's output at (z, T, y) (SwiftBrush eq. 8).
 
         f_theta(z, y) = (z - sigma_T eps_theta(z, T, y)) / alpha_T
 
     so that a student that starts as a copy of the teacher starts as the teacher's own one-step guess. An earlier `t`
     than T (SiD's t_init, arXiv 2404.04057) takes pure noise for x_t: that guess then depends more on z. Without
-    `reparameterised` (the paper's ablation) the UNet's output is the picture itself. Float32 [B, C, H, W].
+    `reparameterised` (the paper's ablation) the UNet's output is the image itself. Float32 [B, C, H, W].
     """
     return to_x0(output, z, t, schedule, prediction) if reparameterised else output.float()
 
@@ -124,7 +124,7 @@ def guide(eps_cond: Tensor, eps_null: Tensor, scale: float | Tensor) -> Tensor:
     return eps_null + scale * (eps_cond - eps_null)
 
 
-def with_null(cond: Words, null: Words) -> Words:
+def with_null(cond: Conditioning, null: Conditioning) -> Conditioning:
     """The prompts and after them, as often, what stands for no prompt: of `null` a batch of one will do."""
     return {name: torch.cat([value, null[name].expand_as(value)]) for name, value in cond.items()}
 
@@ -133,8 +133,8 @@ def guided_epsilon(
     denoise: Denoiser,
     x_t: Tensor,
     t: Tensor,
-    cond: Words,
-    null: Words,
+    cond: Conditioning,
+    null: Conditioning,
     scale: float | Tensor,
     schedule: NoiseSchedule,
     prediction: Prediction,
@@ -181,18 +181,18 @@ def vsd_loss(x0: Tensor, gap: Tensor) -> Tensor:
 
 
 def pair_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
-    """1/2 mean (x0 - x0')^2 with x0' the teacher's own picture, in many steps, of the noise that x0 is made of.
+    """1/2 mean (x0 - x0')^2 with x0' the teacher's own image, in many steps, of the noise that x0 is made of.
 
     DMD's regression loss (arXiv 2311.18828, eq. 9), in latents and without LPIPS: it ties which noise becomes which
-    picture, so that no mode is lost, while the score difference makes the pictures sharp.
+    image, so that no mode is lost, while the score difference makes the images sharp.
     """
     return 0.5 * (x0.float() - teacher_x0.detach().float()).pow(2).mean()
 
 
 def clamped_clip_loss(cosine: Tensor, tau: float) -> Tensor:
-    """mean max(0, tau - cos(picture, prompt)), the cosines [B] by a CLIP model (SwiftBrush v2, arXiv 2408.14176).
+    """mean max(0, tau - cos(image, prompt)), the cosines [B] by a CLIP model (SwiftBrush v2, arXiv 2408.14176).
 
-    Pictures that fit their prompt well enough are let be: without the clamp the loss makes FID worse.
+    Images that fit their prompt well enough are let be: without the clamp the loss makes FID worse.
     """
     return (tau - cosine.float()).clamp(min=0).mean()
 

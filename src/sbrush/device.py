@@ -98,7 +98,7 @@ def has_cpu_bf16() -> bool:
 
 
 @contextmanager
-def crew(device: str) -> Iterator[PartialState]:
+def process_group(device: str) -> Iterator[PartialState]:
     """The processes that torchrun or accelerate started together, one if none did; only the main one talks.
 
     They wait for each other as long as it takes. SbrushError if one of them ends before its time.
@@ -109,7 +109,7 @@ def crew(device: str) -> Iterator[PartialState]:
             try:
                 yield state
             except RuntimeError as problem:
-                if state.num_processes == 1 or not parted(problem):
+                if state.num_processes == 1 or not is_disconnected(problem):
                     raise
                 raise SbrushError(
                     "another process has ended, or is out of reach",
@@ -117,6 +117,6 @@ def crew(device: str) -> Iterator[PartialState]:
                 ) from problem
 
 
-def parted(problem: RuntimeError) -> bool:
+def is_disconnected(problem: RuntimeError) -> bool:
     """Whether processes have lost each other: gloo says so by nothing but its text."""
     return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem) or "NCCL" in str(problem)

@@ -1,6 +1,6 @@
 """Random numbers that depend on what they are for and on nothing else.
 
-A picture's noise comes from its seed alone; a training sample's from (seed, step, place in the global batch). So a run
+A image's noise comes from its seed alone; a training sample's from (seed, step, place in the global batch). So a run
 can be resumed, or spread over another number of processes, without changing what any sample sees.
 """
 
@@ -26,7 +26,7 @@ def _number(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def picture_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+def image_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal [seeds, *shape]; what diffusers draws from torch.Generator().manual_seed(seed)."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 

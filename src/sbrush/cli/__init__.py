@@ -1,1 +1,1 @@
-"""The command line: every flag, and nothing else. app.py puts the commands together."""
+"""Every flag, and nothing else. Each command checks what is cheap to check, then imports what does the work."""

@@ -20,7 +20,7 @@ from sbrush.cli.distill import distill
 from sbrush.cli.eval import evaluate
 from sbrush.cli.merge import merge
 from sbrush.cli.sample import sample
-from sbrush.console import SbrushError, printable, say
+from sbrush.console import SbrushError, info, printable
 
 app = typer.Typer(
     add_completion=False,
@@ -77,8 +77,8 @@ def main() -> None:
 def _fail(error: str, hint: str, code: int) -> int:
     if os.environ.get("SBRUSH_DEBUG") == "1":
         traceback.print_exc()
-    say(f"error: {printable(error)}")
-    say(f"hint: {printable(hint)}")
+    info(f"error: {printable(error)}")
+    info(f"hint: {printable(hint)}")
     return code
 
 

@@ -12,8 +12,8 @@ import typer
 
 from sbrush import console
 from sbrush.cli.flags import MACHINE, REPORT, DeviceFlag, TeacherConfigFlag, TeacherFlag, no_prompts
-from sbrush.console import SbrushError, printable, say
-from sbrush.recipes import RECIPES, Recipe
+from sbrush.console import SbrushError, info, printable
+from sbrush.training.recipes import RECIPES, Recipe
 
 MEMORY, ABLATIONS, OVERRIDES = "Less memory", "The paper's ablations", "Instead of the recipe's"
 CLIP = "Clamped CLIP loss"
@@ -89,8 +89,8 @@ def distill(
         Path | None, typer.Option(help="AutoencoderTiny folder, in place of the teacher's VAE.", rich_help_panel=CLIP)
     ] = None,
     log_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 10,
-    sheet_every: Annotated[
-        int, typer.Option(help="Steps between contact sheets; 0: none.", min=0, rich_help_panel=REPORT)
+    grid_every: Annotated[
+        int, typer.Option(help="Steps between sample grids; 0: none.", min=0, rich_help_panel=REPORT)
     ] = 200,
     checkpoint_every: Annotated[
         int | None,
@@ -157,13 +157,13 @@ def distill(
     chosen = chosen.but_for(set_ or ())
     if not prompts.is_file():  # before torch is imported
         no_prompts(prompts)
-    say("loading torch and the models ...")
+    info("loading torch and the models ...")
     from sbrush.device import pick_device
-    from sbrush.distill import distill as train
-    from sbrush.networks import Fit
-    from sbrush.plan import prepare
     from sbrush.prompts import read_prompts
-    from sbrush.run import Intervals
+    from sbrush.training.loop import distill as train
+    from sbrush.training.networks import ExecutionOptions
+    from sbrush.training.plan import prepare
+    from sbrush.training.run import Intervals
 
     if not chosen.clip_weight and (clip_weights or tiny_vae):
         raise SbrushError(
@@ -180,26 +180,26 @@ def distill(
             code=2,
         )
     checked = read_prompts(validation_prompts) if validation_prompts else None
-    fit = Fit(
+    execution = ExecutionOptions(
         micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu,
         compile="inductor" if compile_ else None,
     )  # fmt: skip
     if dry_run:
-        from sbrush.cost import estimate
         from sbrush.device import launched, trains_in_bf16
         from sbrush.models.load import load_shapes
-        from sbrush.plan import check
-        from sbrush.sharding import asked_for
-        from sbrush.validation import Validation
+        from sbrush.training.cost import estimate
+        from sbrush.training.plan import check
+        from sbrush.training.sharding import asked_for
+        from sbrush.training.validation import Validation
 
         process, world = launched()
         if process:  # the first one speaks for all
             return
-        fit = dataclasses.replace(fit, shard=asked_for() and world > 1)
+        execution = dataclasses.replace(execution, shard=asked_for() and world > 1)
         where = pick_device(device, present=False)
         bf16 = trains_in_bf16(cast("Any", precision.value), where)
         guide = load_shapes(teacher, config=teacher_config)
-        check(chosen, guide, fit, world=world, init=init)
+        check(chosen, guide, execution, world=world, init=init)
         judge = Validation.parameters(guide, validation_clip) if validate_every else 0
         _print_recipes(chosen)
         facts = {
@@ -214,24 +214,24 @@ def distill(
         cost = estimate(
             teacher,
             chosen,
-            fit,
+            execution,
             config=teacher_config,
             bf16=bf16,
             world=world,
             device=where,
             **seen_by,
             cached_prompts=len(texts) if text_cache else 0,
-            sheets=sheet_every > 0,
+            grids=grid_every > 0,
             validation=judge,
         )
         for line in cost.lines(chosen, keep=keep):
             console.out(line)
         return
-    every = Intervals(log=log_every, sheet=sheet_every, checkpoint=checkpoint_every, validate=validate_every, keep=keep)
+    every = Intervals(log=log_every, grid=grid_every, checkpoint=checkpoint_every, validate=validate_every, keep=keep)
     plan = prepare(
         chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
         device=pick_device(device), precision=cast("Any", precision.value),
-        every=every, extend=extend, fit=fit, teacher_config=teacher_config, **seen_by,
+        every=every, extend=extend, execution=execution, teacher_config=teacher_config, **seen_by,
         validation_prompts=checked, validation_clip=validation_clip,
         text_cache=text_cache, trackers=[name.value for name in tracker or ()],
     )  # fmt: skip
@@ -241,8 +241,8 @@ def distill(
             sys.exit(130)
         raise SbrushError("stopped, and saved", f"the same command goes on: {_same_command()}", code=130)
     if plan.main_process:
-        sheets = f"pictures: {shown}/samples   " if sheet_every else ""
-        say(f'{sheets}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
+        grids = f"images: {shown}/samples   " if grid_every else ""
+        info(f'{grids}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
         console.out(plan.run.student)
 
 

@@ -22,7 +22,7 @@ from sbrush.cli.flags import (
     TeacherConfigFlag,
     TeacherFlag,
 )
-from sbrush.console import SbrushError, printable, say
+from sbrush.console import SbrushError, info, printable
 
 COCO = "COCO-30K"
 
@@ -72,14 +72,14 @@ def evaluate(
     ] = Protocol.swiftbrush,
     images: Annotated[
         Path | None,
-        typer.Option(help="Measure this folder's pictures, with the captions beside them.", rich_help_panel=COCO),
+        typer.Option(help="Measure this folder's images, with the captions beside them.", rich_help_panel=COCO),
     ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(help="A,B,C: guidance scales of --teacher, or students; FID-CLIP plot.", rich_help_panel=COCO),
     ] = None,
     captions: Annotated[Path | None, typer.Option(help="Another list, one a line.", rich_help_panel=COCO)] = None,
-    seed: Annotated[int, typer.Option(help="Of the pictures.", min=0, max=10**12, rich_help_panel=COCO)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the images.", min=0, max=10**12, rich_help_panel=COCO)] = 0,
     inception: Annotated[Path | None, typer.Option(help="Inception's weights.", rich_help_panel=COCO)] = None,
     clip_weights: Annotated[
         Path | None, typer.Option(help="ViT-g-14's weights, or an open_clip folder.", rich_help_panel=COCO)
@@ -95,25 +95,25 @@ def evaluate(
             "--download", help="Fetch COCO and the metrics' weights if they are missing.", rich_help_panel=COCO
         ),
     ] = False,
-    max_bad: Annotated[int, typer.Option(help="Unreadable pictures to pass over.", min=0, rich_help_panel=COCO)] = 0,
+    max_bad: Annotated[int, typer.Option(help="Unreadable images to pass over.", min=0, rich_help_panel=COCO)] = 0,
     max_fid: Annotated[
         float | None, typer.Option(help="Exit with 1 if FID is above, for CI.", min=0, rich_help_panel=COCO)
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Features so far. Default: the user's cache.", rich_help_panel=COCO)
     ] = None,
-    save_images: Annotated[Path | None, typer.Option(help="Keep the pictures there.", rich_help_panel=COCO)] = None,
-    diversity: Annotated[int, typer.Option(help="Pictures for each of the ten open captions.", min=10)] = 100,
+    save_images: Annotated[Path | None, typer.Option(help="Keep the images there.", rich_help_panel=COCO)] = None,
+    diversity: Annotated[int, typer.Option(help="Images for each of the ten open captions.", min=10)] = 100,
     steps: Annotated[int, typer.Option(help="The teacher's, for comparison.", min=1, max=1000)] = 25,
     guidance: Annotated[
         float | None, typer.Option(help="The teacher's. Default: the one it was chosen at.", min=0)
     ] = None,
-    report: Annotated[Path, typer.Option(help="Table and pictures as one HTML file.", rich_help_panel=REPORT)] = Path(
+    report: Annotated[Path, typer.Option(help="Table and images as one HTML file.", rich_help_panel=REPORT)] = Path(
         "report.html"
     ),
     json_: JsonFlag = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again, whatever is cached.")] = False,
-    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1, rich_help_panel=MACHINE)] = 64,
+    batch: Annotated[int, typer.Option(help="Images at once.", min=1, rich_help_panel=MACHINE)] = 64,
     device: DeviceFlag = "auto",
     dtype: DtypeFlag = Dtype.auto,
 ) -> None:
@@ -126,7 +126,7 @@ def evaluate(
         raise SbrushError(f"cannot write {printable(report)}", "choose another --report", code=2)
     result: Any
     if coco_30k:
-        from sbrush.evaluate.benchmark import benchmark
+        from sbrush.evaluate.coco.benchmark import benchmark
 
         result = benchmark(
             root=coco_root, protocol=protocol.value, student=student, start_timestep=start_timestep, teacher=teacher,
@@ -184,5 +184,5 @@ def _print_result(result: Any, report: Path, as_json: bool, *, next_: str) -> No
         console.out_json(result.json())
     else:
         console.out(result.table())
-        say(f"next: {next_}")
+        info(f"next: {next_}")
         console.out(report)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sbrush import console
-from sbrush.console import printable, say
+from sbrush.console import info, printable
 
 
 def merge(
@@ -18,8 +18,8 @@ def merge(
     share: Annotated[float, typer.Option(help="Of the first.", min=0, max=1)] = 0.5,
 ) -> None:
     """Merge two students' weights into one student (SwiftBrush v2)."""
-    from sbrush.merge import merge as merge_students
+    from sbrush.models.merge import merge as merge_students
 
     merge_students(one, two, out, share=share)
-    say(f'next: sbrush sample "a cat" --student {printable(out)}')
+    info(f'next: sbrush sample "a cat" --student {printable(out)}')
     console.out(out)

@@ -19,17 +19,17 @@ from sbrush.cli.flags import (
     TeacherFlag,
     no_prompts,
 )
-from sbrush.console import SbrushError, say
-from sbrush.seeds import parse_seeds
+from sbrush.cli.seeds import parse_seeds
+from sbrush.console import SbrushError, info
 
 
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="A .png (several pictures: a grid), or a folder (a file each).")
+        Path, typer.Option("-o", "--out", help="A .png (several images: a grid), or a folder (a file each).")
     ] = Path("out.png"),
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
-    seed: Annotated[str, typer.Option(help="7, 1-8 or 1,5,9-12: one picture a prompt and seed.")] = "0",
+    seed: Annotated[str, typer.Option(help="7, 1-8 or 1,5,9-12: one image a prompt and seed.")] = "0",
     student: StudentFlag = None,
     start_timestep: StartFlag = None,
     compare: Annotated[
@@ -40,11 +40,11 @@ def sample(
     steps: Annotated[int, typer.Option(help="The teacher's, with --compare.", min=1, max=1000)] = 25,
     guidance: Annotated[float | None, typer.Option(help="The teacher's, with --compare.", min=0)] = None,
     metadata: Annotated[bool, typer.Option(" /--no-metadata", help="Keep prompt and seed out of the PNG.")] = True,
-    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1, rich_help_panel=MACHINE)] = 32,
+    batch: Annotated[int, typer.Option(help="Images at once.", min=1, rich_help_panel=MACHINE)] = 32,
     device: DeviceFlag = "auto",
     dtype: DtypeFlag = Dtype.auto,
 ) -> None:
-    """Draw pictures in one step."""
+    """Draw images in one step."""
     if not prompts and prompts_file is None:
         raise SbrushError("no prompt", 'sbrush sample "a small red cat", or --prompts FILE', code=2)
     if prompts_file is not None and not prompts_file.is_file():
@@ -54,7 +54,7 @@ def sample(
     seeds = parse_seeds(seed)
     from sbrush.device import pick_device, pick_dtype
     from sbrush.prompts import read_prompts
-    from sbrush.sample import sample_to_files
+    from sbrush.sampling.generation import sample_to_files
 
     texts = [*(prompts or ()), *(read_prompts(prompts_file).texts if prompts_file else ())]
     where = pick_device(device)
@@ -66,4 +66,4 @@ def sample(
     for path in paths:
         console.out(path)
     if not compare:
-        say("next: --seed 1-8 for more, --compare for the teacher's picture beside it")
+        info("next: --seed 1-8 for more, --compare for the teacher's image beside it")

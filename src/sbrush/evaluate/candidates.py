@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sbrush.console import printable, say
+from sbrush.console import info, printable
 from sbrush.evaluate.report import Report
 from sbrush.evaluate.stickers import Candidate, evaluate_stickers
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
-from sbrush.sample import one_step, scale_for, student_pictures, teacher_pictures
+from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.stickers.judge import Judge
 
 
@@ -36,10 +36,10 @@ def evaluate(
     """Measures and writes the HTML report; the teacher's figures are remembered, the student's measured each time."""
     one = load_student(student, start_timestep=start_timestep, device=device, dtype=dtype)
     many = load_teacher(teacher, config=teacher_config, device=device, dtype=dtype)
-    scale = scale_for(many, guidance)
-    say(f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, {n} held-out pairs")
+    scale = guidance_scale_of(many, guidance)
+    info(f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, {n} held-out pairs")
     candidates = [
-        student_candidate(f"student, {one_step(one)}", one, batch=batch),
+        student_candidate(f"student, {describe_steps(one)}", one, batch=batch),
         teacher_candidate(many, steps, scale, batch=batch),
         teacher_candidate(many, 1, scale, batch=batch),
     ]
@@ -51,18 +51,18 @@ def evaluate(
 def student_candidate(name: str, model: Model, *, batch: int = 64) -> Candidate:
     """A student to be measured; nothing of it is remembered, for students change."""
 
-    def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
-        return student_pictures(model, prompts, seeds, batch=batch)
+    def images(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
+        return student_images(model, prompts, seeds, batch=batch)
 
-    return Candidate(name, pictures, steps=1)
+    return Candidate(name, images, steps=1)
 
 
 def teacher_candidate(model: Model, steps: int, guidance: float, *, batch: int = 64) -> Candidate:
     """A teacher in so many steps at a guidance scale; its figures are remembered."""
 
-    def pictures(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
-        return teacher_pictures(model, prompts, seeds, steps=steps, guidance=guidance, batch=batch)
+    def images(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
+        return teacher_images(model, prompts, seeds, steps=steps, guidance=guidance, batch=batch)
 
     name = f"teacher, {steps} step{'s' if steps > 1 else ''}"
     key = f"{digest(model)} {model.unet.dtype} {model.device.type}"
-    return Candidate(name, pictures, steps=steps, guidance=guidance, cache_key=key)
+    return Candidate(name, images, steps=steps, guidance=guidance, cache_key=key)

@@ -14,14 +14,14 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from sbrush.console import SbrushError, printable
-from sbrush.files import write_text
+from sbrush.storage.files import write_text
 
 Shares = dict[str, float | None]
-Pictures = Mapping[str, Sequence[tuple[str, Image.Image]]]
-"""For each heading, pictures with the caption that stands under each."""
+Images = Mapping[str, Sequence[tuple[str, Image.Image]]]
+"""For each heading, images with the caption that stands under each."""
 Groups = list[tuple[str, list[tuple[str, list[str]]]]]
 """A table: groups of rows by heading, each row a label and a cell for each column."""
-EDGE = 256  # pixels; larger pictures are shown reduced, or a report would be megabytes
+EDGE = 256  # pixels; larger images are shown reduced, or a report would be megabytes
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Figures:
     """
 
     name: str
-    n: int  # pictures
-    per_caption: int  # pictures of each of diversity's captions
+    n: int  # images
+    per_caption: int  # images of each of diversity's captions
     steps: int | None
     guidance: float | None
     fid: float | None
@@ -63,29 +63,29 @@ class Figures:
 class Report:
     """Models side by side, under one protocol: names of its points to what they say.
 
-    `notes` are remarks for the reader; `pictures` what each model made of the first captions.
+    `notes` are remarks for the reader; `images` what each model made of the first captions.
     """
 
     figures: list[Figures]
     protocol: dict[str, str]
     notes: list[str] = field(default_factory=list)
-    pictures: Pictures = field(default_factory=dict)
+    images: Images = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain data without NaN or infinities."""
+        """Everything but the images, as plain data without NaN or infinities."""
         return {"models": [asdict(f) for f in self.figures], "protocol": self.protocol, "notes": self.notes}
 
     def table(self) -> str:
         """The figures as aligned text, a column for each model, and the protocol below."""
         return table([f.name for f in self.figures], _groups(self.figures), self.protocol, self.notes)
 
-    def write_html(self, path: Path, pictures: Pictures | None = None) -> None:
-        """One HTML file without scripts or outside links: table, protocol and pictures, by default `self.pictures`.
+    def write_html(self, path: Path, images: Images | None = None) -> None:
+        """One HTML file without scripts or outside links: table, protocol and images, by default `self.images`.
 
         Written aside and renamed. Raises SbrushError if it cannot be written.
         """
         try:
-            names, shown = [f.name for f in self.figures], self.pictures if pictures is None else pictures
+            names, shown = [f.name for f in self.figures], self.images if images is None else images
             write_text(path, page(names, _groups(self.figures), self.protocol, self.notes, shown))
         except OSError as problem:
             hint = "name a file in a folder that you may write to"
@@ -109,10 +109,10 @@ def table(columns: Sequence[str], groups: Groups, about: Mapping[str, str], note
     )
 
 
-def png(picture: Image.Image) -> str:
-    """The picture as a PNG in base64."""
+def png(image: Image.Image) -> str:
+    """The image as a PNG in base64."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -163,11 +163,11 @@ def _groups(figures: Sequence[Figures]) -> Groups:
 
     return [
         ("sampling", [
-            ("pictures", [str(f.n) for f in figures]),
+            ("images", [str(f.n) for f in figures]),
             ("steps", ["-" if f.steps is None else str(f.steps) for f in figures]),
             ("guidance", ["-" if f.guidance is None else f"{f.guidance:g}" for f in figures]),
         ]),
-        ("likeness to real pictures", [
+        ("likeness to real images", [
             ("FID, lower is better", [_number(f.fid, 2) for f in figures]),
             ("precision", [_percent(f.precision) for f in figures]),
             ("recall", [_percent(f.recall) for f in figures]),
@@ -199,7 +199,7 @@ th:first-child { text-align: left; font-weight: normal; }
 thead th, tbody th[colspan] { font-weight: 600; }
 tbody th[colspan] { padding-top: .9rem; border-bottom: 1px solid var(--line); }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-.pictures { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; width: 96px; }
+.images { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; width: 96px; }
 img { width: 96px; height: auto; border-radius: 8px; image-rendering: pixelated; background: var(--soft); }
 img.plot { width: 100%; max-width: 700px; image-rendering: auto; }
 figcaption { font-size: .72rem; line-height: 1.25; }
@@ -211,7 +211,7 @@ def page(
     groups: Groups,
     about: Mapping[str, str],
     notes: Sequence[str],
-    pictures: Pictures,
+    images: Images,
     plot: Image.Image | None = None,
 ) -> str:
     """The whole HTML file, `plot` below the table; all text that comes from outside is escaped."""
@@ -225,12 +225,12 @@ def page(
     remarks = "".join(f"<p>{escape(note)}</p>\n" for note in notes)
     plotted = f'<img class="plot" alt="FID and CLIP score" src="data:image/png;base64,{png(plot)}">\n' if plot else ""
     shown = ""
-    for heading, items in pictures.items():
-        shown += f'<h2>{escape(heading)}</h2>\n<div class="pictures">\n'
-        for caption, picture in items:
+    for heading, items in images.items():
+        shown += f'<h2>{escape(heading)}</h2>\n<div class="images">\n'
+        for caption, image in items:
             text = escape(caption)
-            picture = ImageOps.contain(picture, (EDGE, EDGE)) if max(picture.size) > EDGE else picture
-            shown += f'<figure><img alt="{text}" src="data:image/png;base64,{png(picture)}">'
+            image = ImageOps.contain(image, (EDGE, EDGE)) if max(image.size) > EDGE else image
+            shown += f'<figure><img alt="{text}" src="data:image/png;base64,{png(image)}">'
             shown += f"<figcaption>{text}</figcaption></figure>\n"
         shown += "</div>\n"
     return f"""<!doctype html>

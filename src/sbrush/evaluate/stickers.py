@@ -1,12 +1,12 @@
-"""The protocol on the built-in world: which captions and seeds, against which real pictures.
+"""The protocol on the built-in world: which captions and seeds, against which real images.
 
     captions    caption i is random_caption(stream("eval", i)); one in twenty names a held-out combination
     seeds       1,000,000 + i; for diversity's captions 2,000,000 + i
-    reference   for each caption and seed a picture drawn from stream("reference", seed)
+    reference   for each caption and seed a image drawn from stream("reference", seed)
     floor       another, from stream("floor", seed), measured as any model is: what perfection comes to at this N
-    diversity   so many pictures of each of diversity.py's captions, against as many real ones
+    diversity   so many images of each of diversity.py's captions, against as many real ones
 
-Pictures pass by in batches; features, what the judge sees in them and where it is stay.
+Images pass by in batches; features, what the judge sees in them and where it is stay.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from torch import Tensor
 
 from sbrush import __version__
 from sbrush.console import Progress, SbrushError, progress
-from sbrush.evaluate import diversity
-from sbrush.evaluate.accuracy import accuracy
-from sbrush.evaluate.fid import fid
-from sbrush.evaluate.memory import Memory, Result, versions
-from sbrush.evaluate.precision_recall import NEIGHBOURS, precision_recall
+from sbrush.evaluate.cache import Result, ResultCache, versions
 from sbrush.evaluate.report import Figures, Report, finite
-from sbrush.pictures import to_image
+from sbrush.metrics import diversity
+from sbrush.metrics.accuracy import accuracy
+from sbrush.metrics.fid import fid
+from sbrush.metrics.precision_recall import NEIGHBOURS, precision_recall
+from sbrush.sampling.images import to_image
 from sbrush.stickers.draw import draw
 from sbrush.stickers.judge import Judge
-from sbrush.stickers.world import PICTURE, Caption, random_caption, random_sticker, stream
+from sbrush.stickers.world import IMAGE_SIZE, Caption, random_caption, random_sticker, stream
 
-PROTOCOL = 1  # raised whenever the same pictures would get other figures
+PROTOCOL = 1  # raised whenever the same images would get other figures
 FIRST_SEED, FIRST_DIVERSITY_SEED = 1_000_000, 2_000_000
 BATCH = 100
-SHOWN = 12  # pictures of the first captions, and as many of diversity's first caption, that the report shows
+SHOWN = 12  # images of the first captions, and as many of diversity's first caption, that the report shows
 
 Pair = tuple[Caption, int]
-MakePictures = Callable[[Sequence[str], Sequence[int]], Iterator[Tensor]]
-"""(prompts, seeds) -> their pictures in order, in batches of any length: uint8 [b, 3, 64, 64]."""
+MakeImages = Callable[[Sequence[str], Sequence[int]], Iterator[Tensor]]
+"""(prompts, seeds) -> their images in order, in batches of any length: uint8 [b, 3, 64, 64]."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A model to be measured.
 
-    `cache_key` says all that its pictures depend on besides steps and guidance, such as the weights' digest and the
+    `cache_key` says all that its images depend on besides steps and guidance, such as the weights' digest and the
     dtype: what was measured under the same key is remembered. None measures every time.
     """
 
     name: str
-    pictures: MakePictures
+    images: MakeImages
     steps: int | None = None
     guidance: float | None = None
     cache_key: str | None = None
@@ -60,7 +60,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Reference:
-    """What models are compared with: the real pictures' features, float32 [N, width], and the truth's variety."""
+    """What models are compared with: the real images' features, float32 [N, width], and the truth's variety."""
 
     features: Tensor
     varieties: list[diversity.Variety]
@@ -77,11 +77,11 @@ def diversity_pairs(per_caption: int = 100) -> list[Pair]:
     return [(caption, FIRST_DIVERSITY_SEED + i) for i, caption in enumerate(captions)]
 
 
-def real_pictures(name: str, items: Sequence[Pair]) -> Iterator[Tensor]:
-    """The truth: for each pair a picture of which the caption is true, drawn from stream(name, seed)."""
+def real_images(name: str, items: Sequence[Pair]) -> Iterator[Tensor]:
+    """The truth: for each pair a image of which the caption is true, drawn from stream(name, seed)."""
     for first in range(0, len(items), BATCH):
         drawn = [draw(random_sticker(stream(name, seed), caption)) for caption, seed in items[first : first + BATCH]]
-        yield torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in drawn])
+        yield torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in drawn])
 
 
 def evaluate_stickers(
@@ -93,32 +93,32 @@ def evaluate_stickers(
     cache: Path | None = None,
     fresh: bool = False,
 ) -> Report:
-    """Measures each candidate, and real pictures as the floor, on `n` pairs and `per_caption` of each of diversity's.
+    """Measures each candidate, and real images as the floor, on `n` pairs and `per_caption` of each of diversity's.
 
     `n`: 4 to 1,000,000; `per_caption`: 2 to 100,000; `cache`: folder of remembered figures, by default the user's own.
     With `fresh` nothing is recalled, but what comes out is remembered.
-    Raises SbrushError if a number is out of range or a candidate's pictures are not 64 x 64.
+    Raises SbrushError if a number is out of range or a candidate's images are not 64 x 64.
     """
     if not (NEIGHBOURS < n <= 1_000_000 and 2 <= per_caption <= 100_000):
         raise SbrushError(
-            f"cannot measure on {n} captions and {per_caption} pictures of each of diversity's",
-            f"take {NEIGHBOURS + 1} to 1,000,000 captions (the protocol's number is 5,000) and 2 to 100,000 pictures",
+            f"cannot measure on {n} captions and {per_caption} images of each of diversity's",
+            f"take {NEIGHBOURS + 1} to 1,000,000 captions (the protocol's number is 5,000) and 2 to 100,000 images",
             code=2,
         )
     measured, varied = pairs(n), diversity_pairs(per_caption)
     caption_of = {seed: caption for caption, seed in (*measured, *varied)}
-    with progress("reference", len(caption_of), unit="pictures") as bar:
-        real = _look(_watched(real_pictures("reference", measured), bar), judge, n)
-        truth = _look(_watched(real_pictures("reference", varied), bar), judge, len(varied))
+    with progress("reference", len(caption_of), unit="images") as bar:
+        real = _look(_watched(real_images("reference", measured), bar), judge, n)
+        truth = _look(_watched(real_images("reference", varied), bar), judge, len(varied))
     reference = Reference(real.features, diversity.varieties(diversity.CAPTIONS, truth.judged, truth.places))
-    floor = Candidate("real pictures", lambda _, seeds: real_pictures("floor", [(caption_of[s], s) for s in seeds]))
+    floor = Candidate("real images", lambda _, seeds: real_images("floor", [(caption_of[s], s) for s in seeds]))
 
     results, notes = {}, []
     for candidate in (*candidates, floor):
         memory = None
         if candidate.cache_key is not None:
             key = [PROTOCOL, __version__, judge.digest, n, per_caption, [c.text for c in diversity.CAPTIONS]]
-            memory = Memory.of([*key, candidate.cache_key, candidate.steps, candidate.guidance], cache)
+            memory = ResultCache.of([*key, candidate.cache_key, candidate.steps, candidate.guidance], cache)
         result = memory.recall(n, per_caption) if memory and not fresh else None
         if result is None:
             result = _try(candidate, measured, varied, judge, reference)
@@ -143,10 +143,10 @@ def measure(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> Figures:
-    """One model's figures from its pictures, uint8 [b, 3, 64, 64], taken as they come in the order of the pairs.
+    """One model's figures from its images, uint8 [b, 3, 64, 64], taken as they come in the order of the pairs.
 
-    `batches`: one picture for each of `captions`; `diversity_batches`: equally many of each of diversity's captions.
-    Raises SbrushError if pictures are not 64 x 64, ValueError if there are too few or too many.
+    `batches`: one image for each of `captions`; `diversity_batches`: equally many of each of diversity's captions.
+    Raises SbrushError if images are not 64 x 64, ValueError if there are too few or too many.
     """
     seen = _look(batches, judge, len(captions))
     various = _look(diversity_batches, judge)
@@ -173,7 +173,7 @@ def measure(
 
 
 class _Seen(NamedTuple):
-    """What stays of pictures that have passed by."""
+    """What stays of images that have passed by."""
 
     features: Tensor  # float32 [N, width]
     judged: dict[str, Tensor]  # int64 [N] each
@@ -181,18 +181,18 @@ class _Seen(NamedTuple):
 
 
 def _look(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> _Seen:
-    """Looks at pictures as they pass; `count` of them, if given, are expected."""
+    """Looks at images as they pass; `count` of them, if given, are expected."""
     features, places = [], []
     for batch in batches:
-        if batch.shape[1:] != (3, PICTURE, PICTURE):
+        if batch.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise SbrushError(
-                f"pictures of {batch.shape[-1]} x {batch.shape[-2]} pixels cannot be measured as stickers",
+                f"images of {batch.shape[-1]} x {batch.shape[-2]} pixels cannot be measured as stickers",
                 "the built-in world's protocol is for students of the built-in teacher",
             )
         features.append(judge.features(batch))
         places.append(diversity.centroids(batch))
     if count is not None and sum(map(len, places)) != count:
-        raise ValueError(f"{count} pictures were asked for, {sum(map(len, places))} came")
+        raise ValueError(f"{count} images were asked for, {sum(map(len, places))} came")
     together = torch.cat(features)
     return _Seen(together, judge.classify(together), torch.cat(places))
 
@@ -200,10 +200,10 @@ def _look(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> 
 def _try(
     candidate: Candidate, measured: Sequence[Pair], varied: Sequence[Pair], judge: Judge, reference: Reference
 ) -> Result:
-    """Lets the candidate make its pictures and measures them."""
-    first, second = list[Tensor](), list[Tensor]()  # pictures to show
-    batches, more = (candidate.pictures([c.text for c, _ in some], [s for _, s in some]) for some in (measured, varied))
-    with progress(candidate.name, len(measured) + len(varied), unit="pictures") as bar:
+    """Lets the candidate make its images and measures them."""
+    first, second = list[Tensor](), list[Tensor]()  # images to show
+    batches, more = (candidate.images([c.text for c, _ in some], [s for _, s in some]) for some in (measured, varied))
+    with progress(candidate.name, len(measured) + len(varied), unit="images") as bar:
         figures = measure(
             candidate.name,
             _watched(batches, bar, first),
@@ -215,11 +215,11 @@ def _try(
             guidance=candidate.guidance,
         )
     shown = [*zip(measured, first, strict=False), *zip(varied, second[: figures.per_caption], strict=False)]
-    return Result(figures, [(caption.text, to_image(picture)) for (caption, _), picture in shown])
+    return Result(figures, [(caption.text, to_image(image)) for (caption, _), image in shown])
 
 
 def _watched(batches: Iterable[Tensor], bar: Progress, kept: list[Tensor] | None = None) -> Iterator[Tensor]:
-    """The batches, counted on the way; the first SHOWN pictures go to `kept`."""
+    """The batches, counted on the way; the first SHOWN images go to `kept`."""
     for batch in batches:
         if kept is not None:
             kept += batch[: max(0, SHOWN - len(kept))]
@@ -231,12 +231,12 @@ def _protocol(n: int, per_caption: int, judge: Judge) -> dict[str, str]:
     """The protocol in words, for the report."""
     return {
         "captions": f"{n}, drawn at random; combinations of kind and colour held out of training are counted apart",
-        "seeds": f"from {FIRST_SEED}; for diversity from {FIRST_DIVERSITY_SEED}; one for each picture",
-        "reference": f"{n} real pictures of the same captions; FID on the judge's {judge.width} features, "
+        "seeds": f"from {FIRST_SEED}; for diversity from {FIRST_DIVERSITY_SEED}; one for each image",
+        "reference": f"{n} real images of the same captions; FID on the judge's {judge.width} features, "
         f"precision and recall with k = {NEIGHBOURS}",
-        "accuracy": "share of the attributes named by a caption that the judge sees in its picture",
-        "diversity": f"{per_caption} pictures of each of " + ", ".join(f'"{c.text}"' for c in diversity.CAPTIONS),
-        "floor": "real pictures, drawn anew and measured like a model",
+        "accuracy": "share of the attributes named by a caption that the judge sees in its image",
+        "diversity": f"{per_caption} images of each of " + ", ".join(f'"{c.text}"' for c in diversity.CAPTIONS),
+        "floor": "real images, drawn anew and measured like a model",
         "judge": f"sha256 {judge.digest[:16]}",
         "versions": _listed(versions()) + f"; protocol {PROTOCOL}",
     }

@@ -1,1 +1,1 @@
-"""Teachers and students as networks: read, adapted to core's one signature, given LoRAs, written."""
+"""Teachers and students as networks: loaded, adapted to core's one signature, given LoRAs, merged, exported."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +9,20 @@ from typing import Any
 import sbrush
 from sbrush.console import printable
 from sbrush.models.model import Model
-from sbrush.recipes import Recipe
 
 STATED = ("license", "license_name", "license_link", "safety_checker")  # what others say that students must say too
 
 
 def about_student(
-    config: Mapping[str, Any], recipe: Recipe, teacher: Model, init: Model | None = None
+    config: Mapping[str, Any], recipe: Mapping[str, Any], teacher: Model, init: Model | None = None
 ) -> dict[str, Any]:
-    """What sbrush.json says of a student, `config` being its run's config.json; `init`: the student it began as."""
+    """What sbrush.json says of a student, `config` being its run's config.json and `recipe` the
+    settings it was trained with; `init`: the student it began as."""
     about = {
         "version": sbrush.__version__,
         "teacher": config["teacher"],
-        "reparameterised": recipe.reparameterised,
-        "recipe": dataclasses.asdict(recipe),
+        "reparameterised": recipe["reparameterised"],
+        "recipe": dict(recipe),
         "seed": config["seed"],
         "prompts": config["prompts"],
     }
@@ -46,10 +45,10 @@ def model_card(about: dict[str, Any]) -> str:
     licences = {_licence(part) for part in (about, *parts)}
     licence = about.get("license", "other") if len(licences) == 1 else "other"
     front = "".join(f"{key}: {json.dumps(about[key])}\n" for key in STATED[1:3] if key in about and len(licences) == 1)
-    same = """One step and no guidance: the scheduler in this folder is made for that. The same picture:
+    same = """One step and no guidance: the scheduler in this folder is made for that. The same image:
 `sbrush sample "a cat" --student path/to/this/folder`."""
     if not about.get("reparameterised", True):
-        same = """This student's output is the picture itself (an ablation), which no scheduler of diffusers knows.
+        same = """This student's output is the image itself (an ablation), which no scheduler of diffusers knows.
 `sbrush sample "a cat" --student path/to/this/folder` draws it, the lines above do not."""
     recipe = "\n".join(f"| {key} | {value} |" for key, value in about["recipe"].items())
     teacher = _plain(about["teacher"])
@@ -64,7 +63,7 @@ license: {json.dumps(licence)}
 # A one-step student of {teacher}
 
 Distilled with [SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation) by sbrush
-{about["version"]}, from {about["prompts"]["count"]} prompts and no pictures. Licence of what it was made of:
+{about["version"]}, from {about["prompts"]["count"]} prompts and no images. Licence of what it was made of:
 {_plain("; ".join(sorted(licences)))}.
 The teacher {checker}; this folder has none.
 

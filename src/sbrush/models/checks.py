@@ -105,7 +105,7 @@ def check_fit(model: Model) -> None:
     sizes = model.latent_shape
     falling = bool((alphas >= 0).all() and (alphas <= 1).all() and (alphas.diff() <= 0).all())  # NaN is none of these
     if not falling or len(alphas) < 2:
-        raise ValueError("its noise schedule does not go from picture to noise")
+        raise ValueError("its noise schedule does not go from image to noise")
     if not all(isinstance(n, int) and 0 < n <= 1024 for n in sizes):
         raise ValueError(f"latents of {sizes} are none")
     if unet.in_channels != vae.latent_channels or unet.out_channels != unet.in_channels:

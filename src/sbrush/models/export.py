@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sbrush.files import whole, write_json, write_text
 from sbrush.models.checks import model_files, read_json
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
 from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import Role
+from sbrush.storage.files import atomic_write, write_json, write_text
 
 
 def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role, *, card: str) -> None:
@@ -38,7 +38,7 @@ def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role, *, card: s
             tensors[f"unet.{name}.lora_B.weight"] = scaled.cpu().contiguous()
     folder.mkdir(exist_ok=True)
     for name, content in {"pytorch_lora_weights": tensors, "comfyui": convert_state_dict_to_kohya(tensors)}.items():
-        with whole(folder / f"{name}.safetensors") as partial:
+        with atomic_write(folder / f"{name}.safetensors") as partial:
             save_file(content, partial, metadata={"format": "pt"})
     write_text(folder / "README.md", card)
 

@@ -132,7 +132,7 @@ def load_shapes(source: str | None, *, config: str | None = None) -> Model:
 def digest(model: Model) -> str:
     """SHA-256 over the weights and configuration files of all of a model's parts, by name, and what it is made of."""
     files = ((part, file) for part in model.parts for file in sorted(model_files(model.folders[part] / part)))
-    return digest_of({f"{part}/{file.name}": file for part, file in files} | model.made_of)
+    return digest_of({f"{part}/{file.name}": file for part, file in files} | model.sources)
 
 
 def _check_config(source: str | None, config: str | None) -> None:
@@ -208,7 +208,7 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, stu
         )
     if model.prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
         raise SbrushError(
-            f"{printable(name)} predicts epsilon and its schedule ends in pure noise, from which no picture follows",
+            f"{printable(name)} predicts epsilon and its schedule ends in pure noise, from which no image follows",
             "set 'rescale_betas_zero_snr' to false in its scheduler's configuration, or take a v-prediction model",
         )
     for network in model.networks:

@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
-from sbrush.core import NoiseSchedule, Prediction, Words
+from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
 
-# Pixels decoded at once, two pictures of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
+# Pixels decoded at once, two images of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
 # would have 2^32 values, more than cuDNN counts.
 DECODED = 1 << 19
 
@@ -31,7 +31,7 @@ class Model:
     """A text-to-image latent diffusion model in memory: a teacher or a student, Stable Diffusion 1.x or 2.x.
 
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
-    each part was read from, `made_of` which other files its weights come from. A student's one step is at
+    each part was read from, `sources` which other files its weights come from. A student's one step is at
     `start_timestep` (None: T), where x_t is `noise_scale` z.
     """
 
@@ -59,7 +59,7 @@ class Model:
     folders: dict[str, Path]
     about: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
-    made_of: dict[str, Path] = field(default_factory=dict)
+    sources: dict[str, Path] = field(default_factory=dict)
     start_timestep: int | None = None
     noise_scale: float = 1.0
 
@@ -101,19 +101,19 @@ class Model:
         return self.unet.config.in_channels, height, width
 
     @property
-    def picture_size(self) -> tuple[int, int]:
-        """(height, width) of a picture in pixels."""
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of a image in pixels."""
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_shape[1] * scale, self.latent_shape[2] * scale
 
     @property
     def decoded_at_once(self) -> int:
-        """Pictures, see DECODED."""
-        height, width = self.picture_size
+        """Images, see DECODED."""
+        height, width = self.image_size
         return max(1, DECODED // (height * width))
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Words:
+    def encode(self, texts: Sequence[str]) -> Conditioning:
         """What the UNet is told of each text: "tokens" [B, L, D] in the text encoder's dtype.
 
         Longer prompts lose their tail, as everywhere.
@@ -126,25 +126,27 @@ class Model:
         encoded = self.text_encoder(send(tokens.input_ids, where), attention_mask=mask)
         return {"tokens": encoded.last_hidden_state.to(self.device)}
 
-    def null(self) -> Words:
+    def null(self) -> Conditioning:
         """What it is told when it is told nothing, for guidance: the empty prompt, a batch of one."""
         return self.encode([""])
 
-    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of a `network` of this architecture, wrapped or not: [B, C, H, W], see `prediction`."""
-        return network(x_t, t, words["tokens"]).sample
+        return network(x_t, t, conditioning["tokens"]).sample
 
-    def denoise(self, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own UNet as a core.Denoiser, in the UNet's own dtype."""
         dtype = self.unet.dtype
-        return self.predict(self.unet, x_t.to(dtype), t, {name: value.to(dtype) for name, value in words.items()})
+        return self.predict(
+            self.unet, x_t.to(dtype), t, {name: value.to(dtype) for name, value in conditioning.items()}
+        )
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents [B, C, H, W] to pictures: uint8 [B, 3, H', W'] on the CPU, rounded as diffusers rounds."""
+        """Latents [B, C, H, W] to images: uint8 [B, 3, H', W'] on the CPU, rounded as diffusers rounds."""
         parts = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype).split(self.decoded_at_once)
-        pictures = (self.vae.decode(part).sample.float() / 2 + 0.5 for part in parts)
-        return torch.cat([part.clamp(0, 1).mul(255).round().to(torch.uint8) for part in pictures]).cpu()
+        images = (self.vae.decode(part).sample.float() / 2 + 0.5 for part in parts)
+        return torch.cat([part.clamp(0, 1).mul(255).round().to(torch.uint8) for part in images]).cpu()
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition."""
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the image's size as a condition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-from sbrush.core import Words
+from sbrush.core import Conditioning
 from sbrush.device import send
 from sbrush.models.model import Model, tokenize
 
@@ -39,7 +39,7 @@ class ModelXL(Model):
         return *super().text_parts, (self.tokenizer_2, self.text_encoder_2)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Words:
+    def encode(self, texts: Sequence[str]) -> Conditioning:
         """ "tokens" [B, L, D1 + D2], of both encoders' last layers but one, and "pooled" [B, D2], of the second."""
         hidden = []
         for tokenizer, encoder in self.text_parts:
@@ -48,22 +48,22 @@ class ModelXL(Model):
             hidden.append(encoded.hidden_states[-2].to(self.device))
         return {"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds.to(self.device)}
 
-    def null(self) -> Words:
+    def null(self) -> Conditioning:
         """Zeros where the folder says so, as the published teachers' do; else the empty prompt. A batch of one."""
-        words = self.encode([""])
+        conditioning = self.encode([""])
         if not self.index.get("force_zeros_for_empty_prompt", True):
-            return words
-        return {name: torch.zeros_like(value) for name, value in words.items()}
+            return conditioning
+        return {name: torch.zeros_like(value) for name, value in conditioning.items()}
 
-    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
-        """As Model.predict; the network is told besides that it draws a whole, uncropped picture of its own size."""
-        added = {"text_embeds": words["pooled"], "time_ids": self._time_ids.to(x_t.device).expand(len(x_t), 6)}
-        return network(x_t, t, words["tokens"], added_cond_kwargs=added).sample
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """As Model.predict; the network is told besides that it draws a whole, uncropped image of its own size."""
+        added = {"text_embeds": conditioning["pooled"], "time_ids": self._time_ids.to(x_t.device).expand(len(x_t), 6)}
+        return network(x_t, t, conditioning["tokens"], added_cond_kwargs=added).sample
 
     @cached_property
     def _time_ids(self) -> Tensor:
         """Height and width, upper left corner, height and width: float32 [6]."""
-        height, width = self.picture_size
+        height, width = self.image_size
         return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sbrush.console import SbrushError, printable, say
-from sbrush.files import user_cache, write_json
+from sbrush.console import SbrushError, info, printable
 from sbrush.models.checks import model_files, read_json
 from sbrush.models.model import Model
+from sbrush.storage.files import user_cache, write_json
 
 CONVERSION = 1  # counted up when the same file would be converted otherwise
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -147,7 +147,7 @@ def convert(file: Path, header: dict[str, Entry], shapes: Model) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):  # the other processes of a run wait for the first
             if not folder.is_dir():
-                say(f"converting {printable(file)} by the configuration of {printable(shapes.name)}, once: {folder}")
+                info(f"converting {printable(file)} by the configuration of {printable(shapes.name)}, once: {folder}")
                 partial = folder.with_name(folder.name + ".partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 try:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from sbrush import checkpoint
 from sbrush.console import SbrushError, printable
 from sbrush.models.card import about_student
 from sbrush.models.checks import read_json
 from sbrush.models.model import Model
 from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import add_lora, merge_lora
-from sbrush.recipes import Recipe
+from sbrush.storage import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Snapshot:
     """A checkpoint and what its run's config.json says of how it came to be."""
 
     saved: checkpoint.Checkpoint
-    recipe: Recipe
+    recipe: dict[str, Any]
     config: dict[str, Any]
 
     @property
@@ -39,8 +38,11 @@ class Snapshot:
         shown = printable(folder)
         try:
             config = read_json(folder.parent.parent / "config.json")
-            recipe = Recipe(**config["recipe"])
-            recipe = dataclasses.replace(recipe, steps=recipe.steps + sum(config.get("extended_by", ())))
+            recipe = dict(config["recipe"])
+            recipe["steps"] += sum(config.get("extended_by", ()))
+            for key, kinds in (("ema", int | float), ("student_rank", int), ("t_init", int | None)):
+                if not isinstance(recipe[key], kinds):
+                    raise ValueError(f"its {key} cannot be {recipe[key]!r}")
             for key, kind in (("teacher", str), ("teacher_sha256", str), ("seed", int), ("prompts", dict)):
                 if not isinstance(config[key], kind):
                     raise ValueError(f"its {key} is none")
@@ -59,10 +61,10 @@ class Snapshot:
 
         SbrushError if the checkpoint is not made of this teacher's networks.
         """
-        unet, part = teacher.unet, "ema" if self.recipe.ema else "student"
+        unet, part = teacher.unet, "ema" if self.recipe["ema"] else "student"
         tensors = self.saved.part(part)
         trained = dict(unet.named_parameters())
-        if rank := self.recipe.student_rank:
+        if rank := self.recipe["student_rank"]:
             unet = copy.deepcopy(unet)
             trained = add_lora(unet, "student", rank=rank, alpha=2 * rank, targets="all", seed=0)
         if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in tensors.items()}:
@@ -76,8 +78,8 @@ class Snapshot:
             unet = merge_lora(unet, "student", teacher.unet)
         return dataclasses.replace(
             teacher, name=f"{self.saved.folder.parent.parent.name} after step {self.saved.step}", unet=unet,
-            scheduler=one_step_scheduler(teacher.scheduler, self.recipe.t_init),
+            scheduler=one_step_scheduler(teacher.scheduler, self.recipe["t_init"]),
             about=about_student(self.config, self.recipe, teacher) | {"after_step": self.saved.step},
-            made_of={"config.json": self.saved.folder.parent.parent / "config.json",
+            sources={"config.json": self.saved.folder.parent.parent / "config.json",
                      f"{part}.safetensors": self.saved.folder / f"{part}.safetensors"},
         )  # fmt: skip

@@ -44,7 +44,7 @@ def add_lora(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     _LAYERS.pop(unet, None)
-    answer_as(unet, role)
+    set_role(unet, role)
     return lora_parameters(unet, role)
 
 
@@ -53,7 +53,7 @@ def lora_parameters(unet: nn.Module, role: Role) -> dict[str, nn.Parameter]:
     return {name: p for name, p in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{role}\.", name)}
 
 
-def answer_as(unet: nn.Module, role: Role) -> None:
+def set_role(unet: nn.Module, role: Role) -> None:
     """Switches a UNet's LoRAs so that it answers as `role`; every LoRA stays trainable, whoever answers.
 
     With gradient checkpointing a backward runs parts of the forward again: it must find the role of that forward.

@@ -11,7 +11,7 @@ from math import cos, pi, sin
 
 from PIL import Image, ImageDraw
 
-from sbrush.stickers.world import BACKGROUNDS, COLOURS, PICTURE, Sticker
+from sbrush.stickers.world import BACKGROUNDS, COLOURS, IMAGE_SIZE, Sticker
 
 SUPERSAMPLE = 4
 BORDER = 1.7  # pixels
@@ -186,14 +186,14 @@ _DRAWINGS = {f.__name__: f for f in (cat, dog, fish, bird, house, tree, car, boa
 
 
 def draw(sticker: Sticker) -> Image.Image:
-    """The sticker's picture: RGB, 64 x 64."""
+    """The sticker's image: RGB, 64 x 64."""
     background = BACKGROUNDS[sticker.background]
-    side = PICTURE * SUPERSAMPLE
-    picture = Image.new("RGB", (side, side), background)
-    canvas = ImageDraw.Draw(picture)
+    side = IMAGE_SIZE * SUPERSAMPLE
+    image = Image.new("RGB", (side, side), background)
+    canvas = ImageDraw.Draw(image)
     for border in (True, False):
         _DRAWINGS[sticker.kind](Pen(canvas, sticker, border=border))
-    return picture.reduce(SUPERSAMPLE)
+    return image.reduce(SUPERSAMPLE)
 
 
 def _tinted(colour: Colour, tint: tuple[float, float, float]) -> Colour:

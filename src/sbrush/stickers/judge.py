@@ -1,4 +1,4 @@
-"""The judge: says what a sticker's picture shows. Used only for measuring, and trained apart from the teacher.
+"""The judge: says what a sticker's image shows. Used only for measuring, and trained apart from the teacher.
 
 `Judge` is a small open_clip model: its image tower gives the features of FID, precision and recall; its two towers
 together say which caption is true. `pixel_attributes` is a plain count of pixels, a check on it that knows no network.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sbrush.console import SbrushError
 from sbrush.stickers.draw import INK, WHITE
-from sbrush.stickers.world import ATTRIBUTES, BACKGROUNDS, COLOURS, PICTURE, Caption
+from sbrush.stickers.world import ATTRIBUTES, BACKGROUNDS, COLOURS, IMAGE_SIZE, Caption
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -31,7 +31,7 @@ FOREGROUND = 40.0  # RGB distance from the background: less than white on cream 
 class Judge:
     """The judge's two towers and its tokenizer; made by `Judge.load`.
 
-    `width` is the number of features of a picture, `digest` the SHA-256 of the weights, in hexadecimal.
+    `width` is the number of features of a image, `digest` the SHA-256 of the weights, in hexadecimal.
     """
 
     def __init__(self, net: Any, tokenizer: Any, config: dict[str, Any], digest: str) -> None:
@@ -74,18 +74,18 @@ class Judge:
             raise SbrushError(f"the judge in {folder} is damaged: {why}", hint) from problem
 
     @torch.inference_mode()
-    def features(self, pictures: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """The image tower's output before normalisation: uint8 [B, 3, 64, 64] to float32 [B, width], on the CPU.
 
         Raises ValueError for any other shape or dtype.
         """
-        _check(pictures)
-        x = ((pictures.float() - self._mean) / self._std).to(self._device)
+        _check(images)
+        x = ((images.float() - self._mean) / self._std).to(self._device)
         out: Tensor = self._net.encode_image(x)
         return out.float().cpu()
 
     def classify(self, features: Tensor) -> dict[str, Tensor]:
-        """Zero-shot: for each attribute, which of its values in ATTRIBUTES the picture shows, as indices int64 [B].
+        """Zero-shot: for each attribute, which of its values in ATTRIBUTES the image shows, as indices int64 [B].
 
         `features`: float32 [B, width], from `features`. A value is offered as the caption that names nothing else.
         """
@@ -93,20 +93,20 @@ class Judge:
         return {name: (seen @ said.T).argmax(dim=1) for name, said in self._single.items()}
 
     def clip_score(self, features: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine of each picture with its caption, -1 to 1: float32 [B].
+        """Cosine of each image with its caption, -1 to 1: float32 [B].
 
         `features`: float32 [B, width], from `features`; `captions`: B texts.
         """
         if len(captions) != len(features):
-            raise ValueError(f"{len(features)} pictures cannot be scored against {len(captions)} captions")
+            raise ValueError(f"{len(features)} images cannot be scored against {len(captions)} captions")
         texts = list(dict.fromkeys(captions))
         said = torch.cat([self._said(texts[i : i + 256]) for i in range(0, len(texts), 256)]) if texts else features
         row = {text: i for i, text in enumerate(texts)}
         return (F.normalize(features, dim=-1) * said[[row[text] for text in captions]]).sum(dim=-1)
 
-    def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+    def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Of both: uint8 [B, 3, 64, 64] and B captions to float32 [B]."""
-        return self.clip_score(self.features(pictures), captions)
+        return self.clip_score(self.features(images), captions)
 
     @cached_property
     def _single(self) -> dict[str, Tensor]:
@@ -125,40 +125,40 @@ class Judge:
         return out.float().cpu()
 
 
-def foreground(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """The background's colour, the median of the outermost pixels, and where a picture differs from it.
+def foreground(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The background's colour, the median of the outermost pixels, and where a image differs from it.
 
     uint8 [B, 3, 64, 64] to float32 [B, 3] (0 to 255) and bool [B, 64, 64].
     """
-    _check(pictures)
-    x = pictures.float()
+    _check(images)
+    x = images.float()
     edge = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, 1:-1, 0], x[:, :, 1:-1, -1]], dim=-1)  # [B, 3, 252]
     background = edge.median(dim=-1).values
     return background, (x - background[:, :, None, None]).norm(dim=1) > FOREGROUND
 
 
-def pixel_attributes(pictures: Tensor) -> dict[str, Tensor]:
+def pixel_attributes(images: Tensor) -> dict[str, Tensor]:
     """Colour and background by counting pixels: indices into ATTRIBUTES' values, int64 [B] each.
 
     The background is the nearest to the outermost pixels' median. The colour is that to which most pixels of the
-    foreground are nearest, among the colours, their shades, ink and white. `pictures`: uint8 [B, 3, 64, 64].
+    foreground are nearest, among the colours, their shades, ink and white. `images`: uint8 [B, 3, 64, 64].
     """
-    border, inside = foreground(pictures)
+    border, inside = foreground(images)
     backgrounds, bodies = (torch.tensor(list(names.values())).float() for names in (BACKGROUNDS, COLOURS))
     ink, white = torch.tensor(INK).float(), torch.tensor(WHITE).float()
     shades = torch.cat([bodies.lerp(ink, 0.35), bodies.lerp(white, 0.55)])  # as the pen mixes them
     palette = torch.cat([bodies, shades, ink[None], white[None]])  # [32, 3]
-    nearest = torch.cdist(pictures.float().permute(0, 2, 3, 1)[inside], palette).argmin(dim=1)
-    row = inside.nonzero()[:, 0]  # of each foreground pixel, its picture
-    counts = torch.bincount(row * len(palette) + nearest, minlength=len(pictures) * len(palette))
-    body = counts.view(len(pictures), -1)[:, : len(bodies)]
+    nearest = torch.cdist(images.float().permute(0, 2, 3, 1)[inside], palette).argmin(dim=1)
+    row = inside.nonzero()[:, 0]  # of each foreground pixel, its image
+    counts = torch.bincount(row * len(palette) + nearest, minlength=len(images) * len(palette))
+    body = counts.view(len(images), -1)[:, : len(bodies)]
     return {"colour": body.argmax(dim=1), "background": torch.cdist(border, backgrounds).argmin(dim=1)}
 
 
-def _check(pictures: Tensor) -> None:
-    if pictures.dtype != torch.uint8 or pictures.dim() != 4 or pictures.shape[1:] != (3, PICTURE, PICTURE):
-        shape = list(pictures.shape)
-        raise ValueError(f"pictures must be uint8 [B, 3, {PICTURE}, {PICTURE}], not {pictures.dtype} {shape}")
+def _check(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        shape = list(images.shape)
+        raise ValueError(f"images must be uint8 [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], not {images.dtype} {shape}")
 
 
 if __name__ == "__main__":  # how often the shipped judge, and the check on pixels, are right on unseen renders

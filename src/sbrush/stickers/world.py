@@ -1,7 +1,7 @@
 """What can be said and drawn in the sticker world, and with which chances.
 
 A sticker has a kind, a colour, a background, a size and a place. A caption names some of these and leaves the others
-out, so it stands for a known distribution of pictures: the truth against which one-step students are measured.
+out, so it stands for a known distribution of images: the truth against which one-step students are measured.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ BACKGROUNDS = {
     "night": (44, 50, 84),
 }
 
-SIZES = {"small": 13.5, "big": 21.5}  # half the sticker's extent, in pixels of a 64-pixel picture
+SIZES = {"small": 13.5, "big": 21.5}  # half the sticker's extent, in pixels of a 64-pixel image
 
 ATTRIBUTES = {"kind": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS), "size": tuple(SIZES)}
 
-PICTURE = 64  # pixels a side
+IMAGE_SIZE = 64  # pixels a side
 
 # One combination of kind and colour in ten is never shown to teacher or student (the judge sees all).
 HELD_OUT = frozenset((kind, tuple(COLOURS)[(3 * i + 1) % 10]) for i, kind in enumerate(KINDS))
@@ -75,7 +75,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Sticker:
-    """One picture's full truth: its attributes, and where and how it is drawn.
+    """One image's full truth: its attributes, and where and how it is drawn.
 
     `x`, `y`: centre in pixels. `radius`: half extent in pixels. `tint`: shift of hue, saturation and value.
     """
@@ -130,7 +130,7 @@ def random_sticker(rng: random.Random, caption: Caption | None = None, *, held_o
             break
     radius = SIZES[chosen["size"]] * rng.uniform(0.94, 1.06)
     margin = radius + 2
-    x, y = rng.uniform(margin, PICTURE - margin), rng.uniform(margin, PICTURE - margin)
+    x, y = rng.uniform(margin, IMAGE_SIZE - margin), rng.uniform(margin, IMAGE_SIZE - margin)
     tint = (rng.uniform(-0.012, 0.012), rng.uniform(-0.05, 0.05), rng.uniform(-0.04, 0.04))
     return Sticker(**chosen, x=x, y=y, radius=radius, tint=tint)
 

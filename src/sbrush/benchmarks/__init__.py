@@ -1,0 +1,1 @@
+"""Speed and memory, measured side by side in one run. Nothing in the package imports from here."""

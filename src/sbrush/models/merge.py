@@ -1,0 +1,53 @@
+"""Two students into one, weight by weight (SwiftBrush v2, arXiv 2408.14176, section 3.3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sbrush
+from sbrush.console import SbrushError, printable
+from sbrush.models.card import STATED, model_card
+from sbrush.models.export import export_student
+from sbrush.models.load import digest, load_student
+
+
+def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
+    """Writes the student theta = share theta_1 + (1 - share) theta_2 to `out`; its other parts are the first one's.
+
+    Two students of one teacher that began as copies of it are near enough for their mean to be a student too; the
+    paper merges a full and a LoRA student at one half. SbrushError if they are not of one kind, or `out` is taken.
+    """
+    if out.exists():
+        raise SbrushError(f"{printable(out)} is there already", "name a new folder with -o", code=2)
+    first, second = load_student(one), load_student(two)
+    for name, model in ((one, first), (two, second)):
+        if "recipe" not in model.about:
+            raise SbrushError(
+                f"{printable(name)} says nothing of how it was made: it has no sbrush.json",
+                "merge students that sbrush distill has written",
+                code=2,
+            )
+    weights, others = dict(first.unet.named_parameters()), dict(second.unet.named_parameters())
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
+        raise SbrushError("the two students are of different architectures", "merge students of one teacher", code=2)
+    same = ("reparameterised", "world")
+    if first.scheduler.config != second.scheduler.config or any(
+        first.about.get(key) != second.about.get(key) for key in same
+    ):
+        raise SbrushError(
+            "the two students turn noise into images in different ways",
+            "merge students with one t_init, prediction and parameterisation",
+            code=2,
+        )
+    for name, weight in weights.items():
+        weight.data.lerp_(others[name].data, 1 - share)
+    about = {key: value for key, value in first.about.items() if key != "format"}
+    about["version"] = sbrush.__version__
+    if any("safety_checker" in model.about for model in (first, second)):
+        about["safety_checker"] = any(model.about.get("safety_checker") for model in (first, second))
+    about["merged"] = [
+        {"student": printable(name), "sha256": digest(model), "share": part}
+        | {key: model.about[key] for key in STATED if key in model.about}
+        for name, model, part in ((one, first, share), (two, second, 1 - share))
+    ]
+    export_student(out, first, first.unet, about=about, card=model_card(about))

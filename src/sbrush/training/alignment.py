@@ -1,0 +1,100 @@
+"""How well images fit their prompts, for the clamped CLIP loss (SwiftBrush v2, arXiv 2408.14176).
+
+Latents are decoded by a VAE and looked at by an open_clip model, both frozen; gradients pass through both. At Stable
+Diffusion's size the teacher's own decoder costs three UNet forwards a image, and its backward as much; a tiny VAE of
+the same latents (diffusers' AutoencoderTiny, such as TAESD) a twentieth of that, which is why SwiftBrush v2 has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from sbrush.console import SbrushError, printable
+from sbrush.metrics.clip import ClipScorer
+from sbrush.models.checks import check_configuration, digest_of, model_files, read_network, untrained_network
+from sbrush.models.model import Model
+
+
+class Alignment:
+    """A decoder and a CLIP model; `name` says which, with their digests, for a run's configuration."""
+
+    def __init__(self, clip: ClipScorer, vae: AutoencoderKL | AutoencoderTiny, name: str) -> None:
+        self._clip, self._vae, self.name = clip, vae, name
+
+    @classmethod
+    def load(
+        cls, teacher: Model, clip_weights: Path | None, *, clip_model: str, tiny_vae: Path | None, device: str
+    ) -> Alignment:
+        """`clip_weights`, `clip_model`: see ClipScorer.load; `tiny_vae`: a folder in diffusers' format.
+
+        SbrushError if one of them is missing, damaged, or made for other latents than the teacher's.
+        """
+        if clip_weights is None or not clip_weights.exists():
+            raise SbrushError(
+                f"no CLIP model {printable(clip_weights)}" if clip_weights else "the CLIP loss needs a CLIP model",
+                f"--clip-weights: {clip_model}'s as safetensors or a state dict, or a folder of open_clip's",
+                code=2,
+            )
+        clip = ClipScorer.load(clip_weights, model_name=clip_model, device=device)
+        name = f"{clip.name} {clip.digest[:16]}"
+        if tiny_vae is None:
+            return cls(clip, teacher.vae, name)
+        vae = _tiny(tiny_vae, teacher, device)
+        files = {file.name: file for file in sorted(model_files(tiny_vae))}
+        return cls(clip, vae, f"{name}, {digest_of(files)[:16]}")
+
+    @classmethod
+    def shapes(cls, teacher: Model, clip_weights: Path | None, *, clip_model: str, tiny_vae: Path | None) -> Alignment:
+        """The same, its networks with shapes and no numbers."""
+        clip = ClipScorer.shapes(clip_weights, model_name=clip_model)
+        return cls(clip, teacher.vae if tiny_vae is None else _tiny(tiny_vae, teacher, "meta"), clip.name)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Decoder and CLIP model."""
+        return [self._vae, self._clip.network]
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that are held for the loss alone; a decoder that is the teacher's own is not."""
+        yield from self._clip.network.parameters()
+        if isinstance(self._vae, AutoencoderTiny):
+            yield from self._vae.parameters()
+
+    def cosines(self, x0: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine of each latent's image and its prompt: float32 [B, C, H, W] and B prompts to float32 [B]."""
+        latents = (x0 / self._vae.config.scaling_factor).to(self._vae.dtype)
+        images = self._vae.decode(latents).sample.float() / 2 + 0.5
+        return self._clip.cosines(images.clamp(0, 1), prompts)
+
+
+def _tiny(folder: Path, teacher: Model, device: str) -> AutoencoderTiny:
+    """A tiny VAE; SbrushError if the folder holds none for this teacher's latents."""
+    shown = printable(folder)
+    hint = "--tiny-vae takes a folder of diffusers' AutoencoderTiny: config.json and safetensors, such as TAESD's"
+    if not (folder / "config.json").is_file():
+        raise SbrushError(f"{shown} holds no tiny VAE", hint, code=2)
+    try:
+        check_configuration(folder)
+        if device == "meta":
+            with torch.device("meta"):
+                vae = untrained_network(AutoencoderTiny, folder)
+        else:
+            vae = read_network(AutoencoderTiny, folder)
+    except Exception as problem:  # whatever diffusers or safetensors make of a damaged file
+        first_line = next(iter(str(problem).splitlines()), type(problem).__name__)
+        raise SbrushError(f"cannot load the tiny VAE {shown}: {printable(first_line)}", hint) from problem
+    scale = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
+    latents, size = teacher.latent_shape, teacher.image_size
+    if vae.config.latent_channels != latents[0] or (scale * latents[1], scale * latents[2]) != size:
+        raise SbrushError(
+            f"{shown} turns latents of {vae.config.latent_channels} channels into images {scale} times as wide; "
+            f"the teacher's have {latents[0]} and become {size[0] // latents[1]} times as wide",
+            "take the tiny VAE that was made for this teacher's family, or leave --tiny-vae out",
+            code=2,
+        )
+    return vae.to(device).requires_grad_(False).eval()

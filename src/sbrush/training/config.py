@@ -1,0 +1,92 @@
+"""A run's config.json: all that decides its student. The same command resumes a run, a changed one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import sbrush
+from sbrush.console import SbrushError, printable
+from sbrush.prompts import Prompts
+from sbrush.training.recipes import Recipe
+
+FORMAT = 1
+GRID_PROMPTS = 8  # on sample grids
+NOT_COMPARED = ("version", "extended_by")  # keys that may change between parts of one run
+LATER = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
+
+
+def make_config(
+    recipe: Recipe,
+    prompts: Prompts,
+    *,
+    teacher: str | None,
+    teacher_config: str | None,
+    teacher_sha256: str,
+    init: str | None,
+    init_sha256: str | None,
+    clip: str | None,
+    text_cache: bool,
+    seed: int,
+    bf16: bool,
+) -> dict[str, Any]:
+    """What config.json holds."""
+    spread = [prompts.texts[i * len(prompts) // GRID_PROMPTS] for i in range(min(GRID_PROMPTS, len(prompts)))]
+    return {
+        "format": FORMAT,
+        "version": sbrush.__version__,
+        "teacher": teacher or "stickers (built in)",
+        "teacher_config": teacher_config,
+        "teacher_sha256": teacher_sha256,
+        "init": init,
+        "init_sha256": init_sha256,
+        "clip": clip,
+        "text_cache": text_cache or None,  # its rounding decides, too; runs from before there was one had none
+        "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
+        "seed": seed,
+        "bf16": bf16,
+        "recipe": dataclasses.asdict(recipe),
+        "sheet_prompts": spread,
+    }
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """A run's config.json; SbrushError if it is damaged."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict) and isinstance(config.get("extended_by", []), list):
+            return config
+    except (ValueError, RecursionError):
+        pass
+    raise SbrushError(f"{printable(out)}/config.json is damaged", "name a new folder with --out")
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """SbrushError if the configuration of the run in `out` is of another format, or differs from the one `now`."""
+    if before.get("format") != FORMAT:
+        raise SbrushError(
+            f"the run in {printable(out)} has format {printable(before.get('format'))}, this version writes {FORMAT}",
+            "finish it with the version that began it, or start anew in another --out",
+        )
+    if isinstance(before.get("recipe"), dict):  # a setting that came later was what it is by default
+        before = {**before, "recipe": LATER | before["recipe"]}
+    if changed := differences(before, now):
+        raise SbrushError(
+            f"{printable(out)} holds a run with another configuration: {'; '.join(changed)}",
+            "give the same options to resume it, or another --out to start a new run",
+            code=2,
+        )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What has changed between two configurations: "recipe.batch was 16, now 8"."""
+    changed = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += differences(old, new, f"{prefix}{key}.")
+        elif old != new and key not in NOT_COMPARED:
+            changed.append(f"{prefix}{key} was {printable(json.dumps(old))}, now {printable(json.dumps(new))}")
+    return changed

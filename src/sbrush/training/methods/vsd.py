@@ -1,0 +1,255 @@
+"""One training step: core.py's formulas put together on the networks of networks.py.
+
+The loop around it is distill.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sbrush import core
+from sbrush.console import SbrushError
+from sbrush.core import Conditioning
+from sbrush.models.model import Model
+from sbrush.models.unet import Role, set_role
+from sbrush.noise import StepNoise
+from sbrush.prompts import ShuffledPrompts
+from sbrush.sampling.generation import ddim
+from sbrush.training.alignment import Alignment
+from sbrush.training.networks import ExecutionOptions, Networks
+from sbrush.training.recipes import Recipe
+from sbrush.training.text_cache import TextCache
+
+
+@dataclass
+class Part:
+    """A part of a step's batch, from the prompts to both teachers' opinions of the student's images."""
+
+    draw: StepNoise
+    cond: Conditioning
+    x0: Tensor  # [b, C, H, W] float32, detached, as are all but lora_loss
+    noise: Tensor
+    x_t: Tensor
+    t: Tensor  # [b] int64
+    eps_teacher: Tensor
+    eps_lora: Tensor
+    metrics: dict[str, Tensor]
+    lora_loss: Tensor | None  # if the LoRA teacher's score was a forward to be trained through
+
+
+class Distiller(Networks):
+    """One training step of a student and its two teachers."""
+
+    def __init__(
+        self,
+        teacher: Model,
+        recipe: Recipe,
+        *,
+        seed: int,
+        accelerator: Accelerator,
+        init: Model | None = None,
+        execution: ExecutionOptions | None = None,
+        alignment: Alignment | None = None,
+        text_cache: TextCache | None = None,
+    ) -> None:
+        """`alignment`: for the clamped CLIP loss, if the recipe has it. `text_cache`: filled here."""
+        if recipe.clip_weight and not alignment:
+            raise ValueError("the clamped CLIP loss needs a CLIP model")
+        execution = execution or ExecutionOptions()
+        self._parts = share(recipe, execution, accelerator.process_index, accelerator.num_processes)
+        self._pair_every = recipe.batch // recipe.pairs if recipe.pairs else recipe.batch
+        super().__init__(teacher, recipe, seed=seed, accelerator=accelerator, init=init, execution=execution)
+        self.seed, self.alignment, self.text_cache = seed, alignment, text_cache
+        self._null = teacher.null()
+        if text_cache:
+            text_cache.fill(accelerator)
+            for _, encoder in teacher.text_parts:
+                encoder.cpu()
+        self.schedule, self.prediction = teacher.schedule, teacher.prediction
+
+    def step(self, step: int, prompts: ShuffledPrompts) -> dict[str, Tensor]:
+        """One update of the student, then the LoRA teacher's; `step` counts from 1. Metrics stay on the device.
+
+        The returned dictionary also holds x0 [B, C, H, W] and the two teachers' guesses of it, for the sample grid.
+        """
+        recipe, schedule = self.recipe, self.schedule
+        self.student_optimizer.param_groups[0]["lr"] = recipe.student_lr_at(step)
+        self.lora_optimizer.param_groups[0]["lr"] = recipe.lora_lr_at(step)
+        parts = []
+        for indices in self._parts:
+            with self._gradients_wait(last=indices is self._parts[-1]):
+                part = self._compare(step, indices, prompts)
+                if part.lora_loss is not None:
+                    self._backward(part.lora_loss, "lora_teacher")
+            parts.append(part)
+        student_grad = self.apply(self.student_optimizer, self.trained)
+        self.ema.update(step)
+
+        lora_losses = [part.lora_loss for part in parts if part.lora_loss is not None]
+        lora_grad = torch.zeros((), device=schedule.alpha.device)
+        for update in range(recipe.lora_updates if recipe.gap != "sds" else 0):
+            if update > 0 or not recipe.shared_forward:
+                lora_losses = []
+                for part in parts:
+                    with self._gradients_wait(last=part is parts[-1]):
+                        lora_losses.append(self._lora_loss(part))
+                        self._backward(lora_losses[-1], "lora_teacher")
+            lora_grad = self.apply(self.lora_optimizer, self.lora)
+
+        whole = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("x0", "noise", "x_t", "t", "eps_teacher", "eps_lora")
+        }
+        apart, error, lora_divergence = (
+            (whole[one] - whole[other]).abs().mean()
+            for one, other in (("eps_teacher", "eps_lora"), ("eps_teacher", "noise"), ("eps_lora", "noise"))
+        )
+        skipped = ~(student_grad.isfinite() & lora_grad.isfinite())
+        metrics = {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics}
+        metrics |= {
+            "lora_loss": torch.stack(lora_losses).mean() if lora_losses else torch.zeros_like(lora_grad),
+            "x0_mean": whole["x0"].mean(), "x0_std": whole["x0"].std(), "student_grad": student_grad,
+            "lora_grad": lora_grad, "skipped": skipped.float(),
+            "score_gap_ratio": apart / error, "lora_divergence": lora_divergence / error,
+        }  # fmt: skip
+        guesses = {
+            name: core.to_x0(whole[eps], whole["x_t"], whole["t"], schedule, "epsilon")
+            for name, eps in (("teacher_x0", "eps_teacher"), ("lora_x0", "eps_lora"))
+        }
+        return {name: value.detach() for name, value in (metrics | {"x0": whole["x0"]} | guesses).items()}
+
+    def _compare(self, step: int, indices: range, prompts: ShuffledPrompts) -> Part:
+        """The student's images and what both teachers make of them; the student's gradients are added up."""
+        recipe, schedule = self.recipe, self.schedule
+        draw = StepNoise(self.seed, step, indices, self.accelerator.device)
+        numbers = [(step - 1) * recipe.batch + i for i in indices]
+        texts = [prompts[number] for number in numbers]
+        if self.text_cache:
+            cond = self.text_cache.conditioning([prompts.place(number) for number in numbers])
+        else:
+            cond = self.teacher.encode(texts)
+        z = draw.normal(self.teacher.latent_shape)
+        t_init = schedule.start(len(z), recipe.t_init)
+
+        set_role(self.student, "student")
+        output = self.teacher.predict(self._student, self._laid_out(z), t_init, cond)
+        x0 = core.student_x0(
+            output.float(), z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised
+        )
+        t = draw.timesteps(recipe.t_low, recipe.t_high)
+        noise = draw.normal(self.teacher.latent_shape)
+        x_t = core.add_noise(x0.detach(), noise, t, schedule)
+        scale: float | Tensor = recipe.guidance
+        if recipe.guidance_to is not None:
+            scale = draw.uniform(recipe.guidance, recipe.guidance_to)
+        if recipe.guidance_high is not None:
+            scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
+        eps_teacher = self._score("teacher", x_t, t, cond, scale)
+        lora_loss = None
+        if recipe.gap == "sds":
+            eps_lora = noise
+        elif recipe.shared_forward:
+            eps_lora = self._lora_epsilon(x_t, t, cond)
+            lora_loss = core.lora_loss(eps_lora, noise, t, schedule, weight=recipe.lora_weight)
+            eps_lora = eps_lora.detach()
+        else:
+            eps_lora = self._score("lora_teacher", x_t, t, cond, scale if recipe.guide_lora else 1.0)
+        if recipe.gap == "dmd":
+            gap = core.dmd_gap(eps_teacher, eps_lora, noise)
+        else:
+            gap = core.vsd_gap(eps_teacher, eps_lora, t, schedule)
+        student_loss = core.vsd_loss(x0, gap)
+        pair_loss = torch.zeros((), device=x0.device)
+        paired = slice(-indices.start % self._pair_every, None, self._pair_every)
+        if recipe.pairs and len(z[paired]) and step <= recipe.pair_share * recipe.steps:
+            conditioning = {name: value[paired] for name, value in cond.items()}
+            pair_loss = core.pair_loss(x0[paired], self._teacher_images(z[paired], conditioning))
+            student_loss = student_loss + recipe.pair_weight * len(z[paired]) / len(z) * pair_loss
+        extra = {}
+        if self.alignment and (weight := recipe.clip_weight_at(step)):
+            with self.accelerator.autocast():
+                cosine = self.alignment.cosines(x0, texts)
+            student_loss = student_loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
+            extra["clip_cosine"] = cosine.detach().mean()
+        self._backward(student_loss, "student")
+        metrics = {
+            "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
+        }  # fmt: skip
+        return Part(draw, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
+
+    def _lora_loss(self, part: Part) -> Tensor:
+        """The LoRA teacher's loss on the same images, with fresh noise."""
+        t = part.draw.timesteps(0, len(self.schedule) - 1)
+        noise = part.draw.normal(self.teacher.latent_shape)
+        conditioning = part.cond
+        if part.draw.chance(self.recipe.null_chance):
+            conditioning = {name: value.expand_as(conditioning[name]) for name, value in self._null.items()}
+        eps = self._lora_epsilon(core.add_noise(part.x0, noise, t, self.schedule), t, conditioning)
+        return core.lora_loss(eps, noise, t, self.schedule, weight=self.recipe.lora_weight)
+
+    def _lora_epsilon(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The LoRA teacher's noise prediction, through which it can be trained."""
+        set_role(self.teacher.unet, "lora_teacher")
+        output = self.teacher.predict(self._lora_teacher, self._laid_out(x_t), t, conditioning)
+        return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
+
+    @torch.no_grad()
+    def _score(self, role: Role, x_t: Tensor, t: Tensor, cond: Conditioning, scale: float | Tensor) -> Tensor:
+        """The noise prediction of the teacher or of the LoRA teacher, guided."""
+        set_role(self.teacher.unet, role)
+        with self.accelerator.autocast():
+            return self._guided(x_t, t, cond, scale)
+
+    def _guided(self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: float | Tensor) -> Tensor:
+        return core.guided_epsilon(self._denoise, x_t, t, cond, self._null, scale, self.schedule, self.prediction)
+
+    @torch.no_grad()
+    def _teacher_images(self, z: Tensor, cond: Conditioning) -> Tensor:
+        """The teacher's own images of this noise, in the recipe's few steps."""
+        steps, scale = self.recipe.pair_steps, self.recipe.pair_guidance
+        set_role(self.teacher.unet, "teacher")
+        with self.accelerator.autocast():
+            return ddim(self._denoise, self.teacher.scheduler, z, cond, self._null, steps=steps, guidance=scale)
+
+    def _denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.teacher.predict(self.teacher.unet, self._laid_out(x_t), t, conditioning)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self.memory_format)
+
+    @contextmanager
+    def _gradients_wait(self, *, last: bool) -> Iterator[None]:
+        """But for the last part of a batch, gradients are added up here before processes exchange them."""
+        with ExitStack() as stack:
+            if not last:
+                for network in {self._student, self._lora_teacher}:
+                    stack.enter_context(self.accelerator.no_sync(network))
+            yield
+
+    def _backward(self, loss: Tensor, role: Role) -> None:
+        set_role(self.student if role == "student" else self.teacher.unet, role)
+        self.accelerator.backward(loss / len(self._parts))
+
+
+def share(recipe: Recipe, execution: ExecutionOptions, process: int, world: int) -> list[range]:
+    """The parts of every batch that are a process's: sample indices of the global batch. SbrushError if it has none."""
+    for whole, what in ((recipe.batch, "a batch"), (recipe.pairs, "pairs")):
+        if whole % world:
+            raise SbrushError(
+                f"{what} of {whole} cannot be shared by {world} processes", f"choose a multiple of {world}", code=2
+            )
+    local = recipe.batch // world
+    if local % execution.micro_batches:
+        raise SbrushError(
+            f"{local} samples a process cannot be split into {execution.micro_batches} micro-batches",
+            f"choose --micro-batches that divides {local}",
+            code=2,
+        )
+    size, first = local // execution.micro_batches, process * local
+    return [range(first + i * size, first + (i + 1) * size) for i in range(execution.micro_batches)]

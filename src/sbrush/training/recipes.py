@@ -1,0 +1,182 @@
+"""The table of hyper-parameters. `--recipe NAME` takes a row; `--dry-run` prints it.
+
+name             what it is for                                       what it gave
+swiftbrush       the paper's own settings, for SD-size teachers       the paper: COCO-30K FID 16.67, CLIP 0.29
+proper-guidance  the same with a random guidance scale (PG-SB of      that paper: SD 2.1, FID 8.91 by its own protocol
+                 SNOOPI, arXiv 2412.02687)
+dmd              DMD's normaliser and guidance, without its GAN       see docs/recipes.md
+stickers         the built-in teacher on a CPU                        see README.md
+
+Which one to take: docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
+
+from sbrush.console import SbrushError, printable
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained; every number that a run may want to change."""
+
+    name: str
+    gap: Literal["vsd", "dmd", "sds"]  # the score difference: core.vsd_gap, core.dmd_gap, or no LoRA teacher at all
+    guidance: float  # classifier-free guidance scale s
+    guide_lora: bool  # whether the LoRA teacher's score is guided too (SwiftBrush: yes; DMD: no)
+    steps: int  # updates of the student
+    batch: int  # samples an update, over all processes
+    student_lr: float
+    warmup: int  # steps in which student_lr rises from zero, while the LoRA teacher gets to know the student's images
+    cooldown: float  # share of the run, its end, in which student_lr falls to zero, so that the LoRA teacher catches up
+    lora_lr: float
+    lora_rank: int
+    lora_alpha: int
+    lora_targets: str  # "to_q to_v", or "all" linear and convolution layers
+    lora_updates: int  # per update of the student
+    shared_forward: bool  # one forward of the LoRA teacher is its score and its first update's; needs guide_lora off
+    lora_weight: Literal["alpha", "v", "min-snr"]  # see core.lora_loss; "alpha" is the paper's
+    null_chance: float  # that a LoRA update sees the empty prompt, the whole batch at once
+    t_init: int | None  # the timestep at which the student takes its noise for x_t; None: T, as in the paper
+    t_low: int  # the scores are compared at t in t_low .. t_high
+    t_high: int
+    ema: float  # decay of the exported average, reached by a ramp
+    beta2: float  # of both Adams; beta1 is 0.9
+    clip: float  # gradient norm
+    reparameterised: bool = True  # False: the paper's ablation
+    # What the paper has not:
+    student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
+    lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
+    guidance_to: float | None = None  # s is drawn anew for each step from guidance .. guidance_to
+    guidance_high: int | None = None  # guidance at timesteps up to this one only (arXiv 2404.07724)
+    optimizer: Literal["adam", "adam8bit"] = "adam"  # the latter's moments take a quarter of the memory (bitsandbytes)
+    pairs: int = 0  # samples of a batch that are also held to the teacher's own image of their noise: core.pair_loss
+    pair_steps: int = 8  # that the teacher takes for it
+    pair_guidance: float = 3.0
+    pair_share: float = 1.0  # of the run, its beginning, in which there are pairs
+    pair_weight: float = 1.0  # of that loss, against the score difference's on one sample
+    clip_weight: float = 0.0  # of core.clamped_clip_loss at the start, from which it falls to zero at the last step
+    clip_tau: float = 0.35  # the cosine from which on a image fits its prompt well enough
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds().items():
+            value = getattr(self, name)
+            allowed = get_args(kind) or (kind,)
+            numeric = float in allowed and type(value) is int
+            if not (value in allowed or type(value) in allowed or (value is None and NoneType in allowed) or numeric):
+                raise ValueError(f"{name} cannot be {value!r}")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} cannot be {value!r}")
+        for name in ("steps", "batch", "lora_rank", "lora_updates", "pair_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1")
+        for name in ("cooldown", "null_chance", "pair_share", "lora_lr_end", "ema", "beta2"):
+            if getattr(self, name) > 1 or (name in ("ema", "beta2") and getattr(self, name) == 1):
+                raise ValueError(f"{name} is a share of 1")
+        if not 0 <= self.t_low <= self.t_high or (self.t_init is not None and self.t_init < 1) or self.warmup < 0:
+            raise ValueError("timesteps and warmup count from 0, t_init from 1, and t_low is at most t_high")
+        if self.pairs and self.batch % self.pairs:
+            raise ValueError("pairs divides batch")
+        if self.guidance_to is not None and self.guidance_to < self.guidance:
+            raise ValueError("guidance_to is at least guidance")
+        if self.shared_forward and (self.guide_lora or self.gap == "sds"):
+            raise ValueError("shared_forward needs a LoRA teacher whose score is not guided")
+
+    def but_for(self, settings: Iterable[str]) -> Recipe:
+        """This recipe with settings such as "lora_rank=128" or "t_init=null" in place of its own.
+
+        SbrushError if one is no setting, or not with the others.
+        """
+        values: dict[str, Any] = {}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            if name not in _kinds():
+                raise SbrushError(f"no setting {printable(name)}", f"NAME=VALUE, of {', '.join(_kinds())}", code=2)
+            try:
+                values[name] = json.loads(text)
+            except (ValueError, RecursionError):
+                values[name] = text  # a word, such as dmd
+        return self.with_settings(**values)
+
+    def with_settings(self, **values: Any) -> Recipe:
+        """This recipe with these fields in place of its own; SbrushError if they do not go together."""
+        try:
+            return replace(self, **values)
+        except ValueError as problem:
+            raise SbrushError(
+                f"recipe {self.name}: {problem}", "sbrush distill --dry-run shows every setting", code=2
+            ) from None
+
+    def student_lr_at(self, step: int) -> float:
+        """The student's learning rate in a step, counted from 1."""
+        return self.student_lr * min(step / max(1, self.warmup), self._falling(step))
+
+    def lora_lr_at(self, step: int) -> float:
+        """The LoRA teacher's learning rate in a step, counted from 1."""
+        return self.lora_lr * (self.lora_lr_end + (1 - self.lora_lr_end) * self._falling(step))
+
+    def clip_weight_at(self, step: int) -> float:
+        """The weight of the clamped CLIP loss in a step, counted from 1."""
+        return self.clip_weight * (1 - step / self.steps)
+
+    def _falling(self, step: int) -> float:
+        return min(1.0, (self.steps - step + 1) / max(1.0, self.cooldown * self.steps))
+
+    @property
+    def forwards(self) -> float:
+        """What an update costs for each image, in UNet forwards; a backward counts as two, through a LoRA as one.
+
+        Student 3, or as a LoRA 2; teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own
+        update 2; and the teacher's steps for some images.
+        """
+        teacher = 1 if self.guidance == 1 and self.guidance_to is None else 2
+        paired = self.pair_share * self.pairs / self.batch * self.pair_steps * (1 if self.pair_guidance == 1 else 2)
+        student = 2 if self.student_rank else 3
+        if self.gap == "sds":
+            return student + teacher + paired
+        score = teacher if self.guide_lora else 0 if self.shared_forward else 1
+        return student + teacher + score + 2 * self.lora_updates + paired
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The type of each field that a run may set."""
+    return {name: kind for name, kind in get_type_hints(Recipe).items() if name != "name"}
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="swiftbrush", gap="vsd", guidance=4.5, guide_lora=True, steps=244_000, batch=16,
+            student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
+            lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
+            t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+        ),
+        Recipe(
+            name="proper-guidance", gap="vsd", guidance=0.5, guidance_to=4.0, guide_lora=True, steps=244_000, batch=16,
+            student_lr=1e-6, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108,
+            lora_targets="to_q to_v", lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
+            t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+        ),
+        Recipe(
+            name="dmd", gap="dmd", guidance=3.0, guide_lora=False, steps=100_000, batch=16,
+            student_lr=1e-5, warmup=0, cooldown=0.0, lora_lr=1e-3, lora_rank=64, lora_alpha=108, lora_targets="all",
+            lora_updates=1, shared_forward=False, lora_weight="alpha", null_chance=0.1,
+            t_init=None, t_low=20, t_high=980, ema=0.9999, beta2=0.999, clip=1.0,
+        ),
+        Recipe(
+            name="stickers", gap="dmd", guidance=1.5, guide_lora=False, steps=3000, batch=32,
+            student_lr=1.5e-4, warmup=50, cooldown=0.8, lora_lr=2e-3, lora_rank=64, lora_alpha=64, lora_targets="all",
+            lora_updates=1, shared_forward=True, lora_weight="v", null_chance=0.0,
+            t_init=625, t_low=200, t_high=980, ema=0.99, beta2=0.99, clip=1.0, lora_lr_end=0.1,
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,54 @@
+"""A student whose weights, gradients, moments and average are shared out among processes: FSDP2, for large students.
+
+Asked for by accelerate's own configuration (`accelerate config`, "FSDP"). The teacher stays whole on each device: it is
+frozen, in bfloat16 a tenth of what a student takes in training, and the LoRA on it is small. So accelerate itself is
+told of data parallelism alone, and the student is shared out here, block by block, by torch's fully_shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def asked_for() -> bool:
+    """Whether accelerate's configuration asks for FSDP; from then on accelerate takes it for data parallelism."""
+    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def shard(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
+    """Shares a UNet's parameters out among all processes, in place: they are DTensors from now on, float32 as before.
+
+    A block's weights are together on a device only while that block is at work.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(unet, mesh=mesh)
+
+
+def held(parameters: Iterable[Tensor]) -> float:
+    """The share of parameters that this process holds."""
+    pairs = [(p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel()) for p in parameters]
+    return sum(mine for mine, _ in pairs) / sum(all_ for _, all_ in pairs)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """A tensor, put together if it is shared out: then all processes must ask for it at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor's values into one that may be shared out."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+    tensor.copy_(value)

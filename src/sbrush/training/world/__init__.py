@@ -1,0 +1,1 @@
+"""Trains the built-in world from nothing and ships it into `sbrush/stickers/weights`."""
