@@ -37,10 +37,11 @@ demo: $(READY)  ## distil, sample and evaluate on the built-in world; at most 12
 test: $(READY)  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and the arrows between rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 distill: $(READY)  ## distil the built-in teacher into RUN
 	$(BIN)/sbrush distill prompts/stickers.txt --out $(RUN) $(if $(STEPS),--steps $(STEPS))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -127,7 +130,48 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 START: list[str] = []  # what stands between python and -m sbrush: another launcher
 
 
-def sbrush(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+@dataclass
+class Done:
+    """What a command came to: named as in subprocess.CompletedProcess."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def sbrush(*arguments: object, **environment: str) -> Done:
+    """`sbrush ARGUMENTS` in this process: no imports to wait for. With START, or where the process matters: `process`.
+
+    Text is encoded as UTF-8 and decoded again, as a pipe would do; signal handlers and the environment are put back.
+    """
+    if START:
+        done = process(*arguments, **environment)
+        return Done(done.returncode, done.stdout, done.stderr)
+    from sbrush.cli.app import main
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sbrush", *map(str, arguments)])
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            main()
+            code: object = 0
+        except SystemExit as left:
+            code = left.code
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if state := sys.modules.get("accelerate.state"):  # which is one a process, whatever was asked for first
+                state.AcceleratorState._reset_state(reset_partial_state=True)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+    return Done(int(code or 0), out, err)  # type: ignore[call-overload]
+
+
+def process(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """`sbrush ARGUMENTS` as its own process."""
     return subprocess.run(
         [sys.executable, *START, "-m", "sbrush", *map(str, arguments)],

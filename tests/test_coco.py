@@ -177,9 +177,9 @@ class TestProtocol:
         (folder / "open_clip_config.json").write_text(json.dumps(config))
         images = noise(2, 256, 256)
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-        images = torch.stack([preprocess(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in images])
+        pixels = torch.stack([preprocess(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in images])
         with torch.no_grad():
-            seen = model.eval().encode_image(images)
+            seen = model.eval().encode_image(pixels)
             said = model.encode_text(open_clip.tokenize([f"A photo depicts {c}" for c in captions]))
         expected = torch.nn.functional.cosine_similarity(seen, said)
         ours = ClipScorer.load(folder)

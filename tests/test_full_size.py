@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import sbrush
+from conftest import process
 from sbrush.benchmarks.full_size import UNETS, make
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def test_two_steps_killed_resumed_exported_and_drawn_by_plain_diffusers(tmp_path
     begun.send_signal(signal.SIGKILL)
     begun.wait()
     assert not (out / "student").exists()
-    done = sbrush("distill", *command, timeout=3600)
+    done = process("distill", *command, timeout=3600)
     assert done.returncode == 0 and "going on after step 1 of 2" in done.stderr, done.stderr
 
     weights = "unet/diffusion_pytorch_model.safetensors"

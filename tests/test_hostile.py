@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import build_tiny_teacher, sbrush
+from conftest import build_tiny_teacher, process, sbrush
 from fuzz import fuzz
 from sbrush.cli.seeds import parse_seeds
 from sbrush.console import SbrushError, printable
@@ -228,12 +228,12 @@ def test_a_home_that_cannot_be_written_to_is_not_needed(tmp_path, tiny_teacher):
     nowhere = "/dev/null/home"
     away = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "MPLCONFIGDIR"), nowhere)
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
-    made = sbrush(
+    made = process(
         "distill", tmp_path / "p.txt", "--teacher", tiny_teacher, "--out", tmp_path / "run", "--steps", 2, "--batch", 2,
         **away,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
-    drawn = sbrush("sample", "a cat", "--student", tmp_path / "run", "-o", tmp_path / "a.png", **away)
+    drawn = process("sample", "a cat", "--student", tmp_path / "run", "-o", tmp_path / "a.png", **away)
     assert drawn.returncode == 0 and (tmp_path / "a.png").is_file(), drawn.stderr
 
 
