@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from sbrush.models.unet import set_role
-from sbrush.training.methods.vsd import Distiller
+from sbrush.training.methods.vsd import VSD
 
 SENDERS = ("noise", "health", "text_cache", "evaluate.clip", "models.model", "models.sdxl")
 
@@ -45,7 +45,7 @@ def fake_cuda() -> Iterator[Accelerator]:
         yield accelerator
 
 
-def without_engine(distiller: Distiller) -> Distiller:
+def without_engine(distiller: VSD) -> VSD:
     """The same, whose backward only makes gradients of the right shapes."""
 
     def backward(loss: Tensor, role: Any) -> None:

@@ -31,7 +31,7 @@ from sbrush.sampling.generation import sample_to_files
 from sbrush.training.loop import distill
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals
+from sbrush.training.request import Intervals, RunRequest
 
 SECONDS = 60  # for one case
 ODD = [None, True, -1, 0, 1, 3, 10**9, 1e30, -0.5, float("nan"), "", "x", "../../x", "\x1b[2J", [], [[]], {}, {"a": 1}]
@@ -132,10 +132,10 @@ def sample(student: Path, work: Path) -> None:
 
 
 def resume(out: Path, teacher: Path) -> None:
-    plan = prepare(
-        RECIPE, make_prompts(["a cat", "a dog"], "two"), out=out, teacher=str(teacher), init=None, seed=3, device="cpu",
+    plan = prepare(RunRequest(
+        RECIPE, make_prompts(["a cat", "a dog"], "two"), out=out, teacher=str(teacher), seed=3, device="cpu",
         precision="float32", every=Intervals(log=1, grid=4, checkpoint=1),
-    )  # fmt: skip
+    ))  # fmt: skip
     plan = dataclasses.replace(plan, run=dataclasses.replace(plan.run, teacher_steps=2))
     assert distill(plan)
     load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
+from sbrush.training.request import ExecutionOptions
 
 PAPER = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, clip=1e9)
 WAYS = {
@@ -28,7 +28,7 @@ WAYS = {
 def main(teacher: str, out: Path) -> None:
     accelerator, seen = Accelerator(cpu=True), {}
     for way, (recipe, execution) in WAYS.items():
-        made = Distiller(load_teacher(teacher), recipe, seed=3, accelerator=accelerator, execution=execution)
+        made = VSD(load_teacher(teacher), recipe, seed=3, accelerator=accelerator, execution=execution)
         torch.manual_seed(1)
         for _, parameter in sorted(made.lora.items()):
             parameter.data.normal_()  # far from the teacher: what is compared is no mere rounding

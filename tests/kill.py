@@ -26,7 +26,7 @@ from sbrush.prompts import make_prompts
 from sbrush.training.loop import distill
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals
+from sbrush.training.request import Intervals, RunRequest
 
 STEPS, EVERY = 12, Intervals(log=2, grid=6, checkpoint=3)
 RECIPE = dataclasses.replace(
@@ -39,10 +39,10 @@ CRITICAL = ("checkpoint.py", "ema.py", "files.py", "run.py", "export.py", "adam.
 
 def run(out: Path, teacher: Path) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        plan = prepare(
-            RECIPE, PROMPTS, out=out, teacher=str(teacher), init=None, seed=3, device="cpu", precision="float32",
+        plan = prepare(RunRequest(
+            RECIPE, PROMPTS, out=out, teacher=str(teacher), seed=3, device="cpu", precision="float32",
             every=EVERY,
-        )  # fmt: skip
+        ))  # fmt: skip
         distill(plan)
 
 

@@ -9,13 +9,13 @@ from accelerate import Accelerator
 
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.training.methods.vsd import Distiller
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 recipe = dataclasses.replace(RECIPES["swiftbrush"], batch=4, student_lr=1e-3, lora_rank=4, lora_alpha=4)
-distiller = Distiller(load_teacher(sys.argv[1]), recipe, seed=3, accelerator=accelerator)
+distiller = VSD(load_teacher(sys.argv[1]), recipe, seed=3, accelerator=accelerator)
 order, step = ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 3), 0
 distiller.student.conv_out.register_forward_hook(
     lambda module, given, out: out * math.nan if step == 2 and accelerator.process_index == 1 else out

@@ -18,9 +18,9 @@ from sbrush.benchmarks.full_size import make
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.training.cost import GIB, estimate
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
+from sbrush.training.request import ExecutionOptions
 
 RECIPE = dataclasses.replace(RECIPES["swiftbrush"], steps=2, batch=1, student_rank=64)
 FIT = ExecutionOptions(checkpointing=True)
@@ -34,9 +34,9 @@ def held(kind: str) -> float:
 
 def main(name: str, folder: Path) -> None:
     teacher = folder if (folder / "model_index.json").exists() else make(name, folder)
-    told = estimate(str(teacher), RECIPE, FIT, bf16=False).peak / GIB
+    told = estimate(str(teacher), RECIPE, FIT).peak / GIB
     imports = held("VmRSS")
-    made = Distiller(load_teacher(str(teacher)), RECIPE, seed=0, accelerator=Accelerator(cpu=True), execution=FIT)
+    made = VSD(load_teacher(str(teacher)), RECIPE, seed=0, accelerator=Accelerator(cpu=True), execution=FIT)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of reading float16 files is not training's
     for step in (1, 2):
         made.step(step, ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 0))

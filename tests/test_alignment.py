@@ -16,11 +16,10 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.training.alignment import Alignment
 from sbrush.training.loop import distill
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals
+from sbrush.training.request import AlignmentRequest, ExecutionOptions, Intervals, RunRequest
 
 TEXTS = ["a cat", "a dog", "a red fish", "a blue car on a mint background"]
 PROMPTS = make_prompts(TEXTS, "four")
@@ -47,7 +46,7 @@ def build_tiny_vae(folder, *, blocks=2, latent_channels=4):
 
 
 def aligned(teacher, clip_folder, tiny_vae=None):
-    return Alignment.load(teacher, clip_folder, clip_model="ViT-B-32", tiny_vae=tiny_vae, device="cpu")
+    return Alignment.load(teacher, AlignmentRequest(clip_folder, tiny_vae=tiny_vae), device="cpu")
 
 
 @pytest.mark.parametrize("tiny", [False, True])
@@ -69,7 +68,7 @@ def test_its_gradient_is_added_to_the_students_and_reaches_nothing_else(tiny_tea
     def gradient(recipe):
         teacher = load_teacher(str(tiny_teacher))
         alignment = aligned(teacher, clip_folder, tiny_vae)
-        made = Distiller(
+        made = VSD(
             teacher,
             recipe,
             seed=3,
@@ -108,10 +107,10 @@ def test_its_gradient_is_added_to_the_students_and_reaches_nothing_else(tiny_tea
 
 
 def run(teacher, out, recipe=SMALL, **options):
-    made = prepare(
-        recipe, PROMPTS, out=out, teacher=str(teacher), init=None, seed=3, device="cpu", precision="float32",
-        every=Intervals(log=1, grid=0, checkpoint=1), **options,
-    )  # fmt: skip
+    made = prepare(RunRequest(
+        recipe, PROMPTS, out=out, teacher=str(teacher), seed=3, device="cpu", precision="float32",
+        every=Intervals(log=1, grid=0, checkpoint=1), alignment=AlignmentRequest(**options),
+    ))  # fmt: skip
     return distill(made)
 
 

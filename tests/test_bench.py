@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from sbrush.benchmarks.roofline import Rates, Roofline, copy_rate, matrix_rate
-from sbrush.benchmarks.training import BASELINE, BaselineDistiller, contenders, measure, rows
+from sbrush.benchmarks.training import BASELINE, BaselineVSD, contenders, measure, rows
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.training.cost import estimate
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
+from sbrush.training.request import ExecutionOptions
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish"], "three")
 RECIPE = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, lora_lr=1e-2, student_lr=1e-3)
@@ -38,7 +38,7 @@ def steps(teacher, kind, **execution):
 
 
 def test_the_plain_formulation_trains_the_same_student(tiny_teacher):
-    (ours, student), (plain, other) = (steps(tiny_teacher, kind) for kind in (Distiller, BaselineDistiller))
+    (ours, student), (plain, other) = (steps(tiny_teacher, kind) for kind in (VSD, BaselineVSD))
     for one, two in zip(ours, plain, strict=True):
         for name in ("gap", "student_grad", "lora_grad", "lora_loss"):
             assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-6), name
@@ -48,10 +48,10 @@ def test_the_plain_formulation_trains_the_same_student(tiny_teacher):
 def test_compiled_roles_stay_who_they_are_and_are_compiled_once(tiny_teacher):
     from torch._dynamo.utils import counters
 
-    plain, student = steps(tiny_teacher, Distiller)
+    plain, student = steps(tiny_teacher, VSD)
     torch._dynamo.reset()
     counters.clear()
-    compiled, other = steps(tiny_teacher, Distiller, compile="aot_eager")
+    compiled, other = steps(tiny_teacher, VSD, compile="aot_eager")
     for one, two in zip(plain, compiled, strict=True):
         assert torch.allclose(one["gap"], two["gap"], rtol=1e-3, atol=1e-6)
     assert plain[2]["gap"] > 0  # the LoRA teacher answers differently from the teacher by now

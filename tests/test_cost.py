@@ -13,10 +13,11 @@ from conftest import sbrush
 from sbrush.models.load import load_teacher
 from sbrush.noise import image_noise
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.training.cost import Held, estimate
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.cost import Held, Monitoring, estimate
+from sbrush.training.methods import Machine
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
+from sbrush.training.request import AlignmentRequest, ExecutionOptions
 
 SMALL = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4, null_chance=0.0)
 FIT = ExecutionOptions()
@@ -30,10 +31,10 @@ def size(tensors):
 
 @pytest.mark.parametrize("recipe", [SMALL, LORA, SHARED])
 def test_what_is_kept_is_what_a_distiller_keeps(tiny_teacher, recipe):
-    made = Distiller(load_teacher(str(tiny_teacher)), recipe, seed=0, accelerator=Accelerator(cpu=True))
+    made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=0, accelerator=Accelerator(cpu=True))
     for step in (1, 2):
         made.step(step, ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 0))
-    told = estimate(str(tiny_teacher), recipe, ExecutionOptions(), bf16=False)
+    told = estimate(str(tiny_teacher), recipe, ExecutionOptions())
     state = made.state()
     own = {n: p for n, p in made.teacher.unet.named_parameters() if ".lora_" not in n}
     assert told.memory["teacher's UNet, frozen"] == size(own.values()) == 4 * told.parameters["UNet"]
@@ -54,7 +55,7 @@ def test_flops_are_those_of_a_real_forward(tiny_teacher):
     # Attention in plain products: not every torch's counter knows the fused one on a CPU.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model.denoise(image_noise([1], (4, 16, 16)), torch.tensor([5]), model.encode(["a cat"]))
-    assert estimate(str(tiny_teacher), SMALL, ExecutionOptions(), bf16=False).flops == pytest.approx(
+    assert estimate(str(tiny_teacher), SMALL, ExecutionOptions()).flops == pytest.approx(
         counter.get_total_flops(), rel=0.02
     )
 
@@ -81,16 +82,14 @@ def test_what_is_held_is_counted_for_as_long_as_it_is_held():
     ],
 )
 def test_what_is_meant_to_save_memory_does(tiny_teacher, before, after):
-    one, two = (
-        estimate(str(tiny_teacher), dataclasses.replace(SMALL, batch=64), f, bf16=False) for f in (before, after)
-    )
+    one, two = (estimate(str(tiny_teacher), dataclasses.replace(SMALL, batch=64), f) for f in (before, after))
     assert two.peak < 0.8 * one.peak and two.memory["student's Adam"] == one.memory["student's Adam"]
 
 
 def test_processes_share_a_batch_and_with_fsdp_the_student_and_its_gradients(tiny_teacher):
     def told(world, *, shard=False):
         execution, recipe = ExecutionOptions(checkpointing=True, shard=shard), dataclasses.replace(SMALL, batch=world)
-        return estimate(None, recipe, execution, bf16=False, world=world, grids=False)
+        return estimate(None, recipe, execution, Machine(world=world), monitoring=Monitoring(grids=False))
 
     alone, four, sharded = told(1), told(4), told(4, shard=True)
     assert alone.memory == four.memory  # a image each
@@ -116,10 +115,10 @@ def test_a_dry_run_of_several_processes_is_told_once(tiny_teacher, prompt_file, 
 
 def test_the_average_can_be_kept_elsewhere_or_not_at_all(tiny_teacher):
     def average(recipe, execution):
-        told = estimate(str(tiny_teacher), recipe, execution, bf16=False)
+        told = estimate(str(tiny_teacher), recipe, execution)
         return told.memory["student's average"], told.host_memory["student's average"]
 
-    own = 4 * estimate(str(tiny_teacher), SMALL, ExecutionOptions(), bf16=False).parameters["UNet"]
+    own = 4 * estimate(str(tiny_teacher), SMALL, ExecutionOptions()).parameters["UNet"]
     assert average(SMALL, ExecutionOptions()) == (own, 0) and average(SMALL, ExecutionOptions(ema_on_cpu=True)) == (
         0,
         2 * own,
@@ -128,7 +127,7 @@ def test_the_average_can_be_kept_elsewhere_or_not_at_all(tiny_teacher):
 
 
 def test_an_xl_teacher_has_its_price_too(tiny_xl):
-    told = estimate(str(tiny_xl), SMALL, ExecutionOptions(), bf16=True, device="cuda")
+    told = estimate(str(tiny_xl), SMALL, ExecutionOptions(), Machine("cuda", bf16=True))
     model = load_teacher(str(tiny_xl))
     count = sum(p.numel() for _, encoder in model.text_parts for p in encoder.parameters())
     assert told.parameters["text encoder"] == count
@@ -148,7 +147,7 @@ def test_a_dry_run_reads_no_weights(tmp_path, tiny_teacher, prompt_file):
 
 def test_what_is_chosen_to_save_memory_is_told_to(tiny_teacher):
     def told(recipe=SMALL, execution=FIT, **options):
-        return estimate(str(tiny_teacher), recipe, execution, bf16=True, device="cuda", **options)
+        return estimate(str(tiny_teacher), recipe, execution, Machine("cuda", bf16=True), **options)
 
     plain, eight = told(), told(dataclasses.replace(SMALL, optimizer="adam8bit"))
     assert plain.memory["student's Adam"] == 4 * eight.memory["student's Adam"] == 8 * plain.parameters["UNet"]
@@ -157,28 +156,27 @@ def test_what_is_chosen_to_save_memory_is_told_to(tiny_teacher):
     others = "text encoder and autoencoder, frozen"
     assert plain.memory[others] - parked.memory[others] == encoder == parked.host_memory["text encoder"]
     assert told(execution=ExecutionOptions(checkpointing=True)).forwards == plain.forwards + 2
-    judged = told(validation=1000)
+    judged = told(monitoring=Monitoring(validation=1000))
     assert judged.peak - plain.peak == 4000
 
 
 def test_contact_sheets_are_counted_where_they_hold_more_than_a_step(tiny_teacher, monkeypatch):
     recipe, execution = dataclasses.replace(LORA, batch=1), ExecutionOptions(checkpointing=True)
     with_sheets, without = (
-        estimate(str(tiny_teacher), recipe, execution, bf16=False, grids=grids) for grids in (True, False)
+        estimate(str(tiny_teacher), recipe, execution, monitoring=Monitoring(grids=grids)) for grids in (True, False)
     )
     assert with_sheets.peak > without.peak  # 8 images are decoded at once, where one is trained on
     monkeypatch.setattr("sbrush.models.model.DECODED", 32 * 32)
-    assert estimate(str(tiny_teacher), recipe, execution, bf16=False).peak < with_sheets.peak
+    assert estimate(str(tiny_teacher), recipe, execution).peak < with_sheets.peak
 
 
 def test_the_clamped_clip_loss_is_counted(tiny_teacher, clip_folder):
-    without = estimate(str(tiny_teacher), SMALL, ExecutionOptions(), bf16=False)
+    without = estimate(str(tiny_teacher), SMALL, ExecutionOptions())
     with_loss = estimate(
         str(tiny_teacher),
         dataclasses.replace(SMALL, clip_weight=0.1),
         ExecutionOptions(),
-        bf16=False,
-        clip_weights=clip_folder,
+        alignment=AlignmentRequest(clip_folder),
     )
     name = "CLIP model and tiny VAE, frozen"
     assert without.memory[name] == 0

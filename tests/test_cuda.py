@@ -12,9 +12,9 @@ from sbrush.models.load import load_shapes
 from sbrush.sampling.generation import student_latents
 from sbrush.training.cost import Held, kernels
 from sbrush.training.health import TeacherReference
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
+from sbrush.training.request import ExecutionOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 PROMPTS = ["a cat", "a dog", "a red fish", "a blue car"] * 4
@@ -41,7 +41,7 @@ def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, fam
         for network in teacher.networks:
             network.to_empty(device="cpu")
         assert len(teacher.schedule) == 1000 and teacher.schedule.alpha.device.type == "cpu"  # as when a run is planned
-        made = without_engine(Distiller(teacher, recipe, seed=0, accelerator=accelerator, execution=execution))
+        made = without_engine(VSD(teacher, recipe, seed=0, accelerator=accelerator, execution=execution))
         made.step(1, PROMPTS)
         with Waits() as waits:
             result = made.step(2, PROMPTS)

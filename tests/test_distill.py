@@ -28,11 +28,10 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.storage import checkpoint
 from sbrush.training.loop import Saving, distill, stop_requests
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.plan import _accelerator, check, prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals, read_log
+from sbrush.training.request import ExecutionOptions, Intervals, RunRequest, read_log
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
 SMALL = dataclasses.replace(
@@ -41,14 +40,14 @@ SMALL = dataclasses.replace(
 
 
 def distiller(teacher, recipe, **options):
-    return Distiller(load_teacher(str(teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), **options)
+    return VSD(load_teacher(str(teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), **options)
 
 
 def plan(teacher, out, recipe=SMALL, prompts=PROMPTS, seed=3, init=None):
-    return prepare(
+    return prepare(RunRequest(
         recipe, prompts, out=out, teacher=str(teacher), init=init, seed=seed, device="cpu", precision="float32",
         every=Intervals(log=2, grid=3, checkpoint=3),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def by_hand(distiller, step):
@@ -366,7 +365,7 @@ def test_init_starts_from_another_student(tmp_path, tiny_teacher):
     assert distill(plan(tiny_teacher, tmp_path / "first"))
     second = plan(tiny_teacher, tmp_path / "second", init=str(tmp_path / "first"))
     assert second.run.config["init_sha256"] and second.init
-    ours = Distiller(second.teacher, SMALL, seed=3, accelerator=second.accelerator, init=second.init)
+    ours = VSD(second.teacher, SMALL, seed=3, accelerator=second.accelerator, init=second.init)
     weights = student_weights(tmp_path / "first")
     assert all(torch.equal(p, weights[name]) for name, p in ours.student.named_parameters())
 
@@ -425,7 +424,7 @@ def test_checkpoints_come_as_often_as_they_are_worth(monkeypatch):
 
 
 def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):
-    out, real = tmp_path / "run", Distiller.step
+    out, real = tmp_path / "run", VSD.step
 
     def asked_in_step_two(self, step, prompts):
         if step == 2:
@@ -433,7 +432,7 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):
         return real(self, step, prompts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Distiller, "step", asked_in_step_two)
+        patch.setattr(VSD, "step", asked_in_step_two)
         assert distill(plan(tiny_teacher, out)) is False
     assert checkpoint.newest(out / "checkpoints").step == 2
     assert distill(plan(tiny_teacher, out))

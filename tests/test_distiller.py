@@ -16,11 +16,10 @@ from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.sampling.generation import student_images
 from sbrush.storage import checkpoint
 from sbrush.training.loop import distill
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals
+from sbrush.training.request import ExecutionOptions, Intervals, RunRequest
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
 SMALL = dataclasses.replace(
@@ -32,7 +31,7 @@ variants = pytest.mark.parametrize("recipe", [SMALL, SHARED, LORA, dataclasses.r
 
 
 def distiller(teacher, recipe, **execution):
-    made = Distiller(
+    made = VSD(
         load_teacher(str(teacher)),
         recipe,
         seed=3,
@@ -75,7 +74,7 @@ def test_a_batch_that_cannot_be_split_so_is_refused(tiny_teacher):
 
 
 def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher):
-    made = Distiller(load_teacher(str(tiny_teacher)), LORA, seed=3, accelerator=Accelerator(cpu=True))
+    made = VSD(load_teacher(str(tiny_teacher)), LORA, seed=3, accelerator=Accelerator(cpu=True))
     own = load_teacher(str(tiny_teacher))
     z, t, conditioning = image_noise([1, 2], (4, 16, 16)), torch.tensor([999, 999]), own.encode(["a cat", "a dog"])
     with made.average() as student, torch.no_grad():
@@ -100,11 +99,11 @@ def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher)
 
 
 def run(teacher, out, recipe=SMALL, **options):
-    plan = prepare(
+    plan = prepare(RunRequest(
         recipe, PROMPTS, out=out, teacher=str(teacher), init=options.pop("init", None), seed=3, device="cpu",
         precision="float32", every=options.pop("every", Intervals(log=2, grid=3, checkpoint=3)),
         execution=ExecutionOptions(**options),
-    )  # fmt: skip
+    ))  # fmt: skip
     assert distill(plan)
     return out / "student"
 

@@ -19,10 +19,10 @@ from sbrush.storage import checkpoint
 from sbrush.training import health
 from sbrush.training.health import ALARMS, GRACE, LASTING, MOST_SKIPPED, TeacherReference, alarms, spreads
 from sbrush.training.loop import distill
-from sbrush.training.methods.vsd import Distiller
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals, read_log
+from sbrush.training.request import Intervals, RunRequest, read_log
 
 HEALTHY = Path(__file__).parent.parent / "docs" / "healthy"
 STICKERS = Path(__file__).parent.parent / "prompts" / "stickers.txt"
@@ -54,10 +54,10 @@ def names(log):
 
 def run(teacher, out, recipe, *, prompts=PROMPTS, grid=1000):
     every = Intervals(log=2, grid=grid, checkpoint=8)
-    plan = prepare(
-        recipe, prompts, out=out, teacher=teacher and str(teacher), init=None, seed=3, device="cpu",
+    plan = prepare(RunRequest(
+        recipe, prompts, out=out, teacher=teacher and str(teacher), seed=3, device="cpu",
         precision="float32", every=every,
-    )  # fmt: skip
+    ))  # fmt: skip
     distill(plan)
     return read_log(out)
 
@@ -180,7 +180,7 @@ def test_the_yardstick_measures_what_it_says():
 
 def not_finite_in(steps, teacher, monkeypatch, network="student"):
     """A distiller whose student or LoRA teacher gives NaN in these steps."""
-    real = Distiller.step
+    real = VSD.step
     now = []
 
     def step(self, number, prompts):
@@ -193,15 +193,15 @@ def not_finite_in(steps, teacher, monkeypatch, network="student"):
         first = next(m for n, m in layers if n.endswith("conv_out" if network == "student" else "lora_B.lora_teacher"))
         first.register_forward_hook(lambda module, given, out: out * math.nan if now[0] in steps else out)
 
-    init = Distiller.__init__
-    monkeypatch.setattr(Distiller, "__init__", build)
-    monkeypatch.setattr(Distiller, "step", step)
+    init = VSD.__init__
+    monkeypatch.setattr(VSD, "__init__", build)
+    monkeypatch.setattr(VSD, "step", step)
 
 
 @pytest.mark.parametrize("network", ["student", "lora"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_teacher, monkeypatch, network):
     not_finite_in({2}, tiny_teacher, monkeypatch, network)
-    ours = Distiller(load_teacher(str(tiny_teacher)), SMALL, seed=3, accelerator=Accelerator(cpu=True))
+    ours = VSD(load_teacher(str(tiny_teacher)), SMALL, seed=3, accelerator=Accelerator(cpu=True))
     order = ShuffledPrompts(PROMPTS, 3)
 
     def everything():

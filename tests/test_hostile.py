@@ -27,7 +27,7 @@ from sbrush.training.config import NOT_COMPARED, differences
 from sbrush.training.loop import distill
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals
+from sbrush.training.request import Intervals, RunRequest
 
 SMALL = dataclasses.replace(RECIPES["swiftbrush"], steps=4, batch=2, lora_rank=4, lora_alpha=4)
 ABOUT = {
@@ -45,10 +45,10 @@ NASTY = {
 
 
 def plan(teacher, out, recipe=SMALL, extend=0, prompts=("a cat", "a dog")):
-    return prepare(
-        recipe, make_prompts(prompts, "two"), out=out, teacher=str(teacher), init=None, seed=3, device="cpu",
+    return prepare(RunRequest(
+        recipe, make_prompts(prompts, "two"), out=out, teacher=str(teacher), seed=3, device="cpu",
         precision="float32", every=Intervals(log=1, grid=4, checkpoint=1), extend=extend,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def test_sixty_damaged_folders_are_refused_or_do_no_harm(tmp_path):

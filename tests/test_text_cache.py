@@ -15,7 +15,7 @@ from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.training.loop import distill
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals
+from sbrush.training.request import Intervals, RunRequest
 from sbrush.training.text_cache import TextCache
 
 PROMPTS = make_prompts([f"{a} {b}" for a in ("a red", "a blue", "a small") for b in ("cat", "dog", "fish")], "nine")
@@ -107,10 +107,10 @@ def test_too_little_room_is_refused_before_anything_is_written(tmp_path, tiny_te
 
 def test_a_run_with_a_cache_trains_on_its_own_prompts_and_is_another_run(tmp_path, tiny_teacher, monkeypatch):
     def run(out, **options):
-        plan = prepare(
-            SMALL, PROMPTS, out=tmp_path / out, teacher=str(tiny_teacher), init=None, seed=3, device="cpu",
+        plan = prepare(RunRequest(
+            SMALL, PROMPTS, out=tmp_path / out, teacher=str(tiny_teacher), seed=3, device="cpu",
             precision="float32", every=Intervals(log=1, grid=0, checkpoint=2), **options,
-        )  # fmt: skip
+        ))  # fmt: skip
         assert distill(plan)
         return load_file(tmp_path / out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
 

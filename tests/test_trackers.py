@@ -16,7 +16,7 @@ from sbrush.storage import checkpoint
 from sbrush.training.loop import distill
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.run import Intervals
+from sbrush.training.request import Intervals, RunRequest, ValidationRequest
 from sbrush.training.validation import Validation
 
 TEXTS = ["a cat", "a dog", "a red fish", "a blue car on a mint background"]
@@ -26,10 +26,10 @@ SMALL = dataclasses.replace(
 
 
 def run(teacher, out, *, validate=0, **options):
-    plan = prepare(
-        SMALL, make_prompts(TEXTS, "four"), out=out, teacher=str(teacher), init=None, seed=3, device="cpu",
+    plan = prepare(RunRequest(
+        SMALL, make_prompts(TEXTS, "four"), out=out, teacher=str(teacher), seed=3, device="cpu",
         precision="float32", every=Intervals(log=1, grid=0, checkpoint=2, validate=validate), **options,
-    )  # fmt: skip
+    ))  # fmt: skip
     assert distill(plan)
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -81,7 +81,7 @@ def test_a_tracker_that_is_not_there_or_does_not_start_is_an_error(tmp_path, tin
 
 def test_validation_is_the_average_students_clip_score_and_leaves_the_run_alone(tmp_path, tiny_teacher, clip_folder):
     others = make_prompts(["a green bird", "a cat"], "two")
-    log = run(tiny_teacher, tmp_path / "seen", validate=3, validation_clip=clip_folder, validation_prompts=others)
+    log = run(tiny_teacher, tmp_path / "seen", validate=3, validation=ValidationRequest(others, clip_folder))
     run(tiny_teacher, tmp_path / "unseen")
     one, two = (load_student(str(tmp_path / name)) for name in ("seen", "unseen"))
     weights = zip(one.unet.state_dict().values(), two.unet.state_dict().values(), strict=True)

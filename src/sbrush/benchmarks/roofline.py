@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sbrush.training.methods.rehearsal import forwards
 from sbrush.training.recipes import Recipe
 
 REPEATS = 6
@@ -59,7 +60,7 @@ class Roofline:
 
     @classmethod
     def of_step(cls, recipe: Recipe, flops: float, *, trained: int, lora: int, bf16: bool, rates: Rates) -> Roofline:
-        """`flops`: of one UNet forward for one image (a backward is two, see Recipe.forwards); parameters counted.
+        """`flops`: of one UNet forward for one image (a backward is two, see rehearsal.forwards); parameters counted.
 
         Moved for every trained parameter, in float32: Adam reads it, its gradient and two moments and writes three of
         them (28 bytes), the gradient's norm reads the gradient (4); for the student's the average reads two and writes
@@ -67,7 +68,7 @@ class Roofline:
         """
         student = 28 + 4 + (12 if recipe.ema else 0) + (6 if bf16 and not recipe.student_rank else 0)
         moved = student * trained + (28 + 4) * recipe.lora_updates * lora
-        return cls(recipe.batch * recipe.forwards * flops / rates.matrix, moved / rates.copy)
+        return cls(recipe.batch * forwards(recipe) * flops / rates.matrix, moved / rates.copy)
 
     @property
     def seconds(self) -> float:

@@ -38,14 +38,16 @@ from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.stickers.world import all_captions
 from sbrush.training.cost import GIB, Cost, estimate
-from sbrush.training.methods.vsd import Distiller
-from sbrush.training.networks import ExecutionOptions
+from sbrush.training.methods.method import Machine
+from sbrush.training.methods.rehearsal import forwards
+from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES, Recipe
+from sbrush.training.request import ExecutionOptions
 
 BASELINE = "plain: four score calls"
 
 
-class BaselineDistiller(Distiller):
+class BaselineVSD(VSD):
     """The same maths without batched score calls and without a memory layout chosen for speed."""
 
     memory_format = torch.contiguous_format
@@ -69,7 +71,7 @@ class Contender:
     """A way to take the step."""
 
     recipe: Recipe
-    kind: type[Distiller] = Distiller
+    kind: type[VSD] = VSD
     execution: ExecutionOptions = dataclasses.field(default_factory=ExecutionOptions)
 
 
@@ -77,7 +79,7 @@ def contenders(batch: int, *, built_in: bool, compiled: bool, student_rank: int 
     """By name; the first is the plain formulation."""
     paper = dataclasses.replace(RECIPES["swiftbrush"], batch=batch, student_rank=student_rank)
     shared = dataclasses.replace(paper, guide_lora=False, shared_forward=True)
-    found = {BASELINE: Contender(paper, BaselineDistiller), "sbrush": Contender(paper)}
+    found = {BASELINE: Contender(paper, BaselineVSD), "sbrush": Contender(paper)}
     found["sbrush, one LoRA forward"] = Contender(shared)
     if built_in:
         found["sbrush, stickers recipe"] = Contender(dataclasses.replace(RECIPES["stickers"], batch=batch))
@@ -168,7 +170,7 @@ def rows(
         ratios = [p / t for p, t in zip(measured.get(BASELINE, {}).get("step", ()), row["step"], strict=False)]
         found[name] = {
             "images_per_second": recipe.batch / taken,
-            "forwards_per_image": recipe.forwards,
+            "forwards_per_image": forwards(recipe),
             "times_baseline": statistics.median(ratios) if ratios else None,
             "matrix_rate_share": roofline.compute / taken,
             "roofline_fraction": roofline.seconds / taken,
@@ -210,7 +212,7 @@ def main(
     info(f"{about}: matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
     with full_size.or_made(teacher, size) as source:
         told = {
-            (one.recipe, one.execution): estimate(source, one.recipe, one.execution, bf16=bf16, device=where)
+            (one.recipe, one.execution): estimate(source, one.recipe, one.execution, Machine(where, bf16))
             for one in chosen.values()
         }
         costs = {name: told[one.recipe, one.execution] for name, one in chosen.items()}

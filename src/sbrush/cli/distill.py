@@ -11,17 +11,30 @@ from typing import Annotated, Any, cast
 import typer
 
 from sbrush import console
-from sbrush.cli.flags import MACHINE, REPORT, DeviceFlag, TeacherConfigFlag, TeacherFlag, no_prompts
+from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
+from sbrush.cli.dry_run import dry_run as dry_run_of
+from sbrush.cli.flags import DeviceFlag, TeacherConfigFlag, TeacherFlag, no_prompts
 from sbrush.console import SbrushError, info, printable
 from sbrush.training.recipes import RECIPES, Recipe
+from sbrush.training.request import (
+    AlignmentRequest,
+    ExecutionOptions,
+    Intervals,
+    RunRequest,
+    ValidationRequest,
+)
 
-MEMORY, ABLATIONS, OVERRIDES = "Less memory", "The paper's ablations", "Instead of the recipe's"
-CLIP = "Clamped CLIP loss"
+PLAN, SETTINGS, MEMORY, SPEED = "Before you start", "Training settings", "Fit a smaller GPU", "Device and speed"
+RECORD, CLIP, ABLATION = "What a run records", "CLIP loss (SwiftBrush v2)", "The paper's ablations"
 RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
+EXAMPLE = (
+    "Example: sbrush distill prompts/stickers.txt --steps 500 --out runs/first   "
+    "(the built-in teacher, on a CPU in about four minutes)"
+)
 
 
 class Tracker(StrEnum):
-    """Of those that accelerate knows."""
+    """Experiment trackers that accelerate can write to."""
 
     tensorboard = "tensorboard"
     wandb = "wandb"
@@ -29,7 +42,7 @@ class Tracker(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of matrix products in training."""
+    """Number format of matrix products in training."""
 
     auto = "auto"
     float32 = "float32"
@@ -37,211 +50,330 @@ class Precision(StrEnum):
 
 
 def distill(
-    prompts: Annotated[Path, typer.Argument(help="UTF-8 text, one prompt a line.")],
+    prompts: Annotated[Path, typer.Argument(help="The prompts to train on: a text file with one prompt a line.")],
     teacher: TeacherFlag = None,
-    teacher_config: TeacherConfigFlag = None,
-    init: Annotated[str | None, typer.Option(help="Start from this student instead of the teacher's weights.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. Default: runs/PROMPTS. The same command resumes.")
+        Path | None,
+        typer.Option(
+            "--out", "-o",
+            help="Run folder: log, sample grids, checkpoints and the student. Repeat the same command to resume. "
+            "Default: runs/ and the prompt file's name.",
+        ),
     ] = None,
     recipe: Annotated[
         RecipeName | None,
-        typer.Option(help="Row of hyper-parameters. Default: stickers for the built-in teacher, else swiftbrush."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the run.", min=0)] = 0,
-    extend: Annotated[int, typer.Option(help="Steps to add to the complete run in --out; 0: none.", min=0)] = 0,
-    steps: Annotated[int | None, typer.Option(help="Student updates.", min=1, rich_help_panel=OVERRIDES)] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples an update.", min=1, rich_help_panel=OVERRIDES)] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", min=0, rich_help_panel=OVERRIDES)] = None,
-    student_lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, rich_help_panel=OVERRIDES)] = None,
-    lora_lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, rich_help_panel=OVERRIDES)] = None,
-    lora_updates: Annotated[
-        int | None, typer.Option(help="LoRA-teacher updates a student update.", min=1, rich_help_panel=OVERRIDES)
-    ] = None,
-    student_lora: Annotated[
-        int | None,
-        typer.Option(help="Rank of a LoRA that is the student, for small cards.", min=1, rich_help_panel=OVERRIDES),
-    ] = None,
-    t_init: Annotated[
-        int | None, typer.Option(help="The student's timestep, below T.", min=1, rich_help_panel=OVERRIDES)
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any setting: --set lora_rank=128 --set t_init=null.", rich_help_panel=OVERRIDES),
-    ] = None,
-    lora_teacher: Annotated[
-        bool, typer.Option(" /--no-lora-teacher", help="Score Distillation Sampling.", rich_help_panel=ABLATIONS)
-    ] = True,
-    reparameterisation: Annotated[
-        bool, typer.Option(" /--no-reparameterisation", help="The UNet's output is x0.", rich_help_panel=ABLATIONS)
-    ] = True,
-    clip_loss: Annotated[
-        float | None,
         typer.Option(
-            help="Weight of the clamped CLIP loss at the start (SwiftBrush v2: 0.1).", min=0, rich_help_panel=CLIP
+            help="Row of training settings; --recipes prints them. Default: stickers for the built-in teacher, "
+            "swiftbrush (the paper's) for any other."
         ),
     ] = None,
-    clip_weights: Annotated[
-        Path | None, typer.Option(help="Of --clip-model, or an open_clip folder.", rich_help_panel=CLIP)
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps, one student update each. Default: the recipe's.", min=1)
     ] = None,
-    clip_model: Annotated[str, typer.Option(help="open_clip's name of it.", rich_help_panel=CLIP)] = "ViT-B-32",
-    tiny_vae: Annotated[
-        Path | None, typer.Option(help="AutoencoderTiny folder, in place of the teacher's VAE.", rich_help_panel=CLIP)
-    ] = None,
-    log_every: Annotated[int, typer.Option(help="Steps.", min=1, rich_help_panel=REPORT)] = 10,
-    grid_every: Annotated[
-        int, typer.Option(help="Steps between sample grids; 0: none.", min=0, rich_help_panel=REPORT)
-    ] = 200,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(help="Steps. Default: 200, or more if saving takes long.", min=1, rich_help_panel=REPORT),
-    ] = None,
-    validate_every: Annotated[
-        int, typer.Option(help="Steps between CLIP scores of the student; 0: none.", min=0, rich_help_panel=REPORT)
-    ] = 0,
-    validation_prompts: Annotated[
-        Path | None, typer.Option(help="64 of these. Default: of the run's.", rich_help_panel=REPORT)
-    ] = None,
-    validation_clip: Annotated[
-        Path | None,
-        typer.Option(help="ViT-g-14's weights or an open_clip folder; else the judge.", rich_help_panel=REPORT),
-    ] = None,
-    tracker: Annotated[
-        list[Tracker] | None, typer.Option(help="Log there too; may be repeated.", rich_help_panel=REPORT)
-    ] = None,
-    keep: Annotated[int, typer.Option(help="Newest checkpoints that stay.", min=1, rich_help_panel=REPORT)] = 2,
+    seed: Annotated[int, typer.Option(help="Random seed of the run. Another seed gives another student.", min=0)] = 0,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the recipes, and what this run would take (--device cuda: card or no card); train nothing.",
+            help="Print what this run would need (memory, disk, hours) and train nothing. Downloads no weights. "
+            "--device cuda plans for a GPU even where there is none.",
+            rich_help_panel=PLAN,
         ),
     ] = False,
-    device: DeviceFlag = "auto",
-    precision: Annotated[Precision, typer.Option(help="Of matrix products.", rich_help_panel=MACHINE)] = Precision.auto,
-    compile_: Annotated[
+    recipes: Annotated[
         bool,
-        typer.Option("--compile", help="torch.compile: minutes at the start, faster after.", rich_help_panel=MACHINE),
+        typer.Option("--recipes", help="Print every recipe's settings side by side and stop.", rich_help_panel=PLAN),
     ] = False,
+    teacher_config: TeacherConfigFlag = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from this student (folder, run or Hub id) instead of a copy of the teacher.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    extend: Annotated[
+        int,
+        typer.Option(
+            help="Add this many training steps to the finished run in --out. Its learning rate follows the longer "
+            "schedule. Default: 0, none.",
+            min=0,
+            rich_help_panel=SETTINGS,
+        ),
+    ] = 0,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Images per training step, over all processes. Default: the recipe's.",
+            min=1,
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance scale of the teacher. Higher is sharper and less varied. "
+            "Default: the recipe's.",
+            min=0,
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    student_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Student's learning rate. Lower it if an alarm rings. Default: the recipe's.",
+            min=0,
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change any setting of the recipe, e.g. --set lora_lr=5e-4 --set t_init=625. May be repeated; "
+            "--recipes lists the names.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    student_lora: Annotated[
+        int | None,
+        typer.Option(
+            help="Train the student as a LoRA of this rank (64 to 256) instead of a full copy: less memory, and a "
+            "LoRA file besides the full student. Default: a full copy.",
+            min=1,
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
     micro_batches: Annotated[
-        int, typer.Option(help="Parts that a process takes its batch in.", min=1, rich_help_panel=MEMORY)
+        int,
+        typer.Option(
+            help="Split each batch into this many parts, one after another: less memory, slower, same student. "
+            "Default: 1.",
+            min=1,
+            rich_help_panel=MEMORY,
+        ),
     ] = 1,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute activations twice, keep few.", rich_help_panel=MEMORY)
+        bool,
+        typer.Option(
+            "--checkpointing",
+            help="Gradient checkpointing: compute activations twice instead of keeping them.",
+            rich_help_panel=MEMORY,
+        ),
     ] = False,
-    ema_on_cpu: Annotated[bool, typer.Option("--ema-on-cpu", help="Off: --set ema=0.", rich_help_panel=MEMORY)] = False,
+    ema_on_cpu: Annotated[
+        bool,
+        typer.Option(
+            "--ema-on-cpu", help="Keep the student's moving average in host memory.", rich_help_panel=MEMORY
+        ),
+    ] = False,
+    adam_8bit: Annotated[
+        bool,
+        typer.Option(
+            "--adam-8bit",
+            help="Adam's moments in 8 bits, a quarter of the memory. Needs: pip install bitsandbytes.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = False,
     text_cache: Annotated[
         Path | None,
-        typer.Option(help="Folder for text embeddings; the text encoder then leaves the card.", rich_help_panel=MEMORY),
+        typer.Option(
+            help="Folder to keep text embeddings in: each prompt is encoded once and the text encoder leaves the GPU.",
+            rich_help_panel=MEMORY,
+        ),
     ] = None,
-    adam_8bit: Annotated[bool, typer.Option("--adam-8bit", help="Needs bitsandbytes.", rich_help_panel=MEMORY)] = False,
-) -> None:
+    device: DeviceFlag = "auto",
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Number format of matrix products. Default: auto, bfloat16 where the hardware has it.",
+            rich_help_panel=SPEED,
+        ),
+    ] = Precision.auto,
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the networks with torch.compile: minutes at the start, faster steps after.",
+            rich_help_panel=SPEED,
+        ),
+    ] = False,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between lines of log.jsonl. Default: 10.", min=1, rich_help_panel=RECORD)
+    ] = 10,
+    grid_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between sample grids, the same prompts and seeds each time. 0: none, and no alarms that "
+            "need the teacher's images. Default: 200.",
+            min=0,
+            rich_help_panel=RECORD,
+        ),
+    ] = 200,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints. Default: 200, or more where saving would take over 5 % of the time.",
+            min=1,
+            rich_help_panel=RECORD,
+        ),
+    ] = None,
+    keep: Annotated[
+        int, typer.Option(help="How many of the newest checkpoints stay. Default: 2.", min=1, rich_help_panel=RECORD)
+    ] = 2,
+    validate_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between CLIP scores of the student on 64 prompts. Default: 0, none.",
+            min=0,
+            rich_help_panel=RECORD,
+        ),
+    ] = 0,
+    validation_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts for --validate-every; 64 of them are used. Default: the training prompts.",
+            rich_help_panel=RECORD,
+        ),
+    ] = None,
+    validation_clip: Annotated[
+        Path | None,
+        typer.Option(
+            help="CLIP model for --validate-every: weights of ViT-g-14, or an open_clip folder. Default: the built-in "
+            "judge for the built-in teacher, else ViT-g-14 from the usual cache.",
+            rich_help_panel=RECORD,
+        ),
+    ] = None,
+    tracker: Annotated[
+        list[Tracker] | None,
+        typer.Option(help="Also log to this experiment tracker. May be repeated.", rich_help_panel=RECORD),
+    ] = None,
+    clip_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the clamped CLIP loss at the first step, falling to 0 at the last (SwiftBrush v2 uses "
+            "0.1). Default: 0, off.",
+            min=0,
+            rich_help_panel=CLIP,
+        ),
+    ] = None,
+    clip_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="CLIP model of --clip-loss: weights of the model named by --clip-model, or an open_clip folder.",
+            rich_help_panel=CLIP,
+        ),
+    ] = None,
+    clip_model: Annotated[
+        str,
+        typer.Option(
+            help="open_clip's name of the model in --clip-weights. Default: ViT-B-32.", rich_help_panel=CLIP
+        ),
+    ] = "ViT-B-32",
+    tiny_vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="AutoencoderTiny folder that decodes for --clip-loss: less memory than the teacher's VAE.",
+            rich_help_panel=CLIP,
+        ),
+    ] = None,
+    no_lora_teacher: Annotated[
+        bool,
+        typer.Option(
+            "--no-lora-teacher",
+            help="Train without the LoRA teacher: Score Distillation Sampling.",
+            rich_help_panel=ABLATION,
+        ),
+    ] = False,
+    no_reparameterisation: Annotated[
+        bool,
+        typer.Option(
+            "--no-reparameterisation",
+            help="Take the UNet's output itself for the clean latent.",
+            rich_help_panel=ABLATION,
+        ),
+    ] = False,
+) -> None:  # fmt: skip
     """Distil a teacher into a one-step student, from prompts alone."""
     chosen = RECIPES[recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"]
     given: dict[str, Any] = {
-        "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "lora_lr": lora_lr,
-        "lora_updates": lora_updates, "student_rank": student_lora, "t_init": t_init,
-        "reparameterised": reparameterisation, "optimizer": "adam8bit" if adam_8bit else None,
-        "clip_weight": clip_loss,
+        "steps": steps, "batch": batch, "guidance": guidance, "student_lr": student_lr, "student_rank": student_lora,
+        "reparameterised": False if no_reparameterisation else None,
+        "optimizer": "adam8bit" if adam_8bit else None, "clip_weight": clip_loss,
     }  # fmt: skip
-    for text in set_ or ():
-        if (name := text.partition("=")[0].strip()) in {key for key, value in given.items() if value is not None} and (
-            name != "reparameterised"
-        ):
-            raise SbrushError(f"{name} is given twice", f"leave out --set {printable(text)}, or the flag", code=2)
-    if guidance is not None:
-        chosen = chosen.with_settings(guidance_to=None)
-    if not lora_teacher:
-        chosen = chosen.with_settings(gap="sds", shared_forward=False)
-    chosen = chosen.with_settings(**{name: value for name, value in given.items() if value is not None})
-    chosen = chosen.but_for(set_ or ())
+    chosen = _resolve(chosen, {k: v for k, v in given.items() if v is not None}, set_ or (), sds=no_lora_teacher)
+    if recipes:
+        print_recipes(chosen)
+        return
     if not prompts.is_file():  # before torch is imported
         no_prompts(prompts)
-    info("loading torch and the models ...")
-    from sbrush.device import pick_device
-    from sbrush.prompts import read_prompts
-    from sbrush.training.loop import distill as train
-    from sbrush.training.networks import ExecutionOptions
-    from sbrush.training.plan import prepare
-    from sbrush.training.run import Intervals
-
     if not chosen.clip_weight and (clip_weights or tiny_vae):
         raise SbrushError(
             "--clip-weights and --tiny-vae are for the clamped CLIP loss, which is off",
             "give its weight too, such as --clip-loss 0.1, or leave them out",
             code=2,
         )
-    seen_by: Any = {"clip_weights": clip_weights, "clip_model": clip_model, "tiny_vae": tiny_vae}
-    texts = read_prompts(prompts)
     if not validate_every and (validation_prompts or validation_clip):
         raise SbrushError(
             "--validation-prompts and --validation-clip are for validation, which is off",
             "say how often: --validate-every 1000, or leave them out",
             code=2,
         )
-    checked = read_prompts(validation_prompts) if validation_prompts else None
-    execution = ExecutionOptions(
-        micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu,
-        compile="inductor" if compile_ else None,
+    info("loading torch and the models ...")
+    from sbrush.prompts import read_prompts
+
+    request = RunRequest(
+        recipe=chosen, prompts=read_prompts(prompts), out=out or Path("runs") / prompts.stem, teacher=teacher,
+        teacher_config=teacher_config, init=init, seed=seed, extend=extend, device=device,
+        precision=cast("Any", precision.value),
+        every=Intervals(
+            log=log_every, grid=grid_every, checkpoint=checkpoint_every, validate=validate_every, keep=keep
+        ),
+        execution=ExecutionOptions(
+            micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu,
+            compile="inductor" if compile_ else None,
+        ),
+        alignment=AlignmentRequest(clip_weights, clip_model, tiny_vae),
+        validation=ValidationRequest(
+            read_prompts(validation_prompts) if validation_prompts else None, validation_clip
+        ),
+        trackers=[name.value for name in tracker or ()], text_cache=text_cache,
     )  # fmt: skip
     if dry_run:
-        from sbrush.device import launched, trains_in_bf16
-        from sbrush.models.load import load_shapes
-        from sbrush.training.cost import estimate
-        from sbrush.training.plan import check
-        from sbrush.training.sharding import asked_for
-        from sbrush.training.validation import Validation
+        dry_run_of(request)
+    else:
+        _train(request)
 
-        process, world = launched()
-        if process:  # the first one speaks for all
-            return
-        execution = dataclasses.replace(execution, shard=asked_for() and world > 1)
-        where = pick_device(device, present=False)
-        bf16 = trains_in_bf16(cast("Any", precision.value), where)
-        guide = load_shapes(teacher, config=teacher_config)
-        check(chosen, guide, execution, world=world, init=init)
-        judge = Validation.parameters(guide, validation_clip) if validate_every else 0
-        _print_recipes(chosen)
-        facts = {
-            "teacher": teacher or "stickers (built in)",
-            "prompts": texts.describe(),
-            "seed": seed,
-            "device": f"{where}, {'bfloat16' if bf16 else 'float32'}",
-            "processes": f"{world}; memory is each one's",
-        }
-        for name, value in facts.items():
-            console.out(f"{name}: {printable(value)}")
-        cost = estimate(
-            teacher,
-            chosen,
-            execution,
-            config=teacher_config,
-            bf16=bf16,
-            world=world,
-            device=where,
-            **seen_by,
-            cached_prompts=len(texts) if text_cache else 0,
-            grids=grid_every > 0,
-            validation=judge,
-        )
-        for line in cost.lines(chosen, keep=keep):
-            console.out(line)
-        return
-    every = Intervals(log=log_every, grid=grid_every, checkpoint=checkpoint_every, validate=validate_every, keep=keep)
-    plan = prepare(
-        chosen, texts, out=out or Path("runs") / prompts.stem, teacher=teacher, init=init, seed=seed,
-        device=pick_device(device), precision=cast("Any", precision.value),
-        every=every, extend=extend, execution=execution, teacher_config=teacher_config, **seen_by,
-        validation_prompts=checked, validation_clip=validation_clip,
-        text_cache=text_cache, trackers=[name.value for name in tracker or ()],
-    )  # fmt: skip
+
+def _resolve(recipe: Recipe, given: dict[str, Any], settings: list[str] | tuple[()], *, sds: bool) -> Recipe:
+    """The recipe with what flags and `--set` change of it; SbrushError if one setting is given twice."""
+    for text in settings:
+        if (name := text.partition("=")[0].strip()) in given and name != "reparameterised":
+            raise SbrushError(f"{name} is given twice", f"leave out --set {printable(text)}, or the flag", code=2)
+    if "guidance" in given:
+        recipe = recipe.with_settings(guidance_to=None)
+    if sds:
+        recipe = recipe.with_settings(gap="sds", shared_forward=False)
+    return recipe.with_settings(**given).but_for(settings)
+
+
+def _train(request: RunRequest) -> None:
+    from sbrush.device import pick_device
+    from sbrush.training.loop import distill as train
+    from sbrush.training.plan import prepare
+
+    request = dataclasses.replace(request, device=pick_device(request.device))
+    if request.device.startswith("cuda"):
+        compare_with_free_memory(request)
+    plan = prepare(request)
     shown = printable(plan.run.out)
     if not train(plan):
         if not plan.main_process:  # the main one speaks for all
             sys.exit(130)
         raise SbrushError("stopped, and saved", f"the same command goes on: {_same_command()}", code=130)
     if plan.main_process:
-        grids = f"images: {shown}/samples   " if grid_every else ""
+        grids = f"images: {shown}/samples   " if request.every.grid else ""
         info(f'{grids}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
         console.out(plan.run.student)
 
@@ -250,16 +382,3 @@ def _same_command() -> str:
     import shlex
 
     return printable(shlex.join(["sbrush", *sys.argv[1:]]))
-
-
-def _print_recipes(recipe: Recipe) -> None:
-    """The recipes side by side, and this run's beside them."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("setting", *RECIPES, "this run", title=None, box=None)
-    for field in dataclasses.fields(Recipe):
-        table.add_row(
-            field.name, *(str(getattr(r, field.name)) for r in RECIPES.values()), str(getattr(recipe, field.name))
-        )
-    Console(markup=False, highlight=False).print(table)

@@ -18,6 +18,7 @@ from sbrush.console import SbrushError, printable
 from sbrush.metrics.clip import ClipScorer
 from sbrush.models.checks import check_configuration, digest_of, model_files, read_network, untrained_network
 from sbrush.models.model import Model
+from sbrush.training.request import AlignmentRequest
 
 
 class Alignment:
@@ -27,13 +28,12 @@ class Alignment:
         self._clip, self._vae, self.name = clip, vae, name
 
     @classmethod
-    def load(
-        cls, teacher: Model, clip_weights: Path | None, *, clip_model: str, tiny_vae: Path | None, device: str
-    ) -> Alignment:
-        """`clip_weights`, `clip_model`: see ClipScorer.load; `tiny_vae`: a folder in diffusers' format.
+    def load(cls, teacher: Model, request: AlignmentRequest, *, device: str) -> Alignment:
+        """For `clip_weights` and `clip_model` see ClipScorer.load; `tiny_vae` is a folder in diffusers' format.
 
         SbrushError if one of them is missing, damaged, or made for other latents than the teacher's.
         """
+        clip_weights, clip_model, tiny_vae = request.clip_weights, request.clip_model, request.tiny_vae
         if clip_weights is None or not clip_weights.exists():
             raise SbrushError(
                 f"no CLIP model {printable(clip_weights)}" if clip_weights else "the CLIP loss needs a CLIP model",
@@ -49,9 +49,10 @@ class Alignment:
         return cls(clip, vae, f"{name}, {digest_of(files)[:16]}")
 
     @classmethod
-    def shapes(cls, teacher: Model, clip_weights: Path | None, *, clip_model: str, tiny_vae: Path | None) -> Alignment:
+    def shapes(cls, teacher: Model, request: AlignmentRequest) -> Alignment:
         """The same, its networks with shapes and no numbers."""
-        clip = ClipScorer.shapes(clip_weights, model_name=clip_model)
+        clip = ClipScorer.shapes(request.clip_weights, model_name=request.clip_model)
+        tiny_vae = request.tiny_vae
         return cls(clip, teacher.vae if tiny_vae is None else _tiny(tiny_vae, teacher, "meta"), clip.name)
 
     @property

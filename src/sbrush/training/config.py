@@ -9,8 +9,8 @@ from typing import Any
 
 import sbrush
 from sbrush.console import SbrushError, printable
-from sbrush.prompts import Prompts
 from sbrush.training.recipes import Recipe
+from sbrush.training.request import RunRequest
 
 FORMAT = 1
 GRID_PROMPTS = 8  # on sample grids
@@ -19,36 +19,26 @@ LATER = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is n
 
 
 def make_config(
-    recipe: Recipe,
-    prompts: Prompts,
-    *,
-    teacher: str | None,
-    teacher_config: str | None,
-    teacher_sha256: str,
-    init: str | None,
-    init_sha256: str | None,
-    clip: str | None,
-    text_cache: bool,
-    seed: int,
-    bf16: bool,
+    request: RunRequest, *, teacher_sha256: str, init_sha256: str | None, clip: str | None, bf16: bool
 ) -> dict[str, Any]:
-    """What config.json holds."""
+    """What config.json holds. `clip`: the CLIP model of the clamped CLIP loss and its digest, if there is one."""
+    prompts = request.prompts
     spread = [prompts.texts[i * len(prompts) // GRID_PROMPTS] for i in range(min(GRID_PROMPTS, len(prompts)))]
     return {
         "format": FORMAT,
         "version": sbrush.__version__,
-        "teacher": teacher or "stickers (built in)",
-        "teacher_config": teacher_config,
+        "teacher": request.teacher or "stickers (built in)",
+        "teacher_config": request.teacher_config,
         "teacher_sha256": teacher_sha256,
-        "init": init,
+        "init": request.init,
         "init_sha256": init_sha256,
         "clip": clip,
-        "text_cache": text_cache or None,  # its rounding decides, too; runs from before there was one had none
+        "text_cache": request.text_cache is not None,  # half precision rounds the embeddings
         "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
-        "seed": seed,
+        "seed": request.seed,
         "bf16": bf16,
-        "recipe": dataclasses.asdict(recipe),
-        "sheet_prompts": spread,
+        "recipe": dataclasses.asdict(request.recipe),
+        "grid_prompts": spread,
     }
 
 

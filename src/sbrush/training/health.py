@@ -16,6 +16,7 @@ from sbrush.device import send
 
 GRACE = 100  # steps before the first alarm: a student begins as the teacher's one-step guess, which is no image yet
 LASTING = 50  # steps for which a sign must last
+METRICS = ("latent_drift", "saturation")  # of every step, see TeacherReference.compare
 MOST_SKIPPED = 25  # steps in a row that were not finite; then the run stops
 
 
@@ -117,8 +118,8 @@ class TeacherReference:
     def compare(self, x0: Tensor) -> dict[str, Tensor]:
         """A batch of the student's latents [B, C, H, W] beside the teacher's; scalars on the same device.
 
-        drift   largest distance of a channel's mean from the teacher's, in the teacher's deviations
-        beyond  share of values further from the mean than any of the teacher's
+        latent_drift  largest distance of a channel's mean from the teacher's, in the teacher's deviations
+        saturation    share of values further from the mean than any of the teacher's
         """
         mean, deviation, furthest = send(torch.tensor([self.mean, self.deviation, self.furthest]), x0.device)
         channels = x0.float().movedim(1, 0).flatten(1)

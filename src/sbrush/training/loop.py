@@ -1,6 +1,6 @@
 """The training loop: step after step, logged, checkpointed, resumable, stoppable.
 
-What a run is made of stands in plan.py, what a step is in distiller.py and core.py, what is kept in `--out` in run.py.
+It knows no method. What a step does is in methods/, what a run is made of in plan.py, what `--out` holds in run.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
@@ -21,11 +21,11 @@ from sbrush.console import SbrushError, info, printable, progress
 from sbrush.device import is_disconnected
 from sbrush.prompts import ShuffledPrompts
 from sbrush.storage import checkpoint
-from sbrush.training import sharding
-from sbrush.training.health import MOST_SKIPPED
-from sbrush.training.methods.vsd import Distiller
+from sbrush.training import health, sharding
+from sbrush.training.cost import smaller
+from sbrush.training.methods import METHODS, Method
 from sbrush.training.plan import Plan
-from sbrush.training.run import METRICS, Run
+from sbrush.training.run import Run
 from sbrush.training.trackers import finish, log_metrics, start
 
 ASK_EVERY = 5  # steps after which several processes agree on stopping: to ask is to wait for the device
@@ -48,6 +48,11 @@ def distill(plan: Plan) -> bool:
             f"cannot write to {printable(run.out)}: {problem.strerror or problem}",
             "what is in its checkpoints/ is kept: mend that and give the same command again",
         ) from problem
+    except torch.OutOfMemoryError as problem:
+        raise SbrushError(
+            f"out of memory on {plan.accelerator.device}: {str(problem).split('. ')[0]}",
+            f"{smaller(run.recipe, plan.execution)}; what is in {printable(run.checkpoints)} is kept",
+        ) from problem
     except RuntimeError as problem:
         if plan.accelerator.num_processes == 1 or not is_disconnected(problem):
             raise
@@ -69,92 +74,95 @@ def _train(plan: Plan) -> bool:
     seed = run.config["seed"]
     # A student that is shared out answers, and is put together, only when all processes ask for it.
     needed = main or plan.execution.shard
-    distiller = Distiller(
+    method: Method = METHODS[recipe.method](  # type: ignore[call-arg]
         plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, execution=plan.execution,
         alignment=plan.alignment, text_cache=plan.text_cache,
     )  # fmt: skip
     if main and plan.execution.shard:
-        share = 100 * sharding.held(distiller.trained.values())
+        share = 100 * sharding.held(method.trained.values())
         info(f"the student is shared out among {plan.accelerator.num_processes} processes (FSDP2); here {share:.0f} %")
     order, first = ShuffledPrompts(plan.prompts, seed), 1
     if saved := checkpoint.newest(run.checkpoints):
-        distiller.load(saved)
+        method.load(saved)
         first = saved.step + 1
         if main:
             info(f"going on after step {saved.step} of {recipe.steps}")
     with torch.compiler.set_stance("force_eager"):
-        log = run.begin(distiller.teacher, after_step=first - 1) if main else []
+        log = run.begin(method.teacher, after_step=first - 1) if main else []
     start(plan.accelerator, run.out, run.config, first=first)
     plan.accelerator.wait_for_everyone()
-    every = run.every
+    every, metrics = run.every, (*method.metrics, *health.METRICS)
+    skips = metrics.index("skipped")
     reference = run.reference if every.grid else None
-    waiting, saving = list[Tensor](), Saving(every.checkpoint, plan.accelerator)
+    waiting, saving = list[Tensor](), CheckpointTimer(every.checkpoint, plan.accelerator)
     since, skipped = time.monotonic(), 0  # the latter: steps in a row, up to now, that were not finite
     several = plan.accelerator.num_processes > 1
     with stop_requests(several=several) as stop, progress("distilling", recipe.steps, done=first - 1) as bar:
         for step in range(first, recipe.steps + 1):
-            result = distiller.step(step, order)
+            result = method.step(step, order)
             if reference:
                 result |= reference.compare(result["x0"])
-            unknown = torch.full_like(result["gap"], float("nan"))
-            waiting.append(torch.stack([result.get(name, unknown) for name in METRICS]))
-            last, stopping = step == recipe.steps, stop.asked_by_any(distiller.accelerator, step)
+            unknown = torch.full_like(result["skipped"], float("nan"))
+            waiting.append(torch.stack([result.get(name, unknown) for name in metrics]))
+            last, stopping = step == recipe.steps, stop.asked_by_any(plan.accelerator, step)
             grid = bool(every.grid) and (step % every.grid == 0 or last or step == 1)
             validate = bool(every.validate) and (step % every.validate == 0 or last)
             save = saving.due(step) or last or stopping
             note = ""
             if step % every.log == 0 or grid or validate or save:  # the only place that waits for the device
-                entry = _means(waiting, distiller.accelerator)
+                entry = _means(waiting, metrics, plan.accelerator)
                 entry["images_per_second"] = round(len(waiting) * recipe.batch / (time.monotonic() - since), 2)
-                skipped = _run_of_skipped(waiting, skipped)
+                skipped = _run_of_skipped([values[skips] for values in waiting], skipped)
                 if needed and reference and grid:
-                    with distiller.average() as student:
+                    with method.average() as student:
                         latents = run.draw(student)
                     if main:
-                        entry |= run.grids(step, distiller.teacher, latents, result, reference)
+                        views = {label: result[name] for label, name in method.views.items()}
+                        entry |= run.grids(step, method.teacher, latents, views, reference)
                 if plan.validation and validate:
-                    with distiller.average() as student:
+                    with method.average() as student:
                         entry["clip_score"] = plan.validation.score(student)
                 if main:
-                    note = run.log(step, entry, log)
+                    run.log(step, entry, log)
+                    note = method.summary(log[-1])
                     log_metrics(plan.accelerator, log[-1])
                 if main and (grid or last):
                     run.curves(log)
                 waiting, since = [], time.monotonic()
-            if skipped >= MOST_SKIPPED:
+            if skipped >= health.MOST_SKIPPED:
                 raise _not_finite(run, skipped)
             if main:
                 bar.advance(note=note)
             if needed and save and (skipped == 0 or last or stopping):
                 with saving.timed():
-                    state = distiller.state()
+                    state = method.state()
                     if main:
                         checkpoint.save(run.checkpoints, step, state, keep=every.keep)
             if stopping and not last:
                 return False
     finish(plan.accelerator)
     if needed:
-        with distiller.average():
-            unet = distiller.exported()
+        with method.average():
+            unet = method.exported()
             if main:
-                run.export(distiller.teacher, unet, trained=distiller.student, init=plan.init)
-    distiller.accelerator.wait_for_everyone()
+                run.export(method.teacher, unet, trained=method.student, init=plan.init)
+    plan.accelerator.wait_for_everyone()
     return True
 
 
-def _means(waiting: list[Tensor], accelerator: Accelerator) -> dict[str, float | None]:
+def _means(waiting: list[Tensor], metrics: Sequence[str], accelerator: Accelerator) -> dict[str, float | None]:
     """Each metric's mean over steps and processes, of its finite values; None if it had none. `skipped` is a sum."""
     values = torch.stack(waiting)
     finite = values.isfinite()
     sums, counts = accelerator.reduce(torch.stack([values.where(finite, 0).sum(0), finite.sum(0)]), "sum").tolist()
-    means = {k: s / n if n else None for k, s, n in zip(METRICS, sums, counts, strict=True)}
-    means["skipped"] = round(sums[METRICS.index("skipped")] / accelerator.num_processes)
+    means = {k: s / n if n else None for k, s, n in zip(metrics, sums, counts, strict=True)}
+    means["skipped"] = round(sums[metrics.index("skipped")] / accelerator.num_processes)
     return means
 
 
 def _run_of_skipped(waiting: list[Tensor], before: int) -> int:
-    """How many of the newest steps in a row were skipped, `before` those waiting included."""
-    for skipped in torch.stack(waiting)[:, METRICS.index("skipped")].tolist():
+    """How many of the newest steps in a row were skipped, given how many were `before` those waiting."""
+    for skipped in torch.stack(waiting).tolist():
         before = before + 1 if skipped else 0
     return before
 
@@ -164,11 +172,11 @@ def _not_finite(run: Run, skipped: int) -> SbrushError:
     last = f"the last good checkpoint is {printable(kept[0])}" if kept else "there is no checkpoint yet"
     return SbrushError(
         f"the losses or gradients of {skipped} steps in a row were not finite; {last}",
-        "begin another run with a lower --student-lr or --lora-lr, or with --precision float32",
+        "begin another run with a lower --student-lr or --set lora_lr=..., or with --precision float32",
     )
 
 
-class Saving:
+class CheckpointTimer:
     """When checkpoints are due: every so many steps, or, of every SAVE_EVERY, as often as SAVING allows."""
 
     def __init__(self, every: int | None, accelerator: Accelerator) -> None:
@@ -219,7 +227,7 @@ def stop_requests(*, several: bool = False) -> Iterator[Stop]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.asked = True
-        # Not by `say`: the signal may have come in the middle of a print, which must not be entered twice.
+        # Not by `info`: the signal may have come in the middle of a print, which must not be entered twice.
         when = b"in some steps, when all processes know" if several else b"after this step"
         os.write(2, b"\nstopping " + when + b"; once more to stop at once (work since the last checkpoint is lost)\n")
         for s in before:

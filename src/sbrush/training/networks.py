@@ -1,6 +1,6 @@
-"""The networks that are trained: made out of a teacher, saved and put back, averaged, exported.
+"""The networks that are trained: made out of a teacher, saved and restored, averaged, exported.
 
-What a training step does with them is distiller.py.
+What a training step does with them is a method's matter: methods/.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -24,27 +24,15 @@ from sbrush.storage import checkpoint
 from sbrush.training import optimizer, sharding
 from sbrush.training.ema import EMA
 from sbrush.training.recipes import Recipe
-
-
-@dataclass(frozen=True)
-class ExecutionOptions:
-    """How a run is made to fit its machine; but for rounding nothing of this changes the student."""
-
-    micro_batches: int = 1  # that a process's share of a batch is split into: less memory, more time
-    checkpointing: bool = False  # of gradients: activations are computed again in the backward
-    ema_on_cpu: bool = False
-    shard: bool = False  # a full student's weights and all that belongs to them are shared out among processes
-    compile: str | None = None  # the networks' forwards and backwards, by this backend of torch.compile
+from sbrush.training.request import ExecutionOptions
 
 
 class Networks:
-    """A student and its two teachers, with all that training keeps of them.
+    """A student, the frozen teacher beside it, and all that training keeps of them: what every method starts from.
 
-    The teacher and the LoRA teacher are one frozen UNet: with its adapter off and on. The student is a full copy, or,
-    with `recipe.student_rank`, a second adapter on the same frozen weights.
+    The student is a full copy of the teacher's UNet, or, with `recipe.student_rank`, a LoRA on the same frozen weights.
+    A method that trains more overrides `add_helpers`.
     """
-
-    memory_format = torch.channels_last  # in which convolutions are fastest
 
     def __init__(
         self,
@@ -57,55 +45,68 @@ class Networks:
         execution: ExecutionOptions,
     ) -> None:
         self.teacher, self.recipe, self.accelerator, self.execution = teacher, recipe, accelerator, execution
+        self.seed, self.memory_format = seed, self.layout(accelerator.device.type)
         base = teacher.unet
         for network in teacher.networks:
             network.to(accelerator.device)
-        if recipe.student_rank:
-            self.student = base
-        else:
-            # torch shards no other than the plain layout, and the 8-bit Adam falls back to it.
-            plain = self.execution.shard or recipe.optimizer == "adam8bit"
-            layout = torch.contiguous_format if plain else self.memory_format
-            student = copy.deepcopy((init or teacher).unet).to(accelerator.device, memory_format=layout)
-            self.student = student.float().requires_grad_(True).train()
-            if self.execution.shard:
-                sharding.shard(self.student, accelerator)
+        self.student = base if recipe.student_rank else self._copy((init or teacher).unet)
         if accelerator.mixed_precision == "bf16":
             # On the CPU memory is no worry, and text embeddings may as well keep their digits.
             for network in teacher.networks if accelerator.device.type == "cuda" else (base,):
                 nn.Module.to(network, torch.bfloat16)  # diffusers' own `to` warns, of nothing that concerns this
         base.to(memory_format=self.memory_format)
-        rank, alpha, targets = recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets
-        self.lora = add_lora(base, "lora_teacher", rank=rank, alpha=alpha, targets=targets, seed=seed)
+        helpers = self.add_helpers()
         self.trained = dict(self.student.named_parameters())
         if rank := recipe.student_rank:
             self.trained = add_lora(base, "student", rank=rank, alpha=2 * rank, targets="all", seed=seed + 1)
         for unet in (base, self.student):
             attend_explicitly(unet)
-            if self.execution.checkpointing:
+            if execution.checkpointing:
                 unet.enable_gradient_checkpointing()
                 unet.train()  # without which diffusers leaves checkpointing out; these networks have no dropout
-        where = torch.device("cpu") if self.execution.ema_on_cpu else None
+        where = torch.device("cpu") if execution.ema_on_cpu else None
         self.ema = EMA(self.trained, recipe.ema, device=where)
-        self.student_optimizer = optimizer.make_adam(
-            self.trained.values(), kind=recipe.optimizer, lr=recipe.student_lr, beta2=recipe.beta2
-        )
-        self.lora_optimizer = optimizer.make_adam(
-            self.lora.values(), kind=recipe.optimizer, lr=recipe.lora_lr, beta2=recipe.beta2
-        )
-        # accelerate wraps both networks (autocast; DDP when there are several processes), each under its own name:
-        # the plain modules stay reachable as self.student and self.teacher.unet. Two LoRAs in one DDP module would
-        # each wait for the other's gradients, so then their gradients are averaged in `apply`. A student that is
-        # shared out averages its own.
-        if recipe.student_rank:
-            self._student = self._lora_teacher = accelerator.prepare_model(
-                base, device_placement=False, evaluation_mode=True
-            )
+        self.student_optimizer = self._adam(self.trained, recipe.student_lr)
+        self.helpers = {name: (trained, self._adam(trained, lr)) for name, (trained, lr) in helpers.items()}
+        self._wrap()
+
+    @staticmethod
+    def layout(device: str) -> torch.memory_format:
+        """The layout in which a UNet is fastest on a kind of device ("cpu", "cuda"), as measured (docs/results.md)."""
+        return torch.channels_last if device == "cpu" else torch.contiguous_format
+
+    def add_helpers(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
+        """Adds adapters to the teacher's UNet that are trained beside the student: name -> (parameters, LR)."""
+        return {}
+
+    def _copy(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        """A student that is a full copy, its weights float32."""
+        # torch shards no other than the plain layout, and the 8-bit Adam falls back to it.
+        plain = self.execution.shard or self.recipe.optimizer == "adam8bit"
+        layout = torch.contiguous_format if plain else self.memory_format
+        student = copy.deepcopy(unet).to(self.accelerator.device, memory_format=layout)
+        student = student.float().requires_grad_(True).train()
+        if self.execution.shard:
+            sharding.shard(student, self.accelerator)
+        return student
+
+    def _adam(self, parameters: Mapping[str, nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        return optimizer.make_adam(parameters.values(), kind=recipe.optimizer, lr=lr, beta2=recipe.beta2)
+
+    def _wrap(self) -> None:
+        """Has accelerate wrap what is trained (autocast; DDP when there are several processes).
+
+        The plain modules stay reachable as `student` and `teacher.unet`; what answers in training is `_student` and
+        `_base`. Two LoRAs in one DDP module would each wait for the other's gradients, so then their gradients are
+        averaged in `apply`. A sharded student averages its own.
+        """
+        base, accelerator, shard = self.teacher.unet, self.accelerator, self.execution.shard
+        if self.recipe.student_rank:
+            self._student = self._base = accelerator.prepare_model(base, device_placement=False, evaluation_mode=True)
         else:
-            self._lora_teacher = accelerator.prepare_model(base)
-            self._student = accelerator.prepare_model(
-                self.student, device_placement=not self.execution.shard, evaluation_mode=self.execution.shard
-            )
+            self._base = accelerator.prepare_model(base, evaluation_mode=not self.helpers)
+            self._student = accelerator.prepare_model(self.student, device_placement=not shard, evaluation_mode=shard)
         if self.execution.compile:
             # Each role is a graph of its own, and so is each mode: torch tells them apart by the LoRAs' switches.
             for unet in {base, self.student}:
@@ -146,13 +147,10 @@ class Networks:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that training changes, for a checkpoint; if the student is shared out, asked on all processes."""
-        parts = {
-            "student": dict(self.trained),
-            "ema": self.ema.tensors,
-            "lora": dict(self.lora),
-            "student_optimizer": optimizer.state_of(self.student_optimizer),
-            "lora_optimizer": optimizer.state_of(self.lora_optimizer),
-        }
+        parts = {"student": dict(self.trained), "ema": self.ema.tensors}
+        parts |= {name: dict(trained) for name, (trained, _) in self.helpers.items()}
+        parts["student_optimizer"] = optimizer.state_of(self.student_optimizer)
+        parts |= {f"{name}_optimizer": optimizer.state_of(adam) for name, (_, adam) in self.helpers.items()}
         if not self.execution.shard:
             return parts
         # Put together one by one, and kept by the process that writes them.
@@ -167,7 +165,8 @@ class Networks:
     @torch.no_grad()
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Puts back what `state` gave. SbrushError if that is not what this run's networks are made of."""
-        own = {"student": self.trained, "ema": self.ema.tensors, "lora": self.lora}
+        own = {"student": self.trained, "ema": self.ema.tensors}
+        own |= {name: trained for name, (trained, _) in self.helpers.items()}
         for part, tensors in own.items():
             theirs = saved.part(part)
             if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in theirs.items()}:
@@ -178,7 +177,8 @@ class Networks:
                 sharding.put(tensor, theirs[name])
         try:
             optimizer.restore(self.student_optimizer, saved.part("student_optimizer"))
-            optimizer.restore(self.lora_optimizer, saved.part("lora_optimizer"))
+            for name, (_, adam) in self.helpers.items():
+                optimizer.restore(adam, saved.part(f"{name}_optimizer"))
         except (ValueError, IndexError, KeyError, RuntimeError) as problem:
             raise _misfit(saved.step) from problem
 

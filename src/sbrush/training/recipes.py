@@ -51,6 +51,7 @@ class Recipe:
     beta2: float  # of both Adams; beta1 is 0.9
     clip: float  # gradient norm
     reparameterised: bool = True  # False: the paper's ablation
+    method: Literal["vsd"] = "vsd"  # what trains the student: a line of training/methods
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
@@ -128,21 +129,6 @@ class Recipe:
 
     def _falling(self, step: int) -> float:
         return min(1.0, (self.steps - step + 1) / max(1.0, self.cooldown * self.steps))
-
-    @property
-    def forwards(self) -> float:
-        """What an update costs for each image, in UNet forwards; a backward counts as two, through a LoRA as one.
-
-        Student 3, or as a LoRA 2; teacher's score 2 with guidance, LoRA teacher's score likewise if guided, its own
-        update 2; and the teacher's steps for some images.
-        """
-        teacher = 1 if self.guidance == 1 and self.guidance_to is None else 2
-        paired = self.pair_share * self.pairs / self.batch * self.pair_steps * (1 if self.pair_guidance == 1 else 2)
-        student = 2 if self.student_rank else 3
-        if self.gap == "sds":
-            return student + teacher + paired
-        score = teacher if self.guide_lora else 0 if self.shared_forward else 1
-        return student + teacher + score + 2 * self.lora_updates + paired
 
 
 @cache

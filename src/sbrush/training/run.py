@@ -1,7 +1,7 @@
 """A training run's folder: what was asked, what happened, how it looks, what came out.
 
 config.json             everything that decides the result (config.py)
-log.jsonl               one line every few steps, see METRICS; alarms by name; clip_score where it was validated
+log.jsonl               a line every few steps: the method's metrics, health.METRICS, alarms, clip_score
 curves.png              the same drawn
 samples/step-000200.png the student's images, same prompts and seeds each time; samples/teacher.png beside them
 samples/teacher.json    what the teacher's images are like, for the alarms
@@ -41,38 +41,9 @@ from sbrush.training.config import check_same, read_config
 from sbrush.training.curves import draw_curves
 from sbrush.training.health import TeacherReference, alarms
 from sbrush.training.recipes import Recipe
+from sbrush.training.request import Intervals
 
-METRICS = (
-    "gap",  # mean |g|
-    "student_loss",
-    "lora_loss",
-    "pair_loss",
-    "clip_cosine",  # of the student's images and their prompts, while the clamped CLIP loss is on
-    "x0_mean",  # of the student's latents
-    "x0_std",
-    "student_grad",  # norms before clipping
-    "lora_grad",
-    "skipped",  # steps whose loss or gradient was not finite
-    "score_gap_ratio",  # mean |eps_phi - eps_psi| / mean |eps_phi - eps|
-    "lora_divergence",  # mean |eps_psi - eps| / mean |eps_phi - eps|
-    "latent_drift",  # see health.TeacherReference.compare
-    "saturation",
-)
 GRID_SEEDS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Intervals:
-    """How often a run is written down, in steps; `sample grid` 0: no images, nor the alarms that need the teacher's.
-
-    `checkpoint` None: as often as is worth it, see distill.Saving. `validate` 0: no validation.
-    """
-
-    log: int = 10
-    grid: int = 200
-    checkpoint: int | None = None
-    validate: int = 0
-    keep: int = 2  # how many of the newest checkpoints stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +158,7 @@ class Run:
 
     def _measure_teacher(self, teacher: Model) -> None:
         """Draws the teacher's grid, and writes down what its images are like."""
-        texts, seeds = self._sheet()
+        texts, seeds = self._grid()
         set_role(teacher.unet, "teacher")
         latents, drawn = [], []
         with progress(f"teacher's images, {self.teacher_steps} steps", len(texts), unit="images") as bar:
@@ -196,15 +167,12 @@ class Run:
                 latents.append(part)
                 drawn.append(teacher.decode(part))
                 bar.advance(len(part))
-        self._save_sheet("teacher.png", torch.cat(drawn))
+        self._save_grid("teacher.png", torch.cat(drawn))
         reference = TeacherReference.of(torch.cat(latents).unflatten(0, (GRID_SEEDS, -1)))
         write_json(self.out / "samples" / "teacher.json", dataclasses.asdict(reference))
 
-    def log(self, step: int, values: Mapping[str, float | None], before: list[dict[str, Any]]) -> str:
-        """Appends an entry to log.jsonl and to those `before` it; says which alarms it raises.
-
-        Returns the note that progress shows.
-        """
+    def log(self, step: int, values: Mapping[str, float | None], before: list[dict[str, Any]]) -> None:
+        """Appends an entry to log.jsonl and to those `before` it; reports new alarms."""
         entry: dict[str, Any] = {"step": step}
         entry |= {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
         raised = alarms([*before, entry])
@@ -219,13 +187,6 @@ class Run:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         before.append(entry)
-        if entry["gap"] is None or entry["x0_mean"] is None:
-            return f"no finite step of the last ones; {entry['skipped']} skipped"
-        return (
-            f"{entry['images_per_second']:.3g} images/s, gap {entry['gap']:.3g}, "
-            f"LoRA loss {entry['lora_loss']:.3g}, x0 {entry['x0_mean']:+.2f} ± {entry['x0_std']:.2f}"
-            + (f", {entry['skipped']} skipped" if entry["skipped"] else "")
-        )
 
     def curves(self, log: list[dict[str, Any]]) -> None:
         """Draws the log's entries."""
@@ -233,18 +194,17 @@ class Run:
 
     def draw(self, student: Model) -> list[Tensor]:
         """The latents of the student's sample grid."""
-        return list(student_latents(student, *self._sheet(), batch=8))
+        return list(student_latents(student, *self._grid(), batch=8))
 
     def grids(
-        self, step: int, teacher: Model, latents: list[Tensor], result: dict[str, Tensor], reference: TeacherReference
+        self, step: int, teacher: Model, latents: list[Tensor], views: Mapping[str, Tensor], reference: TeacherReference
     ) -> dict[str, float]:
-        """Writes the student's sample grid, of `draw`, and the three views of x0 of the step's own batch.
+        """Writes the student's sample grid, of `draw`, and the method's views of x0 of the step's own batch, by label.
 
         Returns how far the sample grid's images are apart, as shares of the teacher's.
         """
-        self._save_sheet(f"step-{step:06d}.png", torch.cat([teacher.decode(part) for part in latents]))
-        views = {"student x0": "x0", "teacher x0": "teacher_x0", "LoRA x0": "lora_x0"}
-        rows = [list(teacher.decode(result[name][:8].float())) for name in views.values()]
+        self._save_grid(f"step-{step:06d}.png", torch.cat([teacher.decode(part) for part in latents]))
+        rows = [list(teacher.decode(view[:8].float())) for view in views.values()]
         images.save_png(self.out / "samples" / f"x0-{step:06d}.png", images.image_grid(rows, row_labels=list(views)))
         return reference.compare_spreads(torch.cat(latents).unflatten(0, (GRID_SEEDS, -1)))
 
@@ -257,13 +217,13 @@ class Run:
             export_lora(self.out / "student-lora", trained, "student", card=lora_card(about))
         export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)
 
-    def _sheet(self) -> tuple[list[str], list[int]]:
+    def _grid(self) -> tuple[list[str], list[int]]:
         """Prompts and seeds of the sample grids: a column a prompt, a row a seed."""
-        chosen = self.config["sheet_prompts"]
+        chosen = self.config["grid_prompts"]
         return chosen * GRID_SEEDS, [seed for seed in range(1, GRID_SEEDS + 1) for _ in chosen]
 
-    def _save_sheet(self, name: str, drawn: Tensor) -> None:
-        chosen = self.config["sheet_prompts"]
+    def _save_grid(self, name: str, drawn: Tensor) -> None:
+        chosen = self.config["grid_prompts"]
         rows = [list(row) for row in drawn.split(len(chosen))]
         labels = [f"seed {seed}" for seed in range(1, GRID_SEEDS + 1)]
         images.save_png(self.out / "samples" / name, images.image_grid(rows, row_labels=labels, column_labels=chosen))

@@ -1,35 +1,39 @@
-"""One training step: core.py's formulas put together on the networks of networks.py.
+"""Variational Score Distillation, SwiftBrush's method: core.py's formulas put together on the networks of networks.py.
 
-The loop around it is distill.py.
+What a step of it costs is rehearsal.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbrush import core
 from sbrush.console import SbrushError
 from sbrush.core import Conditioning
 from sbrush.models.model import Model
-from sbrush.models.unet import Role, set_role
+from sbrush.models.unet import Role, add_lora, set_role
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
 from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
-from sbrush.training.networks import ExecutionOptions, Networks
+from sbrush.training.methods.method import Machine, Method, Rehearsal, micro_batches
+from sbrush.training.methods.rehearsal import rehearse
+from sbrush.training.networks import Networks
 from sbrush.training.recipes import Recipe
+from sbrush.training.request import ExecutionOptions
 from sbrush.training.text_cache import TextCache
 
 
 @dataclass
-class Part:
-    """A part of a step's batch, from the prompts to both teachers' opinions of the student's images."""
+class MicroBatch:
+    """A micro-batch, from the prompts to both teachers' noise predictions on the student's images."""
 
     draw: StepNoise
     cond: Conditioning
@@ -43,8 +47,24 @@ class Part:
     lora_loss: Tensor | None  # if the LoRA teacher's score was a forward to be trained through
 
 
-class Distiller(Networks):
-    """One training step of a student and its two teachers."""
+class VSD(Networks, Method):
+    """A student and its two teachers. The teacher and the LoRA teacher are one frozen UNet: its adapter off and on."""
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "gap",  # mean |g|
+        "student_loss",
+        "lora_loss",
+        "pair_loss",
+        "clip_cosine",  # of the student's images and their prompts, while the clamped CLIP loss is on
+        "x0_mean",  # of the student's latents
+        "x0_std",
+        "student_grad",  # norms before clipping
+        "lora_grad",
+        "skipped",  # 1 if the loss or a gradient was not finite
+        "score_gap_ratio",  # mean |eps_phi - eps_psi| / mean |eps_phi - eps|
+        "lora_divergence",  # mean |eps_psi - eps| / mean |eps_phi - eps|
+    )
+    views: ClassVar[dict[str, str]] = {"student x0": "x0", "teacher x0": "teacher_x0", "LoRA x0": "lora_x0"}
 
     def __init__(
         self,
@@ -62,16 +82,60 @@ class Distiller(Networks):
         if recipe.clip_weight and not alignment:
             raise ValueError("the clamped CLIP loss needs a CLIP model")
         execution = execution or ExecutionOptions()
-        self._parts = share(recipe, execution, accelerator.process_index, accelerator.num_processes)
+        self._micro_batches = micro_batches(recipe, execution, accelerator.process_index, accelerator.num_processes)
         self._pair_every = recipe.batch // recipe.pairs if recipe.pairs else recipe.batch
         super().__init__(teacher, recipe, seed=seed, accelerator=accelerator, init=init, execution=execution)
-        self.seed, self.alignment, self.text_cache = seed, alignment, text_cache
+        self.lora, self.lora_optimizer = self.helpers["lora"]
+        self.alignment, self.text_cache = alignment, text_cache
         self._null = teacher.null()
         if text_cache:
             text_cache.fill(accelerator)
             for _, encoder in teacher.text_parts:
                 encoder.cpu()
         self.schedule, self.prediction = teacher.schedule, teacher.prediction
+
+    def add_helpers(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
+        """The LoRA teacher: an adapter on the teacher's own frozen UNet."""
+        recipe = self.recipe
+        lora = add_lora(
+            self.teacher.unet, "lora_teacher", rank=recipe.lora_rank, alpha=recipe.lora_alpha,
+            targets=recipe.lora_targets, seed=self.seed,
+        )  # fmt: skip
+        return {"lora": (lora, recipe.lora_lr)}
+
+    def summary(self, entry: Mapping[str, float | None]) -> str:
+        """A log entry in a few words, for the progress line."""
+        if entry["gap"] is None or entry["x0_mean"] is None:
+            return f"no finite step of the last ones; {entry['skipped']} skipped"
+        return (
+            f"{entry['images_per_second']:.3g} images/s, gap {entry['gap']:.3g}, "
+            f"LoRA loss {entry['lora_loss']:.3g}, x0 {entry['x0_mean']:+.2f} ± {entry['x0_std']:.2f}"
+            + (f", {entry['skipped']} skipped" if entry["skipped"] else "")
+        )
+
+    @classmethod
+    def check(cls, recipe: Recipe, teacher: Model) -> None:
+        """SbrushError if the recipe's timesteps or weights do not go with the teacher's schedule."""
+        T = len(teacher.schedule) - 1
+        if recipe.t_init is not None and recipe.t_init > T:
+            raise SbrushError(
+                f"t_init {recipe.t_init} is beyond the teacher's last timestep, {T}", f"take 1 to {T}", code=2
+            )
+        if recipe.t_high > T:
+            raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
+        if recipe.lora_weight != "alpha" and teacher.scheduler.alphas_cumprod[-1] == 0:
+            raise SbrushError(
+                f"the teacher's schedule ends in pure noise, where lora_weight {recipe.lora_weight} has no value",
+                "--set lora_weight=alpha",
+                code=2,
+            )
+
+    @classmethod
+    def rehearse(
+        cls, recipe: Recipe, teacher: Model, execution: ExecutionOptions, machine: Machine, alignment: Alignment | None
+    ) -> Rehearsal:
+        """What a step costs: see rehearsal.py."""
+        return rehearse(recipe, teacher, execution, machine, alignment)
 
     def step(self, step: int, prompts: ShuffledPrompts) -> dict[str, Tensor]:
         """One update of the student, then the LoRA teacher's; `step` counts from 1. Metrics stay on the device.
@@ -81,29 +145,29 @@ class Distiller(Networks):
         recipe, schedule = self.recipe, self.schedule
         self.student_optimizer.param_groups[0]["lr"] = recipe.student_lr_at(step)
         self.lora_optimizer.param_groups[0]["lr"] = recipe.lora_lr_at(step)
-        parts = []
-        for indices in self._parts:
-            with self._gradients_wait(last=indices is self._parts[-1]):
-                part = self._compare(step, indices, prompts)
-                if part.lora_loss is not None:
-                    self._backward(part.lora_loss, "lora_teacher")
-            parts.append(part)
+        micro_batches = []
+        for indices in self._micro_batches:
+            with self._gradients_wait(last=indices is self._micro_batches[-1]):
+                micro = self._compare(step, indices, prompts)
+                if micro.lora_loss is not None:
+                    self._backward(micro.lora_loss, "lora_teacher")
+            micro_batches.append(micro)
         student_grad = self.apply(self.student_optimizer, self.trained)
         self.ema.update(step)
 
-        lora_losses = [part.lora_loss for part in parts if part.lora_loss is not None]
+        lora_losses = [micro.lora_loss for micro in micro_batches if micro.lora_loss is not None]
         lora_grad = torch.zeros((), device=schedule.alpha.device)
         for update in range(recipe.lora_updates if recipe.gap != "sds" else 0):
             if update > 0 or not recipe.shared_forward:
                 lora_losses = []
-                for part in parts:
-                    with self._gradients_wait(last=part is parts[-1]):
-                        lora_losses.append(self._lora_loss(part))
+                for micro in micro_batches:
+                    with self._gradients_wait(last=micro is micro_batches[-1]):
+                        lora_losses.append(self._lora_loss(micro))
                         self._backward(lora_losses[-1], "lora_teacher")
             lora_grad = self.apply(self.lora_optimizer, self.lora)
 
         whole = {
-            name: torch.cat([getattr(part, name) for part in parts])
+            name: torch.cat([getattr(micro, name) for micro in micro_batches])
             for name in ("x0", "noise", "x_t", "t", "eps_teacher", "eps_lora")
         }
         apart, error, lora_divergence = (
@@ -111,7 +175,8 @@ class Distiller(Networks):
             for one, other in (("eps_teacher", "eps_lora"), ("eps_teacher", "noise"), ("eps_lora", "noise"))
         )
         skipped = ~(student_grad.isfinite() & lora_grad.isfinite())
-        metrics = {name: torch.stack([part.metrics[name] for part in parts]).mean() for name in parts[0].metrics}
+        measured = [micro.metrics for micro in micro_batches]
+        metrics = {name: torch.stack([one[name] for one in measured]).mean() for name in measured[0]}
         metrics |= {
             "lora_loss": torch.stack(lora_losses).mean() if lora_losses else torch.zeros_like(lora_grad),
             "x0_mean": whole["x0"].mean(), "x0_std": whole["x0"].std(), "student_grad": student_grad,
@@ -124,7 +189,7 @@ class Distiller(Networks):
         }
         return {name: value.detach() for name, value in (metrics | {"x0": whole["x0"]} | guesses).items()}
 
-    def _compare(self, step: int, indices: range, prompts: ShuffledPrompts) -> Part:
+    def _compare(self, step: int, indices: range, prompts: ShuffledPrompts) -> MicroBatch:
         """The student's images and what both teachers make of them; the student's gradients are added up."""
         recipe, schedule = self.recipe, self.schedule
         draw = StepNoise(self.seed, step, indices, self.accelerator.device)
@@ -181,22 +246,22 @@ class Distiller(Networks):
         metrics = {
             "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
         }  # fmt: skip
-        return Part(draw, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
+        return MicroBatch(draw, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
 
-    def _lora_loss(self, part: Part) -> Tensor:
+    def _lora_loss(self, micro: MicroBatch) -> Tensor:
         """The LoRA teacher's loss on the same images, with fresh noise."""
-        t = part.draw.timesteps(0, len(self.schedule) - 1)
-        noise = part.draw.normal(self.teacher.latent_shape)
-        conditioning = part.cond
-        if part.draw.chance(self.recipe.null_chance):
+        t = micro.draw.timesteps(0, len(self.schedule) - 1)
+        noise = micro.draw.normal(self.teacher.latent_shape)
+        conditioning = micro.cond
+        if micro.draw.chance(self.recipe.null_chance):
             conditioning = {name: value.expand_as(conditioning[name]) for name, value in self._null.items()}
-        eps = self._lora_epsilon(core.add_noise(part.x0, noise, t, self.schedule), t, conditioning)
+        eps = self._lora_epsilon(core.add_noise(micro.x0, noise, t, self.schedule), t, conditioning)
         return core.lora_loss(eps, noise, t, self.schedule, weight=self.recipe.lora_weight)
 
     def _lora_epsilon(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The LoRA teacher's noise prediction, through which it can be trained."""
         set_role(self.teacher.unet, "lora_teacher")
-        output = self.teacher.predict(self._lora_teacher, self._laid_out(x_t), t, conditioning)
+        output = self.teacher.predict(self._base, self._laid_out(x_t), t, conditioning)
         return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
 
     @torch.no_grad()
@@ -228,28 +293,10 @@ class Distiller(Networks):
         """But for the last part of a batch, gradients are added up here before processes exchange them."""
         with ExitStack() as stack:
             if not last:
-                for network in {self._student, self._lora_teacher}:
+                for network in {self._student, self._base}:
                     stack.enter_context(self.accelerator.no_sync(network))
             yield
 
     def _backward(self, loss: Tensor, role: Role) -> None:
         set_role(self.student if role == "student" else self.teacher.unet, role)
-        self.accelerator.backward(loss / len(self._parts))
-
-
-def share(recipe: Recipe, execution: ExecutionOptions, process: int, world: int) -> list[range]:
-    """The parts of every batch that are a process's: sample indices of the global batch. SbrushError if it has none."""
-    for whole, what in ((recipe.batch, "a batch"), (recipe.pairs, "pairs")):
-        if whole % world:
-            raise SbrushError(
-                f"{what} of {whole} cannot be shared by {world} processes", f"choose a multiple of {world}", code=2
-            )
-    local = recipe.batch // world
-    if local % execution.micro_batches:
-        raise SbrushError(
-            f"{local} samples a process cannot be split into {execution.micro_batches} micro-batches",
-            f"choose --micro-batches that divides {local}",
-            code=2,
-        )
-    size, first = local // execution.micro_batches, process * local
-    return [range(first + i * size, first + (i + 1) * size) for i in range(execution.micro_batches)]
+        self.accelerator.backward(loss / len(self._micro_batches))

@@ -1,0 +1,103 @@
+"""`sbrush distill --dry-run` and `--recipes`: what a run would need, and what it would be set to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from sbrush import console
+from sbrush.console import info, printable
+from sbrush.training.recipes import RECIPES, Recipe
+from sbrush.training.request import RunRequest
+
+if TYPE_CHECKING:
+    from sbrush.training.cost import Cost
+
+
+def _cost(request: RunRequest) -> Cost:
+    """What the run needs, derived without weights; SbrushError if its parts do not go together."""
+    from sbrush.device import launched, trains_in_bf16
+    from sbrush.models.load import load_shapes
+    from sbrush.training.cost import Monitoring, estimate
+    from sbrush.training.methods import Machine
+    from sbrush.training.plan import check
+    from sbrush.training.validation import Validation
+
+    _, world = launched()
+    teacher = load_shapes(request.teacher, config=request.teacher_config)
+    check(request.recipe, teacher, request.execution, world=world, init=request.init)
+    judge = Validation.parameters(teacher, request.validation.clip) if request.every.validate else 0
+    return estimate(
+        request.teacher, request.recipe, request.execution,
+        Machine(request.device, trains_in_bf16(request.precision, request.device), world),
+        config=request.teacher_config, alignment=request.alignment,
+        cached_prompts=len(request.prompts) if request.text_cache else 0,
+        monitoring=Monitoring(request.every.grid > 0, judge),
+    )  # fmt: skip
+
+
+def compare_with_free_memory(request: RunRequest) -> None:
+    """Warns if the run expects more memory than the GPU has free."""
+    import torch
+
+    from sbrush.training.cost import GIB, smaller
+
+    expected, (free, _) = _cost(request).peak / GIB, torch.cuda.mem_get_info(request.device)
+    if expected > free / GIB:
+        info(
+            f"note: this run expects {expected:.1f} GiB and the GPU has {free / GIB:.1f} GiB free; "
+            f"{smaller(request.recipe, request.execution)}"
+        )
+
+
+def dry_run(request: RunRequest) -> None:
+    """Prints what the run would need; the first process speaks for all."""
+    from sbrush.device import launched, pick_device, trains_in_bf16
+    from sbrush.training.sharding import asked_for
+
+    process, world = launched()
+    if process:
+        return
+    request = dataclasses.replace(
+        request, device=pick_device(request.device, present=False),
+        execution=dataclasses.replace(request.execution, shard=asked_for() and world > 1),
+    )  # fmt: skip
+    cost = _cost(request)
+    number_format = "bfloat16" if trains_in_bf16(request.precision, request.device) else "float32"
+    facts = {
+        "teacher": request.teacher or "stickers (built in)",
+        "prompts": request.prompts.describe(),
+        "recipe": f"{request.recipe.name}{_changes(request.recipe)}; --recipes prints all settings",
+        "seed": request.seed,
+        "device": f"{request.device}, {number_format}",
+        "processes": f"{world}; memory is each one's",
+        "run folder": request.out,
+    }
+    for name, value in facts.items():
+        console.out(f"{name}: {printable(value)}")
+    for line in cost.lines(request.recipe, keep=request.every.keep):
+        console.out(line)
+
+
+def _changes(recipe: Recipe) -> str:
+    """How a recipe differs from its row of the table: ", with steps 500 (244000)"."""
+    row = RECIPES[recipe.name]
+    changed = [
+        f"{f.name} {getattr(recipe, f.name)} ({getattr(row, f.name)})"
+        for f in dataclasses.fields(Recipe)
+        if getattr(recipe, f.name) != getattr(row, f.name)
+    ]
+    return ", with " + ", ".join(changed) if changed else ""
+
+
+def print_recipes(recipe: Recipe) -> None:
+    """The recipes side by side, and this run's beside them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("setting", *RECIPES, "this run", title=None, box=None)
+    for field in dataclasses.fields(Recipe):
+        table.add_row(
+            field.name, *(str(getattr(r, field.name)) for r in RECIPES.values()), str(getattr(recipe, field.name))
+        )
+    Console(markup=False, highlight=False).print(table)
