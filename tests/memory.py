@@ -1,8 +1,8 @@
 """What `sbrush eval --coco-30k` holds in memory as images grow more.  `make memory`
 
 The whole road, the shipped student's images through Inception of its true size (random weights) and a small CLIP
-model, each time in a process of its own; the most that it held, as the system counts it, and how much more a image
-cost. 8 KiB a image are its features. With --quick a random projection stands in for Inception: minutes less.
+model, each time in a process of its own; the most that it held, as the system counts it, and how much more an image
+cost. 8 KiB an image are its features. With --quick a random projection stands in for Inception: minutes less.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(sizes: list[int], quick: bool) -> None:
             print(f"{size:6} images {mib:8.0f} MiB at most", flush=True)
             measured.append((size, mib))
     for (few, before), (many, after) in pairwise(measured):
-        print(f"from {few} to {many}: {(after - before) * 1024 / (many - few):.1f} KiB more a image")
+        print(f"from {few} to {many}: {(after - before) * 1024 / (many - few):.1f} KiB more an image")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_errors_and_interrupts_end_it(where: str) -> None:
 
 
 class Means:
-    """In the place of both networks: a image's features are its mean colour."""
+    """In the place of both networks: an image's features are its mean colour."""
 
     def features(self, images: Tensor, resize: str) -> Tensor:
         assert resize == "clean"

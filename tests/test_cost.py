@@ -92,7 +92,7 @@ def test_processes_share_a_batch_and_with_fsdp_the_student_and_its_gradients(tin
         return estimate(None, recipe, execution, Machine(world=world), monitoring=Monitoring(grids=False))
 
     alone, four, sharded = told(1), told(4), told(4, shard=True)
-    assert alone.memory == four.memory  # a image each
+    assert alone.memory == four.memory  # an image each
     trained = 4 * alone.parameters["student, trained"]
     for name in ("student's weights, float32", "student's Adam", "student's average"):
         assert sharded.memory[name] == pytest.approx(four.memory[name] / 4, abs=8)

@@ -467,7 +467,7 @@ def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_
     shutil.rmtree(tmp_path / "two" / "student")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
     rest, _, said = run([sys.executable], "two")
-    assert "going on after step 2" in said
+    assert "resuming after step 2" in said
     agrees(rest)
 
 
@@ -531,7 +531,7 @@ def test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece(tmp_path, tin
         return student_weights(tmp_path / name), read_log(tmp_path / name), ran.stderr
 
     one, log, said = run("one")
-    assert "shared out" not in said
+    assert "sharded among" not in said
     start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
 
     def agrees(other):
@@ -539,7 +539,7 @@ def test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece(tmp_path, tin
         assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
 
     two, other_log, said = run("two", 2, ACCELERATE_USE_FSDP="true")
-    share = re.search(r"shared out among 2 processes \(FSDP2\); here (\d+) %", said)
+    share = re.search(r"sharded among 2 processes \(FSDP2\); here (\d+) %", said)
     assert share and 45 < int(share[1]) < 60  # what cannot be halved is the first one's
     agrees(two)
     for mine, theirs in zip(log, other_log, strict=True):
@@ -551,7 +551,7 @@ def test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece(tmp_path, tin
         shutil.rmtree(tmp_path / "two" / "student")
         shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
         rest, _, said = run("two", processes, **environment)
-        assert "going on after step 2" in said
+        assert "resuming after step 2" in said
         agrees(rest)
 
 

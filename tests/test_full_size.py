@@ -42,7 +42,7 @@ def test_two_steps_killed_resumed_exported_and_drawn_by_plain_diffusers(tmp_path
     begun.wait()
     assert not (out / "student").exists()
     done = process("distill", *command, timeout=3600)
-    assert done.returncode == 0 and "going on after step 1 of 2" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming after step 1 of 2" in done.stderr, done.stderr
 
     weights = "unet/diffusion_pytorch_model.safetensors"
     was, now = load_file(teacher / weights), load_file(out / "student" / weights)

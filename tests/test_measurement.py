@@ -19,7 +19,7 @@ from test_ahead import Means
 
 
 def gray(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
-    """Of each seed a image in its own gray, two at a time."""
+    """Of each seed an image in its own gray, two at a time."""
     for some in torch.tensor(seeds).split(2):
         yield (10 * some).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 

@@ -39,7 +39,7 @@ LoraWeight = Literal["alpha", "v", "min-snr"]
 """What the LoRA teacher's squared error in epsilon is weighted by, see lora_loss."""
 
 Conditioning = dict[str, Tensor]
-"""What a UNet is told of the prompts: tensors by name, the batch first; "tokens" [B, L, D], the text embedding."""
+"""What a UNet is given of the prompts: tensors by name, batch first; "tokens" [B, L, D] are the prompt embeddings."""
 
 Denoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t [B, C, H, W], t [B], conditioning) -> output [B, C, H, W]."""
@@ -125,7 +125,7 @@ def guide(eps_cond: Tensor, eps_null: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def with_null(cond: Conditioning, null: Conditioning) -> Conditioning:
-    """The prompts and after them, as often, what stands for no prompt: of `null` a batch of one will do."""
+    """The prompts' conditioning followed by that of the empty prompt, as often; `null` may be a batch of one."""
     return {name: torch.cat([value, null[name].expand_as(value)]) for name, value in cond.items()}
 
 
@@ -165,7 +165,8 @@ def vsd_gap(eps_teacher: Tensor, eps_lora: Tensor, t: Tensor, schedule: NoiseSch
 def dmd_gap(eps_teacher: Tensor, eps_lora: Tensor, noise: Tensor) -> Tensor:
     """g = (eps_phi - eps_psi) / mean|eps_phi - eps|, the mean taken per sample (DMD, arXiv 2311.18828, as in its code).
 
-    DMD writes it with x0 predictions; there sigma_t / alpha_t stands above and below and cancels. Float32 [B, C, H, W].
+    DMD writes it with x0 predictions, where sigma_t / alpha_t is in numerator and denominator and cancels. Float32
+    [B, C, H, W].
     """
     scale = (eps_teacher.float() - noise.float()).abs().mean(dim=(1, 2, 3), keepdim=True)
     return (eps_teacher.float() - eps_lora.float()) / scale.clamp(min=1e-6)
@@ -174,14 +175,14 @@ def dmd_gap(eps_teacher: Tensor, eps_lora: Tensor, noise: Tensor) -> Tensor:
 def vsd_loss(x0: Tensor, gap: Tensor) -> Tensor:
     """The student's loss: 1/2 mean (x0 - stopgrad(x0 - g))^2, whose gradient by x0 is g / numel (SwiftBrush eq. 6).
 
-    Its value, mean(g^2) / 2, says how far the scores are apart; it is not a measure of convergence.
+    Its value, mean(g^2) / 2, measures how far the scores are apart, not convergence.
     """
     target = (x0.float() - gap).detach()
     return 0.5 * (x0.float() - target).pow(2).mean()
 
 
 def pair_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
-    """1/2 mean (x0 - x0')^2 with x0' the teacher's own image, in many steps, of the noise that x0 is made of.
+    """1/2 mean (x0 - x0')^2, x0' being the teacher's own many-step image of the noise that x0 comes from.
 
     DMD's regression loss (arXiv 2311.18828, eq. 9), in latents and without LPIPS: it ties which noise becomes which
     image, so that no mode is lost, while the score difference makes the images sharp.
@@ -192,7 +193,7 @@ def pair_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
 def clamped_clip_loss(cosine: Tensor, tau: float) -> Tensor:
     """mean max(0, tau - cos(image, prompt)), the cosines [B] by a CLIP model (SwiftBrush v2, arXiv 2408.14176).
 
-    Images that fit their prompt well enough are let be: without the clamp the loss makes FID worse.
+    Images that match their prompt well enough get no gradient: without the clamp the loss makes FID worse.
     """
     return (tau - cosine.float()).clamp(min=0).mean()
 

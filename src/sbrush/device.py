@@ -99,7 +99,7 @@ def has_cpu_bf16() -> bool:
 
 @contextmanager
 def process_group(device: str) -> Iterator[PartialState]:
-    """The processes that torchrun or accelerate started together, one if none did; only the main one talks.
+    """The processes that torchrun or accelerate started together, one if none did; only the main one logs.
 
     They wait for each other as long as it takes. SbrushError if one of them ends before its time.
     """
@@ -112,11 +112,11 @@ def process_group(device: str) -> Iterator[PartialState]:
                 if state.num_processes == 1 or not is_disconnected(problem):
                     raise
                 raise SbrushError(
-                    "another process has ended, or is out of reach",
-                    "what was done so far is kept: the same command goes on, with any number of processes",
+                    "another process has ended or cannot be reached",
+                    "what was done so far is kept: the same command resumes, with any number of processes",
                 ) from problem
 
 
 def is_disconnected(problem: RuntimeError) -> bool:
-    """Whether processes have lost each other: gloo says so by nothing but its text."""
+    """Whether processes have lost contact: gloo reports that only in its message."""
     return isinstance(problem, torch.distributed.DistError) or "gloo" in str(problem) or "NCCL" in str(problem)

@@ -1,6 +1,6 @@
-"""`sbrush eval --coco-30k` against the usual way and against the roofline, in one run.  `make bench-eval`
+"""`sbrush eval --coco-30k` against the baseline and against the roofline, in one run.  `make bench-eval`
 
-The usual way: plain diffusers writes PNGs, a pass of torch's DataLoader over them as clean-fid has it, and one for
+The baseline: plain diffusers writes PNGs, a pass of torch's DataLoader over them as clean-fid has it, and one for
 CLIP; Inception in torch's own memory layout, CLIP over all 77 tokens. Both take turns with the same student, metrics
 and images; the metrics' weights are random, for speed does not depend on them. The roofline: the FLOPs of student, VAE,
 Inception and CLIP, as sbrush runs them, over the rate of the matrix products that the same device does in the same run,
@@ -119,7 +119,7 @@ class _Files(torch.utils.data.Dataset[Tensor]):
 
 
 def flops(student: Model, extractor: FeatureExtractor, texts: Sequence[str]) -> dict[str, float]:
-    """FLOPs of a image by what takes them, counted while images for `texts` are made and looked at."""
+    """FLOPs of an image by what takes them, counted while images for `texts` are made and looked at."""
     images = torch.empty(0)
 
     def make() -> None:
@@ -154,7 +154,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Images/s of `sbrush eval --coco-30k` and of the usual way, and the share of the roofline."""
+    """Images/s of `sbrush eval --coco-30k` and of the baseline, and the share of the roofline."""
     until = time.monotonic() + 60 * minutes
     where = pick_device(device)
     dtype = pick_dtype("auto", where)
@@ -199,11 +199,11 @@ def main(
     out(f"{size or model.name} on {where}, {dtype}, CLIP {clip}, torch {torch.__version__}")
     out(f"turns: {len(taken['sbrush'])}, images in each: {len(texts)}")
     for name, count in work.items():
-        out(f"{name:26} {count / 1e9:8.1f} GFLOP a image")
+        out(f"{name:26} {count / 1e9:8.1f} GFLOP an image")
     out(f"{'matrix products':26} {rate / 1e12:8.2f} TFLOP/s: at most {1 / roofline:.1f} images/s")
     for name, label in (("baseline", "PNGs, then two passes"), ("sbrush", "sbrush eval --coco-30k")):
-        out(f"{label:26} {rates[name]:8.2f} images/s   {100 * roofline * rates[name]:.0f} % of the floor")
-    out(f"{'':26} {ratio:8.2f} times the usual way")
+        out(f"{label:26} {rates[name]:8.2f} images/s   {100 * roofline * rates[name]:.0f} % of the roofline")
+    out(f"{'':26} {ratio:8.2f} times the baseline")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The training step against the plain formulation and against the roofline, in one run.  `make bench`
+"""The training step against the baseline and against the roofline, in one run.  `make bench`
 
-The plain formulation is the official script's structure: four separate score calls (teacher and LoRA teacher, prompt
+The baseline is the official script's structure: four separate score calls (teacher and LoRA teacher, prompt
 and empty prompt), autocast over float32 weights, default memory layout, torch's fused attention, nothing compiled. All
 train the same networks on the same prompts. On the built-in teacher they take turns, so that a noisy machine slows all;
 networks of full size are built and measured one after another, since a card may not hold two.
@@ -44,13 +44,16 @@ from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import ExecutionOptions
 
-BASELINE = "plain: four score calls"
+BASELINE = "baseline: four score calls"
 
 
 class BaselineVSD(VSD):
     """The same maths without batched score calls and without a memory layout chosen for speed."""
 
-    memory_format = torch.contiguous_format
+    @staticmethod
+    def layout(device: str) -> torch.memory_format:
+        """torch's default, whatever the device."""
+        return torch.contiguous_format
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -76,14 +79,14 @@ class Contender:
 
 
 def contenders(batch: int, *, built_in: bool, compiled: bool, student_rank: int = 0) -> dict[str, Contender]:
-    """By name; the first is the plain formulation."""
+    """By name; the first is the baseline."""
     paper = dataclasses.replace(RECIPES["swiftbrush"], batch=batch, student_rank=student_rank)
     shared = dataclasses.replace(paper, guide_lora=False, shared_forward=True)
     found = {BASELINE: Contender(paper, BaselineVSD), "sbrush": Contender(paper)}
     found["sbrush, one LoRA forward"] = Contender(shared)
     if built_in:
         found["sbrush, stickers recipe"] = Contender(dataclasses.replace(RECIPES["stickers"], batch=batch))
-    if compiled:  # last, for it takes minutes before it begins
+    if compiled:  # last: compiling takes minutes
         found["sbrush --compile"] = Contender(paper, execution=ExecutionOptions(compile="inductor"))
         found["one LoRA forward, --compile"] = Contender(shared, execution=ExecutionOptions(compile="inductor"))
     return found
@@ -114,45 +117,62 @@ def measure(
     steps: int,
     at_once: bool,
     until: float,
-    heard: Callable[[str, list[float]], None],
+    report: Callable[[str, list[float]], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, dict[str, Any]]:
     """Seconds a step of each way, by turn, and the most memory that it held; what there is no time for is left out.
 
     `ways`: each makes a step of its own, which takes the step's number; the first turn, which warms up, is apart.
-    `at_once`: all ways are made first and take turns. `until`: the time, by `clock`, at which no turn begins any more.
-    `heard` is told of each way after each of its turns.
+    `at_once`: all ways are made first and take turns. `until`: the time, by `clock`, after which no turn starts.
+    `report` is called with each way's name and times after each of its turns.
     """
     found: dict[str, dict[str, Any]] = {}
     for group in [list(ways)] if at_once else [[name] for name in ways]:
         if clock() >= until:
             break
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        made = {name: ways[name]() for name in group}
-        for turn in range(-1, turns):
-            for name, step in made.items():
-                if clock() >= until:
-                    break
-                first = 1 + (turn + 1) * steps
-
-                def some(step: Callable[[int], object] = step, first: int = first) -> None:
-                    for number in range(first, first + steps):
-                        step(number)
-
-                taken = seconds(some, device) / steps
-                if turn < 0:
-                    found[name] = {"warm_up": taken * steps, "step": []}
-                    continue
-                found[name]["step"].append(taken)
-                if device.startswith("cuda") and not at_once:
-                    found[name]["peak"] = torch.cuda.max_memory_allocated()
-                heard(name, found[name]["step"])
-        made.clear()
+        # In a function of its own, so that nothing of one group is still held while the next is built.
+        found |= _take_turns(
+            {name: ways[name] for name in group}, device, turns=turns, steps=steps, in_time=lambda: clock() < until,
+            report=report,
+        )  # fmt: skip
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
     return {name: row for name, row in found.items() if row["step"]}
+
+
+def _take_turns(
+    ways: dict[str, Callable[[], Callable[[int], object]]],
+    device: str,
+    *,
+    turns: int,
+    steps: int,
+    in_time: Callable[[], bool],
+    report: Callable[[str, list[float]], None],
+) -> dict[str, dict[str, Any]]:
+    """Seconds a step of ways that take turns, see `measure`; the peak memory of one that is alone."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    made, found = {name: way() for name, way in ways.items()}, dict[str, dict[str, Any]]()
+    for turn in range(-1, turns):
+        for name, step in made.items():
+            if not in_time():
+                return found
+            first = 1 + (turn + 1) * steps
+
+            def some(step: Callable[[int], object] = step, first: int = first) -> None:
+                for number in range(first, first + steps):
+                    step(number)
+
+            taken = seconds(some, device) / steps
+            if turn < 0:
+                found[name] = {"warm_up": taken * steps, "step": []}
+                continue
+            found[name]["step"].append(taken)
+            if device.startswith("cuda") and len(made) == 1:
+                found[name]["peak"] = torch.cuda.max_memory_allocated()
+            report(name, found[name]["step"])
+    return found
 
 
 def rows(
@@ -186,16 +206,19 @@ def main(
     size: Annotated[full_size.Size | None, typer.Option(help="Random weights of this size. Default: built in.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder or Hub id, in place of both.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Images an update.", min=1)] = 16,
-    student_lora: Annotated[int, typer.Option(help="Rank of a student that is a LoRA; 0: a full copy.", min=0)] = 0,
-    turns: Annotated[int, typer.Option(help="Of each contender.", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="Of a turn.", min=1)] = 3,
-    minutes: Annotated[float, typer.Option(help="After which no turn begins.", min=0)] = 60,
+    batch: Annotated[int, typer.Option(help="Images per training step.", min=1)] = 16,
+    student_lora: Annotated[int, typer.Option(help="Rank of a LoRA student; 0: a full copy.", min=0)] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="Measure this contender alone; may be repeated.")] = None,
+    turns: Annotated[int, typer.Option(help="Turns of each contender.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Training steps in a turn.", min=1)] = 3,
+    minutes: Annotated[float, typer.Option(help="Minutes after which no turn starts.", min=0)] = 60,
     cards: Annotated[bool, typer.Option(help="Measure the options for each size of card in place of these.")] = False,
-    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Measure torch.compile too. Default: on CUDA.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Images/s of sbrush's step and of the plain formulation, and how far both are from the roofline."""
+    """Images/s of sbrush's training step and of the baseline, and their fraction of the roofline."""
     until = time.monotonic() + 60 * minutes
     where = pick_device(device)
     bf16 = trains_in_bf16("auto", where)
@@ -204,6 +227,10 @@ def main(
     chosen = contenders(batch, built_in=built_in, compiled=compiled, student_rank=student_lora)
     if cards:
         chosen = by_card(batch)
+    if only:
+        if unknown := set(only) - chosen.keys():
+            raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in only}
     prompts = ShuffledPrompts(make_prompts((c.text for c in all_captions()), "stickers"), 0)
     accelerator = Accelerator(cpu=where == "cpu", mixed_precision="bf16" if bf16 else "no")
     rates = Rates.measure(where, torch.bfloat16 if bf16 else torch.float32)
@@ -211,11 +238,11 @@ def main(
     about = f"{name}, batch {batch}, {'bf16' if bf16 else 'float32'}, torch {torch.__version__}"
     info(f"{about}: matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
     with full_size.or_made(teacher, size) as source:
-        told = {
+        estimates = {
             (one.recipe, one.execution): estimate(source, one.recipe, one.execution, Machine(where, bf16))
             for one in chosen.values()
         }
-        costs = {name: told[one.recipe, one.execution] for name, one in chosen.items()}
+        costs = {name: estimates[one.recipe, one.execution] for name, one in chosen.items()}
 
         def way(one: Contender) -> Callable[[int], object]:
             made = one.kind(load_teacher(source), one.recipe, seed=0, accelerator=accelerator, execution=one.execution)
@@ -224,7 +251,7 @@ def main(
         measured = measure(
             {name: lambda one=one: way(one) for name, one in chosen.items()},  # type: ignore[misc]
             where, turns=turns, steps=steps, at_once=built_in, until=until,
-            heard=lambda name, taken: info(f"{name:28} turn {len(taken)}: {batch / taken[-1]:.3g} images/s"),
+            report=lambda name, taken: info(f"{name:28} turn {len(taken)}: {batch / taken[-1]:.3g} images/s"),
         )  # fmt: skip
     found = rows(measured, chosen, costs, bf16, rates)
     if json_:
@@ -239,7 +266,7 @@ def main(
     out(about)
     out(f"matrix products {rates.matrix / 1e12:.3g} TFLOP/s, copies {rates.copy / 1e9:.3g} GB/s")
     for name, row in found.items():
-        times = f"{row['times_baseline']:.2f} x plain" if row["times_baseline"] else ""
+        times = f"{row['times_baseline']:.2f} x baseline" if row["times_baseline"] else ""
         peak = f"   peak {row['peak_gib']:.1f} GiB (expected {row['expected_peak_gib']:.1f})" if row["peak_gib"] else ""
         out(
             f"{name:28} {row['images_per_second']:8.2f} images/s   {row['forwards_per_image']:g} UNet forwards"
@@ -248,7 +275,7 @@ def main(
             f" (bytes add {100 * row['bytes_add']:.0f} %)   {times}{peak}"
         )
     for name in chosen.keys() - found.keys():
-        out(f"{name:28} not measured: the minutes were over")
+        out(f"{name:28} not measured: out of time")
 
 
 if __name__ == "__main__":

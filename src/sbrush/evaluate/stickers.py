@@ -2,7 +2,7 @@
 
     captions    caption i is random_caption(stream("eval", i)); one in twenty names a held-out combination
     seeds       1,000,000 + i; for diversity's captions 2,000,000 + i
-    reference   for each caption and seed a image drawn from stream("reference", seed)
+    reference   for each caption and seed an image drawn from stream("reference", seed)
     floor       another, from stream("floor", seed), measured as any model is: what perfection comes to at this N
     diversity   so many images of each of diversity.py's captions, against as many real ones
 
@@ -78,7 +78,7 @@ def diversity_pairs(per_caption: int = 100) -> list[Pair]:
 
 
 def real_images(name: str, items: Sequence[Pair]) -> Iterator[Tensor]:
-    """The truth: for each pair a image of which the caption is true, drawn from stream(name, seed)."""
+    """The truth: for each pair an image of which the caption is true, drawn from stream(name, seed)."""
     for first in range(0, len(items), BATCH):
         drawn = [draw(random_sticker(stream(name, seed), caption)) for caption, seed in items[first : first + BATCH]]
         yield torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in drawn])

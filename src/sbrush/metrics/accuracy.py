@@ -1,4 +1,4 @@
-"""Attribute accuracy: how often a judge sees in a image what its caption names.
+"""Attribute accuracy: how often a judge sees in an image what its caption names.
 
 Only what a caption names counts: any colour is right for "a cat". Captions that name a combination of kind and colour
 which no training has shown are counted apart.

@@ -1,4 +1,4 @@
-"""CLIP score: the cosine of a image and its caption, by an open_clip model. 0 to 1 in practice, not times 100.
+"""CLIP score: the cosine of an image and its caption, by an open_clip model. 0 to 1 in practice, not times 100.
 
 HPS v2 (arXiv 2306.09341) is the same by a ViT-H-14 that was trained on people's preferences, without a prefix, of the
 image at its own size; times 100 in papers and here. Its two versions' figures do not compare.

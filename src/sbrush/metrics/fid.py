@@ -18,7 +18,7 @@ class FID:
     """FID of features that come in any batches, in any order: update, then compute; the result is the same."""
 
     def __init__(self, width: int) -> None:
-        """`width`: numbers in a image's features."""
+        """`width`: numbers in an image's features."""
         self._metric = FrechetInceptionDistance(feature=_AsTheyAre(width), sync_on_compute=False)
 
     def update(self, features: Tensor, *, real: bool) -> None:

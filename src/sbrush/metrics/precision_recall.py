@@ -90,7 +90,7 @@ class Screen:
         # Less than float32 in products (TensorFloat-32, if someone asks torch for it) would break the bound.
         exact = torch.get_float32_matmul_precision() == "highest" and points.dtype != torch.float64
         self._dtype = torch.float32 if exact else torch.float64
-        self._points = points  # and no centred copy of them: 8 KiB a image
+        self._points = points  # and no centred copy of them: 8 KiB an image
         self._middle = points.mean(dim=0, dtype=torch.float64).to(self._dtype)
         self._norms = torch.cat([self._centred(part)[1] for part in points.split(COLUMNS)])
         self._largest = self._norms.max()

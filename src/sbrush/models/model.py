@@ -102,7 +102,7 @@ class Model:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of a image in pixels."""
+        """(height, width) of an image in pixels."""
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_shape[1] * scale, self.latent_shape[2] * scale
 

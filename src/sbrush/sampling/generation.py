@@ -122,7 +122,7 @@ def sample_to_files(
     """Draws every prompt with every seed and writes the images; the paths written.
 
     `out` with a suffix is one PNG: the image itself, or a grid with a row a prompt and a column a seed. Otherwise it
-    is a folder that gets a PNG for each image. With `compare` a image has the teacher's on its right.
+    is a folder that gets a PNG for each image. With `compare` an image has the teacher's on its right.
     """
     _check_target(out)
     model = load_student(student, start_timestep=start_timestep, device=device, dtype=dtype)

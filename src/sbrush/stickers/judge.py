@@ -31,7 +31,7 @@ FOREGROUND = 40.0  # RGB distance from the background: less than white on cream 
 class Judge:
     """The judge's two towers and its tokenizer; made by `Judge.load`.
 
-    `width` is the number of features of a image, `digest` the SHA-256 of the weights, in hexadecimal.
+    `width` is the number of features of an image, `digest` the SHA-256 of the weights, in hexadecimal.
     """
 
     def __init__(self, net: Any, tokenizer: Any, config: dict[str, Any], digest: str) -> None:
@@ -126,7 +126,7 @@ class Judge:
 
 
 def foreground(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The background's colour, the median of the outermost pixels, and where a image differs from it.
+    """The background's colour, the median of the outermost pixels, and where an image differs from it.
 
     uint8 [B, 3, 64, 64] to float32 [B, 3] (0 to 255) and bool [B, 64, 64].
     """

@@ -22,10 +22,10 @@ PRODUCTS, NORMS = ("linear", "conv2d"), ("group_norm", "layer_norm")
 def conditioning_shapes(teacher: Model, batch: int) -> Conditioning:
     """The conditioning of so many prompts, with shapes and no numbers."""
     width = sum(encoder.config.hidden_size for _, encoder in teacher.text_parts)
-    told = {"tokens": torch.zeros(batch, teacher.text_parts[0][0].model_max_length, width, device="meta")}
+    shapes = {"tokens": torch.zeros(batch, teacher.text_parts[0][0].model_max_length, width, device="meta")}
     if len(teacher.text_parts) > 1:
-        told["pooled"] = torch.zeros(batch, teacher.text_parts[-1][1].config.projection_dim, device="meta")
-    return told
+        shapes["pooled"] = torch.zeros(batch, teacher.text_parts[-1][1].config.projection_dim, device="meta")
+    return shapes
 
 
 class _Flash(torch.autograd.Function):

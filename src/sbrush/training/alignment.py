@@ -1,7 +1,7 @@
-"""How well images fit their prompts, for the clamped CLIP loss (SwiftBrush v2, arXiv 2408.14176).
+"""How well images match their prompts, for the clamped CLIP loss (SwiftBrush v2, arXiv 2408.14176).
 
-Latents are decoded by a VAE and looked at by an open_clip model, both frozen; gradients pass through both. At Stable
-Diffusion's size the teacher's own decoder costs three UNet forwards a image, and its backward as much; a tiny VAE of
+Latents are decoded by a VAE and scored by an open_clip model, both frozen; gradients pass through both. At Stable
+Diffusion's size the teacher's own decoder costs three UNet forwards an image, and its backward as much; a tiny VAE of
 the same latents (diffusers' AutoencoderTiny, such as TAESD) a twentieth of that, which is why SwiftBrush v2 has one.
 """
 
@@ -22,7 +22,7 @@ from sbrush.training.request import AlignmentRequest
 
 
 class Alignment:
-    """A decoder and a CLIP model; `name` says which, with their digests, for a run's configuration."""
+    """A decoder and a CLIP model; `name` holds their names and digests, for a run's configuration."""
 
     def __init__(self, clip: ClipScorer, vae: AutoencoderKL | AutoencoderTiny, name: str) -> None:
         self._clip, self._vae, self.name = clip, vae, name

@@ -58,7 +58,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     if before.get("format") != FORMAT:
         raise SbrushError(
             f"the run in {printable(out)} has format {printable(before.get('format'))}, this version writes {FORMAT}",
-            "finish it with the version that began it, or start anew in another --out",
+            "finish it with the version that started it, or start a new run in another --out",
         )
     if isinstance(before.get("recipe"), dict):  # a setting that came later was what it is by default
         before = {**before, "recipe": LATER | before["recipe"]}

@@ -1,4 +1,4 @@
-"""What a run will take, told beforehand: parameters, memory, UNet forwards, FLOPs, disk. `sbrush distill --dry-run`
+"""What a run needs, estimated beforehand: parameters, memory, UNet forwards, FLOPs, disk. `sbrush distill --dry-run`
 
 The networks are built with shapes and no numbers, and one training step's heaviest part is played through with them:
 every tensor that it would hold is counted, and so is every multiplication. Nothing is loaded, nothing computed.
@@ -27,16 +27,16 @@ DRAWN = 8  # images at once, in a grid and in validation
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes. Memory is that of one process, in bytes, without what torch and the driver keep themselves."""
+    """What a run needs. Memory is that of one process, in bytes, without what torch and the driver keep."""
 
     parameters: dict[str, int]
     memory: dict[str, int]  # on the device, by what it is for
     host_memory: dict[str, int]  # off it, if it is no CPU
     flops: float  # of one UNet forward for one image
-    forwards: float  # UNet forwards a image takes, a backward counted as two
+    forwards: float  # UNet forwards an image takes, a backward counted as two
     checkpoint: int  # bytes on disk
     text_cache: int = 0  # bytes on disk
-    alignment_flops: float = 0  # a image, of the clamped CLIP loss
+    alignment_flops: float = 0  # an image, of the clamped CLIP loss
 
     @property
     def peak(self) -> int:
@@ -52,7 +52,7 @@ class Cost:
             *(f"{name:56} {count / 1e6:10.2f} M parameters" for name, count in self.parameters.items()),
             "",
             *(f"{name:56} {size / GIB:10.3f} GiB" for name, size in self.memory.items() if size),
-            f"{'expected peak, besides what torch and the driver keep':56} {self.peak / GIB:10.3f} GiB",
+            f"{'expected peak, without what torch and the driver keep':56} {self.peak / GIB:10.3f} GiB",
             *(
                 f"{name + ', in host memory':56} {size / GIB:10.3f} GiB"
                 for name, size in self.host_memory.items()
@@ -62,7 +62,7 @@ class Cost:
             f"{(keep + 1) * self.checkpoint / GIB:10.3f} GiB",
             *([f"{'disk for text embeddings':56} {self.text_cache / GIB:10.3f} GiB"] if self.text_cache else ()),
             "",
-            f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP a image{clip}: {each / 1e12:.3g} TFLOP",
+            f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP an image{clip}: {each / 1e12:.3g} TFLOP",
             f"{recipe.steps} steps of {recipe.batch}: {images} images, {images * each / 1e15:.3g} PFLOP; "
             f"{images * each / 3600e14:.3g} hours at 100 TFLOP/s",
         ]

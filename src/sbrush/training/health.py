@@ -1,4 +1,4 @@
-"""Is a run healthy? Named alarms over what log.jsonl holds; README.md says what each means and what to do.
+"""Is a run healthy? Named alarms over what log.jsonl holds; docs/distilling.md explains each and what to do.
 
 Every measure is a ratio to the teacher on the same images or prompts, so that one set of limits serves any teacher.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sbrush.device import send
 
-GRACE = 100  # steps before the first alarm: a student begins as the teacher's one-step guess, which is no image yet
+GRACE = 100  # steps before the first alarm: a student starts as the teacher's one-step guess, which is no image yet
 LASTING = 50  # steps for which a sign must last
 METRICS = ("latent_drift", "saturation")  # of every step, see TeacherReference.compare
 MOST_SKIPPED = 25  # steps in a row that were not finite; then the run stops
@@ -31,12 +31,12 @@ class Alarm(NamedTuple):
 ALARMS = (
     Alarm(
         "latent_drift",
-        "the images' mean has left the teacher's by more than its deviation",
+        "a channel's mean has moved away from the teacher's by more than its deviation",
         lambda entry, _: entry["latent_drift"] > 1,
     ),
     Alarm(
         "saturation",
-        "latents lie beyond the furthest of the teacher's images",
+        "latents are further out than any of the teacher's",
         lambda entry, _: entry["saturation"] > 0.01,
     ),
     Alarm(
@@ -46,17 +46,17 @@ ALARMS = (
     ),
     Alarm(
         "lora_divergence",
-        "the LoRA teacher knows the student's images less well than the teacher does",
+        "the LoRA teacher predicts the noise on the student's images worse than the teacher does",
         lambda entry, _: entry["lora_divergence"] > 1.5,
     ),
     Alarm(
         "prompt_spread",
-        "one seed gives nearly one image whatever the prompt says, more so than at the start",
+        "one seed gives nearly the same image for every prompt, more so than at the start",
         lambda entry, first: entry["prompt_spread"] < min(0.25, first["prompt_spread"]),
     ),
     Alarm(
         "seed_spread",
-        "one prompt gives nearly one image whatever the seed, more so than at the start",
+        "one prompt gives nearly the same image for every seed, more so than at the start",
         lambda entry, first: entry["seed_spread"] < min(0.25, first["seed_spread"]),
     ),
 )
@@ -66,7 +66,7 @@ def alarms(log: Sequence[Mapping[str, Any]]) -> list[Alarm]:
     """The alarms that the newest entry raises, given the log up to it, from the run's first entry on.
 
     A sign counts when every entry of the last LASTING steps that measured it shows it, and they reach that far back.
-    What an entry did not measure (it has no such key, or None) says nothing.
+    An entry that did not measure a sign (no such key, or None) does not count.
     """
     if not log or log[-1]["step"] < GRACE:
         return []
@@ -88,7 +88,7 @@ def _sign(alarm: Alarm, entry: Mapping[str, Any], first: Mapping[str, Any]) -> b
 
 @dataclass(frozen=True)
 class TeacherReference:
-    """What the teacher's own images of the sample grid's prompts are like, in latents.
+    """Statistics of the teacher's own images of the sample grid's prompts, in latents.
 
     mean, deviation  [C]  of each channel
     furthest         [C]  largest distance from a channel's mean

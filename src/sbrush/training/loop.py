@@ -28,25 +28,25 @@ from sbrush.training.plan import Plan
 from sbrush.training.run import Run
 from sbrush.training.trackers import finish, log_metrics, start
 
-ASK_EVERY = 5  # steps after which several processes agree on stopping: to ask is to wait for the device
-SAVE_EVERY = 200  # steps between checkpoints if nobody says so
-SAVING = 0.05  # share of a run's time that its checkpoints may take then: a large student's are many gigabytes
+ASK_EVERY = 5  # steps between agreements of several processes on stopping, each of which waits for the device
+SAVE_EVERY = 200  # steps between checkpoints by default
+SAVING = 0.05  # share of a run's time that default checkpoints may take: a large student's are many gigabytes
 
 
 def distill(plan: Plan) -> bool:
     """Trains to the recipe's last step, from the run's newest checkpoint on; False if it was stopped before the end.
 
-    SbrushError if another run has the folder, if it cannot be written to, or if training has stopped making sense.
+    SbrushError if another run holds the folder, if it cannot be written to, or if too many steps were not finite.
     """
     run, main = plan.run, plan.main_process
     try:
         with run.claim() if main else nullcontext():
             plan.accelerator.wait_for_everyone()
             return _train(plan)
-    except OSError as problem:  # no room, no permission, a mount that has gone
+    except OSError as problem:  # no room, no permission, a lost mount
         raise SbrushError(
             f"cannot write to {printable(run.out)}: {problem.strerror or problem}",
-            "what is in its checkpoints/ is kept: mend that and give the same command again",
+            "what is in its checkpoints/ is kept: fix that and give the same command again",
         ) from problem
     except torch.OutOfMemoryError as problem:
         raise SbrushError(
@@ -57,8 +57,8 @@ def distill(plan: Plan) -> bool:
         if plan.accelerator.num_processes == 1 or not is_disconnected(problem):
             raise
         raise SbrushError(
-            "another process of this run has ended, or is out of reach",
-            f"what is in {printable(run.checkpoints)} is kept: the same command goes on, with any number of processes",
+            "another process of this run has ended or cannot be reached",
+            f"what is in {printable(run.checkpoints)} is kept: the same command resumes, with any number of processes",
         ) from problem
 
 
@@ -66,13 +66,13 @@ def _train(plan: Plan) -> bool:
     run, recipe, main = plan.run, plan.run.recipe, plan.main_process
     if run.complete:
         if main:
-            info("this run is complete; it has its student already (--extend N adds steps)")
+            info("this run is complete and has its student; --extend N adds steps")
         return True
     if main:
         what = f"{plan.prompts.describe()}; recipe {recipe.name}, {recipe.steps} steps of {recipe.batch}"
         info(f"{what}; writing to {printable(run.out)}")
     seed = run.config["seed"]
-    # A student that is shared out answers, and is put together, only when all processes ask for it.
+    # A sharded student runs, and is gathered, only when all processes call it together.
     needed = main or plan.execution.shard
     method: Method = METHODS[recipe.method](  # type: ignore[call-arg]
         plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, execution=plan.execution,
@@ -80,15 +80,15 @@ def _train(plan: Plan) -> bool:
     )  # fmt: skip
     if main and plan.execution.shard:
         share = 100 * sharding.held(method.trained.values())
-        info(f"the student is shared out among {plan.accelerator.num_processes} processes (FSDP2); here {share:.0f} %")
+        info(f"the student is sharded among {plan.accelerator.num_processes} processes (FSDP2); here {share:.0f} %")
     order, first = ShuffledPrompts(plan.prompts, seed), 1
     if saved := checkpoint.newest(run.checkpoints):
         method.load(saved)
         first = saved.step + 1
         if main:
-            info(f"going on after step {saved.step} of {recipe.steps}")
+            info(f"resuming after step {saved.step} of {recipe.steps}")
     with torch.compiler.set_stance("force_eager"):
-        log = run.begin(method.teacher, after_step=first - 1) if main else []
+        log = run.start(method.teacher, after_step=first - 1) if main else []
     start(plan.accelerator, run.out, run.config, first=first)
     plan.accelerator.wait_for_everyone()
     every, metrics = run.every, (*method.metrics, *health.METRICS)
@@ -172,12 +172,12 @@ def _not_finite(run: Run, skipped: int) -> SbrushError:
     last = f"the last good checkpoint is {printable(kept[0])}" if kept else "there is no checkpoint yet"
     return SbrushError(
         f"the losses or gradients of {skipped} steps in a row were not finite; {last}",
-        "begin another run with a lower --student-lr or --set lora_lr=..., or with --precision float32",
+        "start another run with a lower --student-lr or --set lora_lr=..., or with --precision float32",
     )
 
 
 class CheckpointTimer:
-    """When checkpoints are due: every so many steps, or, of every SAVE_EVERY, as often as SAVING allows."""
+    """When checkpoints are due: every so many steps, or at multiples of SAVE_EVERY as often as SAVING allows."""
 
     def __init__(self, every: int | None, accelerator: Accelerator) -> None:
         self._every, self._accelerator = every, accelerator
@@ -192,25 +192,25 @@ class CheckpointTimer:
         worth = (time.monotonic() - self._since) * SAVING >= self._took * (1 - SAVING)
         if self._accelerator.num_processes == 1:
             return worth
-        said = torch.tensor(float(worth), device=self._accelerator.device)
-        return bool(broadcast(said, from_process=0).item())
+        decision = torch.tensor(float(worth), device=self._accelerator.device)
+        return bool(broadcast(decision, from_process=0).item())
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Around the saving of one."""
-        began = time.monotonic()
+        start = time.monotonic()
         yield
         self._since = time.monotonic()
-        self._took = self._since - began
+        self._took = self._since - start
 
 
 class Stop:
-    """Whether somebody has asked the run to stop."""
+    """Whether the run was asked to stop."""
 
     asked = False
 
     def asked_by_any(self, accelerator: Accelerator, step: int) -> bool:
-        """Whether any process was asked, so that all stop after the same step; several ask each other now and then."""
+        """Whether any process was asked, so that all stop after the same step; several ask every ASK_EVERY steps."""
         if accelerator.num_processes == 1:
             return self.asked
         if step % ASK_EVERY:
@@ -228,7 +228,7 @@ def stop_requests(*, several: bool = False) -> Iterator[Stop]:
     def request(number: int, frame: FrameType | None) -> None:
         stop.asked = True
         # Not by `info`: the signal may have come in the middle of a print, which must not be entered twice.
-        when = b"in some steps, when all processes know" if several else b"after this step"
+        when = b"within a few steps" if several else b"after this step"
         os.write(2, b"\nstopping " + when + b"; once more to stop at once (work since the last checkpoint is lost)\n")
         for s in before:
             signal.signal(s, signal.SIG_DFL)

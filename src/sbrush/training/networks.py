@@ -123,7 +123,7 @@ class Networks:
 
     @contextmanager
     def average(self) -> Iterator[Model]:
-        """The student that would be exported now, the average, as a model; for as long as the context lasts."""
+        """The student as it would be exported now (the average), as a model, for as long as the context lasts."""
         set_role(self.student, "student")
         cut = one_step_scheduler(self.teacher.scheduler, self.recipe.t_init)
         about = {"reparameterised": self.recipe.reparameterised}
@@ -132,7 +132,7 @@ class Networks:
             yield replace(self.teacher, unet=self.student, about=about, scheduler=cut)
 
     def exported(self) -> UNet2DConditionModel:
-        """The average as a plain UNet in float32, to be called within `average`; a LoRA is merged into its teacher."""
+        """The average as a plain UNet in float32; call it within `average`. A LoRA is merged into its teacher."""
         if self.execution.shard:
             with torch.device("meta"):
                 plain = UNet2DConditionModel.from_config(self.student.config)
@@ -146,14 +146,14 @@ class Networks:
         return merge_lora(self.student, "student", plain.to(self.student.device))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that training changes, for a checkpoint; if the student is shared out, asked on all processes."""
+        """Everything that training changes, for a checkpoint; called on all processes if the student is sharded."""
         parts = {"student": dict(self.trained), "ema": self.ema.tensors}
         parts |= {name: dict(trained) for name, (trained, _) in self.helpers.items()}
         parts["student_optimizer"] = optimizer.state_of(self.student_optimizer)
         parts |= {f"{name}_optimizer": optimizer.state_of(adam) for name, (_, adam) in self.helpers.items()}
         if not self.execution.shard:
             return parts
-        # Put together one by one, and kept by the process that writes them.
+        # Gathered one by one, and kept by the process that writes them.
         found: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
         for part, tensors in parts.items():
             for name, tensor in tensors.items():
@@ -164,7 +164,7 @@ class Networks:
 
     @torch.no_grad()
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Puts back what `state` gave. SbrushError if that is not what this run's networks are made of."""
+        """Restores what `state` gave. SbrushError if it does not belong to this run's networks."""
         own = {"student": self.trained, "ema": self.ema.tensors}
         own |= {name: trained for name, (trained, _) in self.helpers.items()}
         for part, tensors in own.items():
@@ -193,6 +193,6 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
 
 def _misfit(step: int) -> SbrushError:
     return SbrushError(
-        f"the checkpoint after step {step} is no state of this run's networks",
-        "it was changed by something else; start anew in another --out",
+        f"the checkpoint after step {step} does not belong to this run's networks",
+        "something else changed it; start a new run in another --out",
     )

@@ -1,4 +1,4 @@
-"""A run that is ready to begin: its models loaded, its configuration resolved, nothing written yet."""
+"""A run that is ready to start: its models loaded, its configuration resolved, nothing written yet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sbrush.training.validation import Validation
 
 @dataclass
 class Plan:
-    """A run that is ready to begin: nothing is written yet."""
+    """A run that is ready to start: nothing is written yet."""
 
     run: Run
     prompts: Prompts
@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def main_process(self) -> bool:
-        """Whether this process is the one that speaks and writes."""
+        """Whether this process is the one that logs and writes."""
         return self.accelerator.is_main_process
 
 
@@ -118,10 +118,10 @@ def _check_init(recipe: Recipe, teacher: Model, name: str, init: Model) -> None:
             f"{'give' if recipe.reparameterised else 'leave out'} --no-reparameterisation",
             code=2,
         )
-    begins, begin = length - 1, len(teacher.schedule) - 1 if recipe.t_init is None else recipe.t_init
-    if begins != begin:
+    starts, start = length - 1, len(teacher.schedule) - 1 if recipe.t_init is None else recipe.t_init
+    if starts != start:
         raise SbrushError(
-            f"--init {name} takes its step at timestep {begins}, this run would at {begin}",
-            f"--set t_init={begins}" if begins < len(teacher.schedule) - 1 else "--set t_init=null",
+            f"--init {name} takes its step at timestep {starts}, this run at {start}",
+            f"--set t_init={starts}" if starts < len(teacher.schedule) - 1 else "--set t_init=null",
             code=2,
         )

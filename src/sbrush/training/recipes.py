@@ -55,7 +55,7 @@ class Recipe:
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
-    guidance_to: float | None = None  # s is drawn anew for each step from guidance .. guidance_to
+    guidance_to: float | None = None  # s is drawn for each step from guidance .. guidance_to
     guidance_high: int | None = None  # guidance at timesteps up to this one only (arXiv 2404.07724)
     optimizer: Literal["adam", "adam8bit"] = "adam"  # the latter's moments take a quarter of the memory (bitsandbytes)
     pairs: int = 0  # samples of a batch that are also held to the teacher's own image of their noise: core.pair_loss
@@ -64,7 +64,7 @@ class Recipe:
     pair_share: float = 1.0  # of the run, its beginning, in which there are pairs
     pair_weight: float = 1.0  # of that loss, against the score difference's on one sample
     clip_weight: float = 0.0  # of core.clamped_clip_loss at the start, from which it falls to zero at the last step
-    clip_tau: float = 0.35  # the cosine from which on a image fits its prompt well enough
+    clip_tau: float = 0.35  # the cosine from which on an image fits its prompt well enough
 
     def __post_init__(self) -> None:
         for name, kind in _kinds().items():

@@ -1,16 +1,16 @@
-"""A training run's folder: what was asked, what happened, how it looks, what came out.
+"""A training run's folder: configuration, log, sample grids, checkpoints, student.
 
 config.json             everything that decides the result (config.py)
 log.jsonl               a line every few steps: the method's metrics, health.METRICS, alarms, clip_score
 curves.png              the same drawn
 samples/step-000200.png the student's images, same prompts and seeds each time; samples/teacher.png beside them
-samples/teacher.json    what the teacher's images are like, for the alarms
+samples/teacher.json    statistics of the teacher's images, for the alarms
 samples/x0-000200.png   one batch: student x0, the teacher's and the LoRA teacher's guess of it from x_t
 checkpoints/            the newest states (checkpoint.py)
 student/                the result, a folder for diffusers
 student-lora/           the same as a LoRA, if the student is one
 trackers/               what tensorboard and others write, if asked for
-.lock                   held while a run is at work here
+.lock                   held while a run is using the folder
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Run:
     def plan(cls, out: Path, config: dict[str, Any], recipe: Recipe, every: Intervals, *, extend: int = 0) -> Run:
         """The run that `config` means in `out`: a new one, the rest of one, or one extended by `extend` steps.
 
-        A complete run gets that many more; one that is not must be finished as it was begun. SbrushError otherwise.
+        A complete run gets that many more; an incomplete one must be finished first. SbrushError otherwise.
         """
         before: list[int] = []
         if (out / "config.json").is_file():
@@ -102,13 +102,13 @@ class Run:
 
     @property
     def reference(self) -> TeacherReference:
-        """What the teacher's images are like; `begin` has written it."""
+        """Statistics of the teacher's images, as `start` has written them."""
         return TeacherReference(**json.loads((self.out / "samples" / "teacher.json").read_text(encoding="utf-8")))
 
     def claim(self) -> AbstractContextManager[object]:
-        """Makes the folder this run's own, for as long as what is returned is held.
+        """Locks the folder for this run, for as long as what is returned is held.
 
-        SbrushError if the folder holds something else, another configuration, is at work, or cannot be written.
+        SbrushError if the folder holds something else or another configuration, is in use, or cannot be written.
         """
         shown = printable(self.out)
         file = self.out / "config.json"
@@ -117,7 +117,9 @@ class Run:
             if self.out.exists() and not self.out.is_dir():
                 raise SbrushError(f"{shown} is a file", "name a folder with --out", code=2)
             if self.out.is_dir() and not file.is_file() and any(self.out.iterdir()):
-                raise SbrushError(f"{shown} is not empty and no run of sbrush", "name a new folder with --out", code=2)
+                raise SbrushError(
+                    f"{shown} is not empty and holds no run of sbrush", "name a new folder with --out", code=2
+                )
             self.out.mkdir(parents=True, exist_ok=True)
             if not os.access(self.out, os.W_OK):
                 raise PermissionError(13, "Permission denied")
@@ -126,7 +128,7 @@ class Run:
                 write_json(file, self.config)
         except Timeout:
             raise SbrushError(
-                f"another run is at work in {shown}", "wait for it, or name another folder with --out", code=2
+                f"another run is using {shown}", "wait for it, or name another folder with --out", code=2
             ) from None
         except OSError as problem:
             raise SbrushError(
@@ -138,8 +140,8 @@ class Run:
             write_json(file, self.config)
         return held
 
-    def begin(self, teacher: Model, *, after_step: int) -> list[dict[str, Any]]:
-        """Cuts the log back to the step that training goes on from, and draws the teacher's grid once.
+    def start(self, teacher: Model, *, after_step: int) -> list[dict[str, Any]]:
+        """Cuts the log back to the step that training resumes from, and draws the teacher's grid once.
 
         Returns the log's entries.
         """
@@ -157,7 +159,7 @@ class Run:
         return kept
 
     def _measure_teacher(self, teacher: Model) -> None:
-        """Draws the teacher's grid, and writes down what its images are like."""
+        """Draws the teacher's grid and records statistics of its images."""
         texts, seeds = self._grid()
         set_role(teacher.unet, "teacher")
         latents, drawn = [], []
@@ -180,7 +182,7 @@ class Run:
             entry["alarms"] = [alarm.name for alarm in raised]
         new = [alarm for alarm in raised if not before or alarm.name not in before[-1].get("alarms", ())]
         for alarm in new:
-            info(f"\nalarm: {alarm.name} at step {step}: {alarm.meaning} (README.md, Is my run healthy?)")
+            info(f"\nalarm: {alarm.name} at step {step}: {alarm.meaning} (docs/distilling.md: when an alarm rings)")
         if torch.cuda.is_available():
             entry["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         entry["time"] = round(time.time(), 1)
@@ -201,7 +203,7 @@ class Run:
     ) -> dict[str, float]:
         """Writes the student's sample grid, of `draw`, and the method's views of x0 of the step's own batch, by label.
 
-        Returns how far the sample grid's images are apart, as shares of the teacher's.
+        Returns the spread of the grid's images, as shares of the teacher's.
         """
         self._save_grid(f"step-{step:06d}.png", torch.cat([teacher.decode(part) for part in latents]))
         rows = [list(teacher.decode(view[:8].float())) for view in views.values()]
@@ -235,7 +237,7 @@ def _loggable(value: object) -> bool:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log.jsonl; what is none, such as a line cut short by a kill, is left out."""
+    """The entries of a run's log.jsonl; lines that are none, such as one cut short by a kill, are left out."""
     file, entries = out / "log.jsonl", []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:

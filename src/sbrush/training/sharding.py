@@ -1,8 +1,8 @@
-"""A student whose weights, gradients, moments and average are shared out among processes: FSDP2, for large students.
+"""FSDP2: a large student's weights, gradients, moments and average, sharded among processes.
 
 Asked for by accelerate's own configuration (`accelerate config`, "FSDP"). The teacher stays whole on each device: it is
-frozen, in bfloat16 a tenth of what a student takes in training, and the LoRA on it is small. So accelerate itself is
-told of data parallelism alone, and the student is shared out here, block by block, by torch's fully_shard.
+frozen, in bfloat16 it takes a tenth of what a student takes in training, and its LoRA is small. So accelerate runs
+plain data parallelism, and the student is sharded here, block by block, by torch's fully_shard.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def asked_for() -> bool:
-    """Whether accelerate's configuration asks for FSDP; from then on accelerate takes it for data parallelism."""
+    """Whether accelerate's configuration asks for FSDP; removes it, so that accelerate runs data parallelism."""
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def shard(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
-    """Shares a UNet's parameters out among all processes, in place: they are DTensors from now on, float32 as before.
+    """Shards a UNet's parameters among all processes, in place: they become DTensors, float32 as before.
 
-    A block's weights are together on a device only while that block is at work.
+    A block's weights are gathered on a device only while that block runs.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
@@ -42,13 +42,13 @@ def held(parameters: Iterable[Tensor]) -> float:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A tensor, put together if it is shared out: then all processes must ask for it at once."""
+    """The whole tensor. If it is sharded, all processes must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def put(tensor: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor's values into one that may be shared out."""
+    """Copies a whole tensor's values into one that may be sharded."""
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
     tensor.copy_(value)

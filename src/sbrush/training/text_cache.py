@@ -1,6 +1,6 @@
 """Text embeddings on disk, so that a run needs no text encoder beside the networks that it trains.
 
-In half precision, every position: those after a prompt's end carry values of their own, which the UNet looks at. A
+In half precision, every position: those after a prompt's end carry values of their own, which the UNet reads. A
 prompt of SD 2.1 takes 154 KiB, so 1.4 million take 206 GiB; rows are read as a step needs them. What is saved is the
 encoder's memory and a hundredth of a step's FLOPs: by default prompts are encoded as they come.
 """
@@ -29,7 +29,7 @@ GIB, BATCH = 2**30, 50  # the latter divides shards.BLOCK
 
 
 class TextCache:
-    """What a teacher's UNet is told of each prompt of a list, in a folder of its own within `folder`."""
+    """The conditioning of each prompt of a list, in a folder of its own within `folder`."""
 
     def __init__(self, folder: Path, teacher: Model, prompts: Prompts) -> None:
         self._folder, self._teacher, self._prompts = folder, teacher, prompts
@@ -45,9 +45,9 @@ class TextCache:
         return Shards(folder, len(prompts), elsewhere="--text-cache", unit="prompts")
 
     def fill(self, accelerator: Accelerator) -> None:
-        """Encodes what is missing, shared by all processes; says how much that is, and sees that there is room for it.
+        """Encodes what is missing, split among all processes; logs its size and checks that there is room for it.
 
-        SbrushError if there is not, or if a number is too large for half precision.
+        SbrushError if there is none, or if a value is too large for half precision.
         """
         if accelerator.is_main_process and (missing := self.shards.missing):
             size = missing * row_bytes(self._teacher.encode([""]))
@@ -57,7 +57,7 @@ class TextCache:
             if free < 1.01 * size + 2**20:
                 raise SbrushError(
                     f"no room for the text embeddings: they take {size / GIB:.3g} GiB, {free / GIB:.3g} GiB are free",
-                    "leave --text-cache out: prompts are then encoded as they come",
+                    "leave out --text-cache: prompts are then encoded at every step",
                 )
         accelerator.wait_for_everyone()
         here = {"process": accelerator.process_index, "processes": accelerator.num_processes}
@@ -65,7 +65,7 @@ class TextCache:
         accelerator.wait_for_everyone()
 
     def conditioning(self, places: Sequence[int]) -> Conditioning:
-        """What Model.encode gives for the prompts at these places of the list, but for half precision's rounding."""
+        """What Model.encode gives for the prompts at these places of the list, rounded to half precision."""
         dtype, device = self._teacher.text_encoder.dtype, self._teacher.device
         return {name: send(rows.to(dtype), device) for name, rows in self.shards.take(places).items()}
 
@@ -76,8 +76,8 @@ class TextCache:
                 rows = {name: value.half().cpu() for name, value in conditioning.items()}
                 if not all(value.isfinite().all() for value in rows.values()):
                     raise SbrushError(
-                        "the text encoder's numbers are too large for half precision",
-                        "leave --text-cache out: prompts are then encoded as they come",
+                        "the text encoder's values are too large for half precision",
+                        "leave out --text-cache: prompts are then encoded at every step",
                     )
                 yield rows
 

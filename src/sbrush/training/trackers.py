@@ -29,14 +29,14 @@ def tracked_in(out: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def start(accelerator: Accelerator, out: Path, config: Mapping[str, Any], *, first: int) -> None:
-    """Starts the trackers, or goes on with them before step `first`; SbrushError if one cannot.
+    """Starts the trackers, or resumes them at step `first`; SbrushError if one cannot.
 
-    Steps from `first` on that an interrupted run has already told them are told again: tensorboard hides the earlier
+    Steps from `first` on that an interrupted run has already logged are logged again: tensorboard hides the earlier
     ones, wandb drops the later ones.
     """
     if not accelerator.log_with:
         return
-    # The same run in the same folder goes on under the same name.
+    # The same run in the same folder keeps its name.
     identity = hashlib.sha256(f"{out.resolve()} {config['seed']} {config['recipe']}".encode()).hexdigest()[:16]
     where = str(out / FOLDER)
     options: dict[str, Any] = {

@@ -21,7 +21,7 @@ PROMPTS = 64
 
 
 class Scorer(Protocol):
-    """Says how well images fit their captions."""
+    """Scores how well images match their captions."""
 
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosines: uint8 [B, 3, H, W] and B captions to float32 [B]."""
@@ -29,7 +29,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Validation:
-    """What is measured: the prompts, each with its place in the list for a seed, and who says how well they are met."""
+    """The prompts, each with its place in the list as seed, and what scores their images."""
 
     prompts: Sequence[str]
     scorer: Scorer

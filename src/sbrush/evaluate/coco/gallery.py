@@ -93,7 +93,7 @@ def _in_order(folder: Path, files: list[Path]) -> list[Path]:
         if int(file.stem) != number:
             raise SbrushError(
                 f"{printable(folder)} has no image {number}, or two of a number: {printable(file.name)} comes there",
-                "a image's number is its caption's, counted from 0; else put captions.txt or metadata.jsonl there",
+                "an image's number is its caption's, counted from 0; else put captions.txt or metadata.jsonl there",
                 code=2,
             )
     return numbered

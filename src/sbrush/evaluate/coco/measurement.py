@@ -89,7 +89,7 @@ class Measurement:
             what = f"{printable(wrong[0])} and {bad - 1} others" if bad > 1 else printable(wrong[0])
             raise SbrushError(f"{what} could not be read", "fetch them again, or see --max-bad")
         info("measuring ...")
-        # Not a copy of 8 KiB a image where none is bad.
+        # Not a copy of 8 KiB an image where none is bad.
         r, f = (x if ok.all() else x[ok] for x, ok in ((self.reference, good_real), (rows["features"], good)))
         precision, recall = precision_recall(r.to(self.device), f.to(self.device))
         mean, spread = kid(r, f)

@@ -53,7 +53,7 @@ class Protocol:
     neighbours: int = NEIGHBOURS  # of precision and recall
 
     def key(self) -> list[object]:
-        """All that a image's features depend on."""
+        """All that an image's features depend on."""
         return [1, SIDE, self.resize, self.prefix]
 
 
@@ -155,7 +155,7 @@ class FeatureExtractor:
         self.protocol, self.inception, self.clip, self.hps = protocol, inception, clip, hps
 
     def prepare(self, image: Image.Image, *, scored: bool) -> Ready:
-        """All that is done to a image before a network sees it; for CLIP too if it is `scored`. Any thread may."""
+        """All that is done to an image before a network sees it; for CLIP too if it is `scored`. Any thread may."""
         pixels = square(image)
         features = clean_resize(pixels) if self.protocol.resize == "clean" else pixels
         whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) if scored and self.hps else pixels

@@ -1,4 +1,4 @@
-"""Puts what was trained into the package, which says under which guidance scale the teacher is used.  `make teach`:
+"""Puts what was trained into the package, with the guidance scale that the teacher is used at.  `make teach`:
 
 python -m sbrush.training.world.ship teacher       teacher and judge, as teach.py left them
 python -m sbrush.training.world.ship guidance      the teacher's guidance scale, chosen on validation captions
@@ -57,7 +57,7 @@ def guidance(
 ) -> None:
     """Chooses the teacher's guidance scale on validation captions, and records it.
 
-    The smallest whose mean accuracy is within half a point of the best: what more of it adds, variety pays for.
+    The smallest whose mean accuracy is within half a point of the best: more of it would cost variety.
     """
     built_in, looking = load_teacher(), Judge.load()
     captions = [random_caption(stream("validation", i)) for i in range(images)]

@@ -6,7 +6,7 @@
 
 ship.py puts what comes out into the package.
 
-Seeded and checkpointed: the same command goes on where it stopped. Training images are drawn once and kept in
+Seeded and checkpointed: the same command resumes where it stopped. Training images are drawn once and kept in
 `--work`; what step s sees depends on the seed and s alone.
 """
 
