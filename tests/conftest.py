@@ -157,6 +157,7 @@ def sbrush(*arguments: object, **environment: str) -> Done:
         patch.setattr(sys, "stderr", streams[1])
         for name, value in environment.items():
             patch.setenv(name, value)
+        forget_accelerate()
         try:
             main()
             code: object = 0
@@ -165,10 +166,15 @@ def sbrush(*arguments: object, **environment: str) -> Done:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if state := sys.modules.get("accelerate.state"):  # which is one a process, whatever was asked for first
-                state.AcceleratorState._reset_state(reset_partial_state=True)
+            forget_accelerate()
     out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
     return Done(int(code or 0), out, err)  # type: ignore[call-overload]
+
+
+def forget_accelerate() -> None:
+    """accelerate keeps one state a process, with the precision and device that were asked for first."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def process(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:

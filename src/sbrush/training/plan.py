@@ -16,7 +16,7 @@ from sbrush.training import sharding
 from sbrush.training.alignment import Alignment
 from sbrush.training.config import make_config
 from sbrush.training.engine import make_accelerator
-from sbrush.training.methods import METHODS, micro_batches
+from sbrush.training.methods import METHODS, split_batch
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions, RunRequest
 from sbrush.training.run import Run
@@ -74,6 +74,10 @@ def prepare(request: RunRequest) -> Plan:
 
 def check(recipe: Recipe, teacher: Model, execution: ExecutionOptions, *, world: int, init: str | None) -> None:
     """SbrushError if a recipe, a teacher (of which shapes suffice) and a machine do not go together."""
+    if recipe.method not in METHODS:
+        raise SbrushError(
+            f"no method {printable(recipe.method)}", f"--set method=NAME, one of {', '.join(METHODS)}", code=2
+        )
     if execution.shard and (
         recipe.student_rank or execution.compile or recipe.optimizer == "adam8bit" or execution.ema_on_cpu
     ):
@@ -84,7 +88,7 @@ def check(recipe: Recipe, teacher: Model, execution: ExecutionOptions, *, world:
         )
     if execution.ema_on_cpu and not recipe.ema:
         raise SbrushError("there is no average to keep on the CPU", "leave out --ema-on-cpu, or --set ema=0", code=2)
-    micro_batches(recipe, execution, 0, world)
+    split_batch(recipe, execution, 0, world)
     if init and recipe.student_rank:
         raise SbrushError(
             "a LoRA student starts as its teacher, and cannot start as another student",

@@ -51,7 +51,7 @@ class Recipe:
     beta2: float  # of both Adams; beta1 is 0.9
     clip: float  # gradient norm
     reparameterised: bool = True  # False: the paper's ablation
-    method: Literal["vsd"] = "vsd"  # what trains the student: a line of training/methods
+    method: str = "vsd"  # what trains the student: a key of training.methods.METHODS
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line

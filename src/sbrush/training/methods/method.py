@@ -99,7 +99,7 @@ class Method(ABC):
         """What a step costs, played through on a teacher's shapes; called with the meta device as default."""
 
 
-def micro_batches(recipe: Recipe, execution: ExecutionOptions, process: int, world: int) -> list[range]:
+def split_batch(recipe: Recipe, execution: ExecutionOptions, process: int, world: int) -> list[range]:
     """The micro-batches of one process: sample indices of the global batch. SbrushError if they do not divide it."""
     for whole, what in ((recipe.batch, "a batch"), (recipe.pairs, "pairs")):
         if whole % world:

@@ -23,7 +23,7 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
 from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
-from sbrush.training.methods.method import Machine, Method, Rehearsal, micro_batches
+from sbrush.training.methods.method import Machine, Method, Rehearsal, split_batch
 from sbrush.training.methods.rehearsal import rehearse
 from sbrush.training.networks import Networks
 from sbrush.training.recipes import Recipe
@@ -82,7 +82,7 @@ class VSD(Networks, Method):
         if recipe.clip_weight and not alignment:
             raise ValueError("the clamped CLIP loss needs a CLIP model")
         execution = execution or ExecutionOptions()
-        self._micro_batches = micro_batches(recipe, execution, accelerator.process_index, accelerator.num_processes)
+        self._micro_batches = split_batch(recipe, execution, accelerator.process_index, accelerator.num_processes)
         self._pair_every = recipe.batch // recipe.pairs if recipe.pairs else recipe.batch
         super().__init__(teacher, recipe, seed=seed, accelerator=accelerator, init=init, execution=execution)
         self.lora, self.lora_optimizer = self.helpers["lora"]
