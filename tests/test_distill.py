@@ -27,11 +27,13 @@ from sbrush.models.unet import set_role
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
 from sbrush.storage import checkpoint
-from sbrush.training.loop import Saving, distill, stop_requests
+from sbrush.training.engine import make_accelerator
+from sbrush.training.loop import CheckpointTimer, distill, stop_requests
 from sbrush.training.methods.vsd import VSD
-from sbrush.training.plan import _accelerator, check, prepare
+from sbrush.training.plan import check, prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.request import ExecutionOptions, Intervals, RunRequest, read_log
+from sbrush.training.request import ExecutionOptions, Intervals, RunRequest
+from sbrush.training.run import read_log
 
 PROMPTS = make_prompts(["a cat", "a dog", "a red fish", "a blue car on a mint background"], "four")
 SMALL = dataclasses.replace(
@@ -406,7 +408,7 @@ def test_checkpoints_come_as_often_as_they_are_worth(monkeypatch):
     monkeypatch.setattr("sbrush.training.loop.time.monotonic", lambda: now[0])
 
     def saved_at(every, *, a_step, a_save, steps):
-        saving, found = Saving(every, Accelerator(cpu=True)), []
+        saving, found = CheckpointTimer(every, Accelerator(cpu=True)), []
         for step in range(1, steps + 1):
             now[0] += a_step
             if saving.due(step):
@@ -589,5 +591,5 @@ def test_the_shipped_prompt_file_holds_no_held_out_combination():
 
 def test_processes_exchange_gradients_where_they_lie():
     """Else a full student's gradients would be there twice, in DDP's buckets and out of them."""
-    made = _accelerator("cpu", "no", {})
+    made = make_accelerator("cpu", "no", {})
     assert made.ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True}

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from sbrush.console import SbrushError
+from sbrush.evaluate.coco import download
 from sbrush.evaluate.coco.download import ARCHIVES, Archive, fetch_coco
-from sbrush.evaluate.coco.protocols import Coco, download
+from sbrush.evaluate.coco.protocols import Coco
 
 IMAGES = {"val2014/": b"", "val2014/a.jpg": bytes(range(256)) * 8000, "val2014/b.jpg": b"b", "other/c.jpg": b"c"}
 CAPTIONS = {"annotations/captions_val2014.json": b"{}", "annotations/instances_val2014.json": b"[]"}

@@ -22,7 +22,8 @@ from sbrush.training.loop import distill
 from sbrush.training.methods.vsd import VSD
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
-from sbrush.training.request import Intervals, RunRequest, read_log
+from sbrush.training.request import Intervals, RunRequest
+from sbrush.training.run import read_log
 
 HEALTHY = Path(__file__).parent.parent / "docs" / "healthy"
 STICKERS = Path(__file__).parent.parent / "prompts" / "stickers.txt"
