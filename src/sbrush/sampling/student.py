@@ -1,0 +1,126 @@
+"""A student as a Python object: `sbrush.load_student("runs/sd21")("a cat", seed=1)`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import chain
+from typing import overload
+
+from PIL import Image
+
+from sbrush.console import SbrushError, printable
+from sbrush.device import pick_device, pick_dtype
+from sbrush.models import load
+from sbrush.models.model import Model
+from sbrush.sampling.generation import student_images
+from sbrush.sampling.images import to_image
+
+LARGEST_SEED = 10**18 - 1  # as on the command line
+
+
+def load_student(
+    source: str | None = None, *, start_timestep: int | None = None, device: str = "auto", precision: str = "auto"
+) -> Student:
+    """A one-step student, ready to draw.
+
+    Args:
+        source: A student's folder, a run's folder (the student in it), one of a run's checkpoints (the student as it
+            was then) or a Hub id. None is the student that comes with sbrush, for the built-in world.
+        start_timestep: For a student that was trained to take its noise for x_t at an earlier timestep than its
+            scheduler says, such as 399 for DMD2's. None reads it from the scheduler.
+        device: "auto" (CUDA where there is a card, else the CPU), "cpu", "cuda" or "cuda:1".
+        precision: Number format of the networks: "auto" (bfloat16 on CUDA, float32 on the CPU), "float32", "bfloat16"
+            or "float16".
+
+    Returns:
+        The student, with its weights in memory.
+
+    Raises:
+        SbrushError: There is no such student, device or precision, or its files are damaged. `hint` says what to do.
+    """
+    where = pick_device(device)
+    dtype = pick_dtype(precision, where)
+    return Student(load.load_student(source, start_timestep=start_timestep, device=where, dtype=dtype))
+
+
+class Student:
+    """A one-step student in memory. Call it with prompts and seeds to get Pillow images.
+
+    `load_student` makes one. `model` is the adapter of its networks: `model.image_size` is (height, width) in pixels,
+    `model.device` where it runs.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @overload
+    def __call__(self, prompts: str, seed: int = 0, *, batch: int = 32) -> Image.Image: ...
+
+    @overload
+    def __call__(
+        self, prompts: list[str] | tuple[str, ...], seed: int | Sequence[int] = 0, *, batch: int = 32
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def __call__(self, prompts: str, seed: Sequence[int], *, batch: int = 32) -> list[Image.Image]: ...
+
+    def __call__(
+        self, prompts: str | list[str] | tuple[str, ...], seed: int | Sequence[int] = 0, *, batch: int = 32
+    ) -> Image.Image | list[Image.Image]:
+        """Draws one image for each pair of prompt and seed, in one step each.
+
+        The images are those of `sbrush sample` with the same prompt, seed, device and precision. An image depends on
+        its prompt and seed alone, and on what shares its batch only by rounding.
+
+        Args:
+            prompts: One prompt or a list of them.
+            seed: One seed from 0 on, or a list of them. One seed serves every prompt, one prompt every seed; two lists
+                of one length are taken in pairs.
+            batch: Images that the networks draw at once. Fewer take less memory.
+
+        Returns:
+            An RGB image for one prompt and one seed; a list of images, in order, if either is a list.
+
+        Raises:
+            SbrushError: A prompt is empty, a seed is no whole number from 0 on, or the two lists differ in length.
+        """
+        single = isinstance(prompts, str) and not isinstance(seed, Sequence)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [*seed] if isinstance(seed, Sequence) else [seed]
+        _check(texts, seeds, batch)
+        if len(seeds) == 1:
+            seeds = seeds * len(texts)
+        elif len(texts) == 1:
+            texts = texts * len(seeds)
+        images = [
+            to_image(image) for image in chain.from_iterable(student_images(self.model, texts, seeds, batch=batch))
+        ]
+        return images[0] if single else images
+
+    def __repr__(self) -> str:
+        height, width = self.model.image_size
+        return f"<sbrush.Student {self.model.name!r}, {width} x {height} pixels, on {self.model.device}>"
+
+
+def _check(texts: Sequence[str], seeds: Sequence[int], batch: int) -> None:
+    """SbrushError if these are not prompts and seeds that go together."""
+    example = 'student("a cat", seed=1), student(["a cat", "a dog"], seed=1) or student("a cat", seed=range(8))'
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise SbrushError(f"not a prompt: {printable(repr(text))}", example, code=2)
+    for seed in seeds:
+        try:
+            fits = 0 <= operator.index(seed) <= LARGEST_SEED
+        except TypeError:
+            fits = False
+        if not fits:
+            raise SbrushError(f"not a seed: {printable(repr(seed))}", "a seed is a whole number from 0 on", code=2)
+    if len(texts) != len(seeds) and 1 not in (len(texts), len(seeds)):
+        raise SbrushError(
+            f"{len(texts)} prompts do not pair with {len(seeds)} seeds",
+            "give two lists of one length, or one prompt, or one seed",
+            code=2,
+        )
+    if batch < 1:
+        raise SbrushError(f"a batch of {batch} images", "batch is 1 or more", code=2)
