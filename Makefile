@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DOCS   := $(VENV)/docs
 RUN    ?= runs/demo
 STEPS  ?=
 LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint distill sample eval mutate kill fuzz memory ablations bench bench-eval teach wheel clean
+.PHONY: help setup demo test lint docs distill sample eval mutate kill fuzz memory full-size ablations bench bench-eval teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -43,6 +44,16 @@ lint: $(READY)  ## ruff, mypy and the arrows between rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
+docs: $(DOCS)/.ready  ## build the documentation into site/; a broken link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "Open:     site/index.html"
+
 distill: $(READY)  ## distil the built-in teacher into RUN
 	$(BIN)/sbrush distill prompts/stickers.txt --out $(RUN) $(if $(STEPS),--steps $(STEPS))
 
@@ -62,20 +73,20 @@ kill: $(READY)  ## kill a run fifty times at random; it must end as one that was
 fuzz: $(READY)  ## damage five hundred folders that sbrush reads; it must refuse or do no harm
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py 500
 
-memory: $(READY)  ## what `sbrush eval --coco-30k` holds in memory at 300 and at 3,000 pictures
+memory: $(READY)  ## what `sbrush eval --coco-30k` holds in memory at 300 and at 3,000 images
 	$(BIN)/python tests/memory.py 300 3000
 
 full-size: $(READY)  ## Stable Diffusion's full sizes, random weights: needs 24 GiB, 30 GB of disk and half an hour or more
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m slow tests/test_full_size.py
 
-ablations: $(READY)  ## the paper's ablations on the built-in world, with a picture each
+ablations: $(READY)  ## the paper's ablations on the built-in world, with an image each
 	$(BIN)/python -m sbrush.benchmarks.ablations
 
-bench: $(READY)  ## the training step against the plain formulation and the floor; SIZE=sd21 for SD 2.1's, on a GPU
+bench: $(READY)  ## the training step against the baseline and the roofline; SIZE=sd21 for SD 2.1's, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.training $(if $(SIZE),--size $(SIZE) --minutes 6)
 
-bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the usual way; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
-	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --pictures 3000 --minutes 6)
+bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the baseline; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
+	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --images 3000 --minutes 6)
 
 teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, student
 	$(BIN)/python -m sbrush.training.world.teach vae
@@ -90,7 +101,7 @@ teach: $(READY)  ## train the built-in world again from nothing: autoencoder, ju
 	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
 	$(BIN)/python -m sbrush.training.world.ship student runs/shipped
 
-wheel: $(READY)  ## build the wheel, install it into an empty environment and draw a picture with it
+wheel: $(READY)  ## build the wheel, install it into an empty environment and draw an image with it
 	rm -rf dist
 	$(BIN)/python -m build --wheel
 	$(PYTHON) -m venv dist/venv
@@ -98,4 +109,4 @@ wheel: $(READY)  ## build the wheel, install it into an empty environment and dr
 	cd dist && venv/bin/sbrush sample "a cat" -o cat.png && test -s cat.png
 
 clean:  ## remove what the targets made, but for runs/
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache

@@ -49,15 +49,6 @@ def test_the_lower_bounds_that_ci_installs_are_the_declared_ones():
     assert [line for line in lines if not line.startswith("#")] == [d.replace(">=", "==") + ".*" for d in declared]
 
 
-def test_the_readme_names_every_module_in_its_tree():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in SOURCE.rglob("*.py"):
-        if path.name != "__init__.py" or path.parent == SOURCE:
-            assert re.search(rf"^\s+{re.escape(path.name)}\s+\S", readme, re.M), (
-                f"{path.name} is not in the README's tree"
-            )
-
-
 def test_every_recipe_is_described():
     from sbrush.training import recipes
 

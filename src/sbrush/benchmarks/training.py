@@ -93,7 +93,7 @@ def contenders(batch: int, *, built_in: bool, compiled: bool, student_rank: int 
 
 
 def by_card(batch: int) -> dict[str, Contender]:
-    """What each size of card takes (docs/your-own-teacher.md), with the paper's loss."""
+    """What each size of card takes (docs/distilling.md), with the paper's loss."""
     paper = dataclasses.replace(RECIPES["swiftbrush"], batch=batch)
     lora, adam8 = dataclasses.replace(paper, student_rank=256), dataclasses.replace(paper, optimizer="adam8bit")
     return {

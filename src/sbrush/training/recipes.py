@@ -5,7 +5,7 @@ swiftbrush       the paper's own settings, for SD-size teachers       the paper:
 proper-guidance  the same with a random guidance scale (PG-SB of      that paper: SD 2.1, FID 8.91 by its own protocol
                  SNOOPI, arXiv 2412.02687)
 dmd              DMD's normaliser and guidance, without its GAN       see docs/recipes.md
-stickers         the built-in teacher on a CPU                        see README.md
+stickers         the built-in teacher on a CPU                        see docs/results.md
 
 Which one to take: docs/recipes.md.
 """
