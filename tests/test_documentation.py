@@ -1,5 +1,6 @@
 """README.md and docs/ are true: Python blocks run, command lines are the program's own, links lead somewhere."""
 
+import importlib
 import json
 import re
 import shlex
@@ -89,6 +90,21 @@ def test_every_command_line_is_one_that_the_program_takes(page):
             pass  # --help
         except Exception as problem:
             pytest.fail(f"sbrush {shlex.join(words)}: {getattr(problem, 'format_message', lambda p=problem: p)()}")
+
+
+def test_every_benchmark_line_is_one_that_it_takes():
+    pages = "".join(page.read_text(encoding="utf-8") for page in TODAY)
+    lines = [" ".join(line.split()) for line in re.findall(r"`python -m (sbrush\.benchmarks[^`]*)`", pages)]
+    lines += re.findall(r"python -m (sbrush\.benchmarks.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(lines) > 5
+    for line in lines:
+        words = re.sub(r"\$\(if \$\(SIZE\),(.*)\)$", r"\1", line.strip()).replace("$(SIZE)", "sd21").split()
+        program = typer.Typer()
+        program.command()(importlib.import_module(words[0]).main)
+        try:
+            typer.main.get_command(program).make_context(words[0], words[1:])
+        except Exception as problem:
+            pytest.fail(f"{line}: {getattr(problem, 'format_message', lambda p=problem: p)()}")
 
 
 def test_flags_named_in_the_text_exist():
