@@ -96,7 +96,7 @@ def distill(
         int,
         typer.Option(
             help="Add this many training steps to the finished run in --out. Its learning rate follows the longer "
-            "schedule. Default: 0, none.",
+            "schedule. 0: none.",
             min=0,
             rich_help_panel=SETTINGS,
         ),
@@ -148,8 +148,8 @@ def distill(
     micro_batches: Annotated[
         int,
         typer.Option(
-            help="Split each batch into this many parts, one after another: less memory, slower, same student. "
-            "Default: 1.",
+            help="Split each batch into this many parts, one after another: less memory, slower; "
+            "the student is the same but for rounding.",
             min=1,
             rich_help_panel=MEMORY,
         ),
@@ -187,7 +187,7 @@ def distill(
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Number format of matrix products. Default: auto, bfloat16 where the hardware has it.",
+            help="Number format of matrix products; auto is bfloat16 where the hardware has it.",
             rich_help_panel=SPEED,
         ),
     ] = Precision.auto,
@@ -200,13 +200,13 @@ def distill(
         ),
     ] = False,
     log_every: Annotated[
-        int, typer.Option(help="Steps between lines of log.jsonl. Default: 10.", min=1, rich_help_panel=RECORD)
+        int, typer.Option(help="Steps between lines of log.jsonl.", min=1, rich_help_panel=RECORD)
     ] = 10,
     grid_every: Annotated[
         int,
         typer.Option(
             help="Steps between sample grids, the same prompts and seeds each time. 0: none, and no alarms that "
-            "need the teacher's images. Default: 200.",
+            "need the teacher's images.",
             min=0,
             rich_help_panel=RECORD,
         ),
@@ -220,12 +220,12 @@ def distill(
         ),
     ] = None,
     keep: Annotated[
-        int, typer.Option(help="How many of the newest checkpoints stay. Default: 2.", min=1, rich_help_panel=RECORD)
+        int, typer.Option(help="How many of the newest checkpoints stay.", min=1, rich_help_panel=RECORD)
     ] = 2,
     validate_every: Annotated[
         int,
         typer.Option(
-            help="Steps between CLIP scores of the student on 64 prompts. Default: 0, none.",
+            help="Steps between CLIP scores of the student on 64 prompts. 0: none.",
             min=0,
             rich_help_panel=RECORD,
         ),
@@ -268,7 +268,7 @@ def distill(
     clip_model: Annotated[
         str,
         typer.Option(
-            help="open_clip's name of the model in --clip-weights. Default: ViT-B-32.", rich_help_panel=CLIP
+            help="open_clip's name of the model in --clip-weights.", rich_help_panel=CLIP
         ),
     ] = "ViT-B-32",
     tiny_vae: Annotated[
