@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from sbrush.models.unet import set_role
 from sbrush.training.methods.vsd import VSD
 
-SENDERS = ("noise", "health", "text_cache", "evaluate.clip", "models.model", "models.sdxl")
+SENDERS = ("noise", "training.health", "training.text_cache", "metrics.clip", "models.model", "models.sdxl")
 
 
 @contextmanager

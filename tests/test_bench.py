@@ -84,7 +84,7 @@ def test_contenders_take_turns_or_follow_each_other(at_once, order):
 
     found = measure(
         {"a": way("a"), "b": way("b")}, "cpu", turns=2, steps=2, at_once=at_once, until=1, clock=lambda: 0,
-        heard=lambda name, times: None,
+        report=lambda name, times: None,
     )  # fmt: skip
     assert "".join(name for name, _ in taken) == ("aabb" * 3 if at_once else order)
     assert [step for name, step in taken if name == "a"] == [1, 2, 3, 4, 5, 6]  # of which two warm up
@@ -103,7 +103,7 @@ def test_no_turn_begins_after_the_minutes_are_over():
 
     found = measure(
         {name: way(name) for name in "abc"}, "cpu", turns=2, steps=1, at_once=False, until=5, clock=lambda: now[0],
-        heard=lambda name, times: None,
+        report=lambda name, times: None,
     )  # fmt: skip
     # Three seconds for a; b has its warm-up and a turn; c is not even made.
     assert made == ["a", "b"] and {name: len(row["step"]) for name, row in found.items()} == {"a": 2, "b": 1}
@@ -114,7 +114,7 @@ def test_rows_are_medians_and_ratios_of_turns(tiny_teacher):
         name: dataclasses.replace(one, recipe=RECIPE)
         for name, one in contenders(4, built_in=False, compiled=False).items()
     }
-    cost = estimate(str(tiny_teacher), RECIPE, ExecutionOptions(), bf16=False)
+    cost = estimate(str(tiny_teacher), RECIPE, ExecutionOptions())
     measured = {
         BASELINE: {"step": [4.0, 6.0, 8.0], "warm_up": 9.0},
         "sbrush": {"step": [2.0, 2.0, 2.0], "warm_up": 1.0},

@@ -111,11 +111,19 @@ def test_distill_then_sample_from_the_command_line(tmp_path, tiny_teacher, promp
     assert_refused(changed, "seed was 0, now 5")
 
 
-def test_dry_run_prints_the_recipes_and_writes_nothing(tmp_path, tiny_teacher, prompt_file):
-    done = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--out", tmp_path / "run")
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, tiny_teacher, prompt_file):
+    command = ["distill", prompt_file, "--teacher", tiny_teacher, "--out", tmp_path / "run", "--steps", 500]
+    done = sbrush(*command, "--dry-run")
     assert done.returncode == 0 and not (tmp_path / "run").exists()
-    for said in ("swiftbrush", "stickers", "student_lr", "244000", "9 UNet forwards of"):
+    for said in ("recipe: swiftbrush, with steps 500 (244000)", "expected peak", "9 UNet forwards of"):
         assert said in done.stdout
+    assert len(done.stdout.splitlines()) < 40
+
+
+def test_recipes_stand_side_by_side(prompt_file):
+    table = sbrush("distill", prompt_file, "--recipes").stdout
+    for said in ("swiftbrush", "stickers", "student_lr", "244000"):
+        assert said in table
 
 
 def test_a_dry_run_plans_for_a_card_that_is_elsewhere(tiny_teacher, prompt_file):

@@ -96,7 +96,7 @@ def test_processes_share_a_batch_and_with_fsdp_the_student_and_its_gradients(tin
     trained = 4 * alone.parameters["student, trained"]
     for name in ("student's weights, float32", "student's Adam", "student's average"):
         assert sharded.memory[name] == pytest.approx(four.memory[name] / 4, abs=8)
-    assert trained / 8 < sharded.memory["student's weights, a block of them together"] < trained
+    assert trained / 8 < sharded.memory["student's weights, a gathered block"] < trained
     # With checkpointing most is held when all gradients are there.
     at_work = "gradients and activations, 1 image at once"
     assert four.memory[at_work] - sharded.memory[at_work] == pytest.approx(0.75 * trained, rel=0.05)
@@ -110,7 +110,7 @@ def test_a_dry_run_of_several_processes_is_told_once(tiny_teacher, prompt_file, 
     assert done.returncode == 0, done.stderr
     assert ("processes: 2" in done.stdout) == (rank == 0)
     assert ("2 images at once" in done.stdout) == (rank == 0)
-    assert ("a block of them together" in done.stdout) == (rank == 0 and fsdp)
+    assert ("a gathered block" in done.stdout) == (rank == 0 and fsdp)
 
 
 def test_the_average_can_be_kept_elsewhere_or_not_at_all(tiny_teacher):

@@ -119,7 +119,7 @@ def test_a_run_with_a_cache_trains_on_its_own_prompts_and_is_another_run(tmp_pat
     apart = sum((fly[name] - cached[name]).pow(2).sum() for name in fly).sqrt()
     learned = sum((fly[name] - start[name]).pow(2).sum() for name in fly).sqrt()
     assert 0 < apart < 0.1 * learned  # the same prompts in the same order, but for rounding
-    with pytest.raises(SbrushError, match="text_cache was null, now true"):
+    with pytest.raises(SbrushError, match="text_cache was false, now true"):
         run("fly", text_cache=tmp_path / "texts")
 
 
