@@ -142,15 +142,17 @@ class Done:
 def sbrush(*arguments: object, **environment: str) -> Done:
     """`sbrush ARGUMENTS` in this process: no imports to wait for. With START, or where the process matters: `process`.
 
-    Text is encoded as UTF-8 and decoded again, as a pipe would do; signal handlers and the environment are put back.
+    Text is encoded and decoded again, as by a pipe, in UTF-8 or PYTHONIOENCODING; bytes that are no text come back as
+    lone surrogates. Signal handlers and the environment are put back.
     """
     if START:
         done = process(*arguments, **environment)
         return Done(done.returncode, done.stdout, done.stderr)
     from sbrush.cli.app import main
 
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sbrush", *map(str, arguments)])
         patch.setattr(sys, "stdout", streams[0])
@@ -167,7 +169,7 @@ def sbrush(*arguments: object, **environment: str) -> Done:
             for number, handler in before.items():
                 signal.signal(number, handler)
             forget_accelerate()
-    out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+    out, err = (stream.buffer.getvalue().decode(encoding, "surrogateescape") for stream in streams)  # type: ignore[attr-defined]
     return Done(int(code or 0), out, err)  # type: ignore[call-overload]
 
 

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from conftest import build_tiny_teacher
 from sbrush.console import SbrushError
 from sbrush.prompts import make_prompts
-from sbrush.sampling.generation import sample_to_files
+from sbrush.sampling.files import SampleRequest, sample_to_files
+from sbrush.sampling.targets import Images, Target
 from sbrush.training.loop import distill
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
@@ -123,10 +124,7 @@ def damage(folder: Path, chance) -> str:
 
 def sample(student: Path, work: Path) -> None:
     out = work / "out.png"
-    sample_to_files(
-        ["a cat"], [0], out, student=str(student), teacher=None, compare=False, steps=2, guidance=None, metadata=True,
-        batch=1, device="cpu", dtype=torch.float32,
-    )  # fmt: skip
+    list(sample_to_files(SampleRequest(Images(["a cat"], [0]), Target(out), student=str(student))))
     with Image.open(out) as image:
         image.load()
 

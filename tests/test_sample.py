@@ -8,13 +8,16 @@ from PIL import Image
 
 from sbrush.console import SbrushError
 from sbrush.models.load import load_student, load_teacher
-from sbrush.sampling.generation import sample_to_files, student_images, teacher_images
+from sbrush.sampling.files import SampleRequest, sample_to_files
+from sbrush.sampling.generation import student_images, teacher_images
 from sbrush.sampling.images import image_grid, parameters, save_png
+from sbrush.sampling.targets import Images, Target
 
-OPTIONS = {
-    "student": None, "teacher": None, "compare": False, "steps": 3, "guidance": 2.0, "metadata": True, "batch": 8,
-    "device": "cpu", "dtype": torch.float32,
-}  # fmt: skip
+
+def draw(prompts, seeds, out, **options):
+    """The paths that sample_to_files writes."""
+    request = SampleRequest(Images(prompts, seeds), Target.parse(str(out)), **options)
+    return list(dict.fromkeys(saved.path for saved in sample_to_files(request)))
 
 
 def size(path):
@@ -50,7 +53,7 @@ def test_the_teachers_steps_are_plain_diffusers_ddim(tiny_teacher):
 
 def test_one_image_is_one_png_with_its_seed_in_it(tmp_path, tiny_teacher):
     out = tmp_path / "deep" / "cat.png"
-    assert sample_to_files(["a cat, sitting"], [7], out, **OPTIONS | {"student": str(tiny_teacher)}) == [out]
+    assert draw(["a cat, sitting"], [7], out, student=str(tiny_teacher)) == [out]
     assert size(out) == (32, 32)
     with Image.open(out) as image:
         text = dict(image.text)
@@ -62,19 +65,19 @@ def test_one_image_is_one_png_with_its_seed_in_it(tmp_path, tiny_teacher):
 
 def test_no_metadata_means_none(tmp_path, tiny_teacher):
     out = tmp_path / "cat.png"
-    sample_to_files(["a cat"], [7], out, **OPTIONS | {"student": str(tiny_teacher), "metadata": False})
+    draw(["a cat"], [7], out, student=str(tiny_teacher), metadata=False)
     with Image.open(out) as image:
         assert image.text == {}
 
 
 def test_several_images_are_a_grid_or_a_folder(tmp_path, tiny_teacher):
-    options = OPTIONS | {"student": str(tiny_teacher), "teacher": str(tiny_teacher)}
-    (grid,) = sample_to_files(["a cat", "a dog"], [1, 2, 3], tmp_path / "grid.png", **options)
+    options = {"student": str(tiny_teacher), "teacher_steps": 3, "teacher_guidance": 2.0}
+    (grid,) = draw(["a cat", "a dog"], [1, 2, 3], tmp_path / "grid.png", **options)
     wide, high = size(grid)
     assert wide > 3 * 128 and high > 2 * 128
-    files = sample_to_files(["a cat", "a dog", "a cat!"], [1, 2], tmp_path / "many", **options)
+    files = draw(["a cat", "a dog", "a cat!"], [1, 2], tmp_path / "many", **options)
     assert len(set(files)) == 6 and all(size(f) == (32, 32) for f in files)
-    (both,) = sample_to_files(["a cat"], [1], tmp_path / "both.png", **options | {"compare": True})
+    (both,) = draw(["a cat"], [1], tmp_path / "both.png", **options, teacher=str(tiny_teacher), compare=True)
     assert size(both)[0] > 2 * 128
 
 
@@ -83,7 +86,7 @@ def test_an_impossible_target_is_refused_before_any_work(tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SbrushError):
-        sample_to_files(["a cat"], [1], tmp_path / name, **OPTIONS)
+        draw(["a cat"], [1], tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
 
 

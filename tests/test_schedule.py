@@ -17,7 +17,9 @@ from sbrush.console import SbrushError
 from sbrush.models.load import load_student, load_teacher
 from sbrush.models.schedule import noise_scale, read_scheduler
 from sbrush.noise import image_noise
-from sbrush.sampling.generation import sample_to_files, student_latents
+from sbrush.sampling.files import SampleRequest, sample_to_files
+from sbrush.sampling.generation import student_latents
+from sbrush.sampling.targets import Images, Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
 
@@ -95,12 +97,11 @@ def test_an_earlier_start_is_diffusers_recipe_for_dmd2(tiny_teacher: Path, tmp_p
 
 
 def test_a_start_beyond_the_schedule(tiny_teacher: Path, tmp_path: Path) -> None:
-    options = {
-        "student": str(tiny_teacher), "teacher": None, "compare": False, "steps": 1, "guidance": 1.0, "metadata": True,
-        "batch": 1, "device": "cpu", "dtype": torch.float32,
-    }  # fmt: skip
+    request = SampleRequest(
+        Images(["a"], [1]), Target(tmp_path / "x.png"), student=str(tiny_teacher), start_timestep=1000
+    )
     with pytest.raises(SbrushError, match="start-timestep 1000"):
-        sample_to_files(["a"], [1], tmp_path / "x.png", **options, start_timestep=1000)
+        list(sample_to_files(request))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The program: its commands, and what becomes of what they raise.
+"""The program: its commands, and the exit code and the lines that follow from what they raise.
 
 Each command checks its cheap inputs, then hands over to the module of its own name. Nothing heavy is imported at module
 level: `sbrush --help` answers in the time that typer takes.
@@ -6,10 +6,14 @@ level: `sbrush --help` answers in the time that typer takes.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shlex
+import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -19,19 +23,36 @@ from sbrush import console
 from sbrush.cli.distill import distill
 from sbrush.cli.eval import evaluate
 from sbrush.cli.merge import merge
-from sbrush.cli.sample import sample
-from sbrush.console import SbrushError, info, printable
+from sbrush.cli.sample import EXAMPLE, sample
+from sbrush.console import Interrupted, SbrushError, info, printable
+from sbrush.storage.files import os_error
+
+BUG = "this is a bug, or the machine ran out of something; SBRUSH_DEBUG=1 shows where"
+HINTS = {  # what to do about an OSError
+    errno.ENOSPC: "make room on that disk, then give the same command again",
+    errno.EDQUOT: "your quota on that disk is used up: make room, then give the same command again",
+    errno.EROFS: "that disk is mounted read-only: choose a folder on another one",
+    errno.EACCES: "check the permissions of the file and its folder, or choose another place",
+    errno.EPERM: "check the permissions of the file and its folder, or choose another place",
+    errno.ENOENT: "check the name",
+    errno.EIO: "the disk, or the connection to it, fails: check it, then give the same command again",
+    errno.EMFILE: "too many files are open: raise the limit with `ulimit -n 4096`, then give the same command again",
+    errno.ENFILE: "too many files are open on this machine: close other programs, then give the same command again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EINVAL: "the file system may not be able to do this: choose a folder on another one",
+    errno.ENOTSUP: "the file system is not able to do this: choose a folder on another one",
+    errno.ENOMEM: "the machine is out of memory: close other programs, or use a smaller --batch",
+}
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="One-step text-to-image students by Variational Score Distillation (SwiftBrush).",
-    epilog="Exit codes: 0 done, 1 could not be done, 2 asked for something impossible, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 could not be done, 2 the command makes no sense, 130 interrupted.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("distill")(distill)
-app.command("sample")(sample)
+app.command("sample", epilog=EXAMPLE)(sample)
 app.command("eval")(evaluate)
 app.command("merge")(merge)
 
@@ -47,31 +68,48 @@ def root(
 
 def main() -> None:
     """The program: runs a command and turns what it raises into an exit code."""
+    console.prepare_streams()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports if it is there; it talks of kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports if it is there; it logs kernels
+    for number in (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _leave)
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="sbrush", standalone_mode=False) or 0
         if code == 130:  # what typer makes of a KeyboardInterrupt
-            code = _fail("interrupted", "the same command goes on, or begins again", 130)
+            code = _fail("interrupted", "give the same command again", 130)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", "the same command goes on, or begins again", 130)
+        code = _fail("interrupted", "give the same command again", 130)
+    except Interrupted as stopped:
+        info(f"{printable(stopped)}; to go on: {_same_command()}")
+        code = 130
     except SbrushError as problem:
         code = _fail(str(problem), problem.hint, problem.code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout has gone: nobody is left to be told
         code = 1
     except Exception as problem:
-        if hasattr(problem, "format_message"):  # what typer makes of a wrong command line
-            context = getattr(problem, "ctx", None)
-            command = context.command_path if context else "sbrush"
-            code = _fail(problem.format_message(), f"{command} --help lists what there is", 2)
-        else:
-            said = f"{type(problem).__name__}: {problem}".splitlines()[0]
-            code = _fail(said, "this is a bug or an exhausted machine; SBRUSH_DEBUG=1 shows where", 1)
+        code = _explain(problem)
+    console.settle_streams()
     sys.exit(code)
+
+
+def _explain(problem: Exception) -> int:
+    """The lines for an exception that no command has turned into a SbrushError, and its exit code."""
+    if hasattr(problem, "format_message"):  # what typer makes of a wrong command line
+        if not problem.format_message():  # no command was given, and the help is printed
+            return 2
+        context = getattr(problem, "ctx", None)
+        command = context.command_path if context else "sbrush"
+        return _fail(problem.format_message(), f"{command} --help lists what there is", 2)
+    if (cause := os_error(problem)) is not None:
+        what = cause.strerror or next(iter(str(cause).splitlines()), type(cause).__name__)
+        where = f"{os.fsdecode(cause.filename)}: " if isinstance(cause.filename, str | bytes | os.PathLike) else ""
+        return _fail(f"{where}{what}", HINTS.get(cause.errno or 0, "SBRUSH_DEBUG=1 shows where this came from"), 1)
+    first_line = next(iter(str(problem).splitlines()), "")
+    return _fail(f"{type(problem).__name__}: {first_line}", BUG, 1)
 
 
 def _fail(error: str, hint: str, code: int) -> int:
@@ -80,6 +118,17 @@ def _fail(error: str, hint: str, code: int) -> int:
     info(f"error: {printable(error)}")
     info(f"hint: {printable(hint)}")
     return code
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends the program on a signal as an exception does, so that no half-written file stays behind."""
+    sys.exit(128 + number)
+
+
+def _same_command() -> str:
+    if "RANK" in os.environ:  # torchrun or accelerate has started this process
+        return "give the same command again"
+    return shlex.join(["sbrush", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

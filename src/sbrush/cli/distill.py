@@ -14,7 +14,8 @@ from sbrush import console
 from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
 from sbrush.cli.dry_run import dry_run as dry_run_of
 from sbrush.cli.flags import DeviceFlag, TeacherConfigFlag, TeacherFlag, no_prompts
-from sbrush.console import SbrushError, info, printable
+from sbrush.console import Interrupted, SbrushError, info, is_text, printable
+from sbrush.training.folder import check_folder
 from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import (
     AlignmentRequest,
@@ -320,11 +321,14 @@ def distill(
             "say how often: --validate-every 1000, or leave them out",
             code=2,
         )
+    out = out or Path("runs") / "".join(c if is_text(c) else "_" for c in prompts.stem)
+    if not dry_run:
+        check_folder(out)
     info("loading torch and the models ...")
     from sbrush.prompts import read_prompts
 
     request = RunRequest(
-        recipe=chosen, prompts=read_prompts(prompts), out=out or Path("runs") / prompts.stem, teacher=teacher,
+        recipe=chosen, prompts=read_prompts(prompts), out=out, teacher=teacher,
         teacher_config=teacher_config, init=init, seed=seed, extend=extend, device=device,
         precision=cast("Any", precision.value),
         every=Intervals(
@@ -371,14 +375,10 @@ def _train(request: RunRequest) -> None:
     if not train(plan):
         if not plan.main_process:  # the main one speaks for all
             sys.exit(130)
-        raise SbrushError("stopped, and saved", f"the same command goes on: {_same_command()}", code=130)
+        from sbrush.storage.checkpoint import paths, step_of
+
+        raise Interrupted(f"stopped after step {step_of(paths(plan.run.checkpoints)[0])}, saved")
     if plan.main_process:
         grids = f"images: {shown}/samples   " if request.every.grid else ""
         info(f'{grids}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
         console.out(plan.run.student)
-
-
-def _same_command() -> str:
-    import shlex
-
-    return printable(shlex.join(["sbrush", *sys.argv[1:]]))

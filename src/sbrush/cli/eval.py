@@ -14,9 +14,9 @@ from sbrush.cli.flags import (
     MACHINE,
     REPORT,
     DeviceFlag,
-    Dtype,
-    DtypeFlag,
     JsonFlag,
+    Precision,
+    PrecisionFlag,
     StartFlag,
     StudentFlag,
     TeacherConfigFlag,
@@ -115,7 +115,7 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again, whatever is cached.")] = False,
     batch: Annotated[int, typer.Option(help="Images at once.", min=1, rich_help_panel=MACHINE)] = 64,
     device: DeviceFlag = "auto",
-    dtype: DtypeFlag = Dtype.auto,
+    precision: PrecisionFlag = Precision.auto,
 ) -> None:
     """Measure a student, its teacher and the truth: FID, CLIP score, accuracy, diversity."""
     from sbrush.device import pick_device, pick_dtype
@@ -134,7 +134,7 @@ def evaluate(
             guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights, clip_score=clip_score,
             hps_weights=hps_weights, hps_version=hps_version.value if hps_version else None, download=download,
             max_bad=max_bad, work=work, save_images=save_images, report=report, batch=batch, device=where,
-            dtype=pick_dtype(dtype.value, where),
+            dtype=pick_dtype(precision.value, where),
         )  # fmt: skip
         if result is None:  # another process has it
             return
@@ -150,7 +150,7 @@ def evaluate(
 
     result = measure(
         student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
-        report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
+        report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(precision.value, where),
         teacher_config=teacher_config, start_timestep=start_timestep,
     )  # fmt: skip
     sample = 'sbrush sample "a cat" --seed 1-8 --compare'

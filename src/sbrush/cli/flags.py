@@ -1,44 +1,123 @@
-"""The flags that several commands have, and what they say when a file is missing."""
+"""The flags that several commands have, and the checks of them that need no torch."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import OptionInfo
 
-from sbrush.console import SbrushError
+from sbrush.console import SbrushError, printable
+from sbrush.models.source import check_source
 
-MACHINE, REPORT = "Machine", "Output"  # panels of --help
+MACHINE, REPORT, ELSEWHERE = "Machine", "Output", "Students that other programs have trained"  # panels of --help
 
 
-class Dtype(StrEnum):
-    """Of the networks in sampling."""
+class Precision(StrEnum):
+    """Number formats of networks that draw."""
 
     auto = "auto"
     float32 = "float32"
-    bfloat16 = "bfloat16"
     float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
-DeviceFlag = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MACHINE)]
-DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the networks; x0 is float32.", rich_help_panel=MACHINE)]
+def check_student(source: str | None) -> str | None:
+    """The same; SbrushError if there is no such student."""
+    if source is not None:
+        check_source(source)
+    return source
+
+
+def check_teacher(source: str | None) -> str | None:
+    """The same; SbrushError if there is no such teacher."""
+    if source is not None:
+        check_source(source, single_file=True)
+    return source
+
+
+def check_device(name: str) -> str:
+    """The same; SbrushError if no machine has such a device, or sbrush does not run on it."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        return name
+    if re.fullmatch(r"(mps|xpu|hpu|npu|xla|hip|mtia|vulkan)(:\d+)?", name):
+        raise SbrushError(f"sbrush does not run on {name}", "use --device cpu or --device cuda", code=2)
+    raise SbrushError(f"no such device: {printable(name)}", "devices are auto, cpu, cuda, cuda:1, ...", code=2)
+
+
+def teacher_option(panel: str | None = None, *, default: str = "the built-in teacher") -> OptionInfo:
+    """--teacher, in a panel of a command's --help."""
+    text = (
+        "Teacher: a folder in diffusers' format, a Hub id, or a .safetensors file with a whole Stable Diffusion model. "
+        f"Default: {default}."
+    )
+    return _option("--teacher", text, panel, metavar="MODEL", callback=check_teacher)
+
+
+def teacher_config_option(panel: str | None = None) -> OptionInfo:
+    """--teacher-config, in a panel of a command's --help."""
+    text = (
+        "Folder or Hub id that a .safetensors teacher takes its configuration and tokenizer from. Default: the model "
+        "that its tensors' shapes tell. Set it offline, or for a fine-tune with another configuration."
+    )
+    return _option("--teacher-config", text, panel, metavar="MODEL", callback=check_student)
+
+
+def _option(
+    name: str, text: str, panel: str | None, *, metavar: str, callback: Callable[[str | None], str | None]
+) -> OptionInfo:
+    option: OptionInfo = typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, callback=callback)
+    return option
+
+
+DeviceFlag = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where to compute: auto, cpu, cuda or cuda:1. auto is the first CUDA card, else the CPU.",
+        metavar="DEVICE",
+        callback=check_device,
+        rich_help_panel=MACHINE,
+    ),
+]
+PrecisionFlag = Annotated[
+    Precision,
+    typer.Option(
+        "--precision",
+        help="Number format of the networks. auto is bfloat16 on CUDA and float32 on the CPU. Take float32 if images "
+        "come out black or damaged; float16 suits cards older than 2020.",
+        rich_help_panel=MACHINE,
+    ),
+]
 StudentFlag = Annotated[
-    str | None, typer.Option("--student", help="Folder, a run's --out, or Hub id. Default: shipped.")
+    str | None,
+    typer.Option(
+        "--student",
+        help="Student: its folder, the --out folder of its run, one of the run's checkpoints, or a Hub id. "
+        "Default: the built-in student.",
+        metavar="MODEL",
+        callback=check_student,
+    ),
 ]
 StartFlag = Annotated[
     int | None,
-    typer.Option("--start-timestep", help="Where the student takes noise for x_t. Default: its schedule's end.", min=1),
+    typer.Option(
+        "--start-timestep",
+        help="Timestep at which the student takes unit noise for x_t, 1 to 999. Default: as its scheduler says. Set "
+        "399 for DMD2's students.",
+        min=1,
+        rich_help_panel=ELSEWHERE,
+    ),
 ]
-TeacherFlag = Annotated[
-    str | None, typer.Option("--teacher", help="Folder, Hub id or .safetensors. Default: built in.")
+TeacherFlag = Annotated[str | None, teacher_option()]
+TeacherConfigFlag = Annotated[str | None, teacher_config_option()]
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout, for other programs.", rich_help_panel=REPORT)
 ]
-TeacherConfigFlag = Annotated[
-    str | None,
-    typer.Option("--teacher-config", help="For a .safetensors teacher: folder or Hub id with its configuration."),
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel=REPORT)]
 
 
 def no_prompts(path: Path) -> None:

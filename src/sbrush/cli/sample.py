@@ -2,68 +2,219 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sbrush import console
 from sbrush.cli.flags import (
     MACHINE,
+    REPORT,
     DeviceFlag,
-    Dtype,
-    DtypeFlag,
+    JsonFlag,
+    Precision,
+    PrecisionFlag,
     StartFlag,
     StudentFlag,
-    TeacherConfigFlag,
-    TeacherFlag,
     no_prompts,
+    teacher_config_option,
+    teacher_option,
 )
 from sbrush.cli.seeds import parse_seeds
-from sbrush.console import SbrushError, info
+from sbrush.console import Interrupted, SbrushError, info, is_text, printable
+
+COMPARE = "Comparison with the teacher"
+EXAMPLE = 'Example: sbrush sample "a small red cat" "a big blue fish" --seed 1-8 -o animals.png'
+FOR_COMPARISON = ("teacher", "teacher_config", "teacher_steps", "teacher_guidance")
 
 
 def sample(
-    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
+    context: typer.Context,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or more prompts, each in quotes.", metavar="PROMPT...")
+    ] = None,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="A .png (several images: a grid), or a folder (a file each).")
-    ] = Path("out.png"),
-    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
-    seed: Annotated[str, typer.Option(help="7, 1-8 or 1,5,9-12: one image a prompt and seed.")] = "0",
+        str | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Where the images go. A .png file: the image, or a grid of all; the file is replaced if it is there. "
+            "Another name: a folder with a file each; the same command goes on where it stopped. -: one PNG on stdout. "
+            "Default: out.png, or out-2.png ... if that is there.",
+            metavar="FILE|FOLDER|-",
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="Text file with one more prompt a line.", metavar="FILE")
+    ] = None,
+    seed: Annotated[
+        str,
+        typer.Option(
+            help="Seeds from 0 on: 7, 1-8 or 1,5,9-12. Each prompt is drawn with each seed. The same prompt and seed "
+            "give the same image."
+        ),
+    ] = "0",
     student: StudentFlag = None,
-    start_timestep: StartFlag = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="The teacher's many steps beside the student's one.")
+        bool,
+        typer.Option(
+            "--compare",
+            help="Draw each image with the student's teacher too, in many steps, and put it beside the student's.",
+            rich_help_panel=COMPARE,
+        ),
     ] = False,
-    teacher: TeacherFlag = None,
-    teacher_config: TeacherConfigFlag = None,
-    steps: Annotated[int, typer.Option(help="The teacher's, with --compare.", min=1, max=1000)] = 25,
-    guidance: Annotated[float | None, typer.Option(help="The teacher's, with --compare.", min=0)] = None,
-    metadata: Annotated[bool, typer.Option(" /--no-metadata", help="Keep prompt and seed out of the PNG.")] = True,
-    batch: Annotated[int, typer.Option(help="Images at once.", min=1, rich_help_panel=MACHINE)] = 32,
+    teacher: Annotated[str | None, teacher_option(COMPARE, default="the one that the student names")] = None,
+    teacher_config: Annotated[str | None, teacher_config_option(COMPARE)] = None,
+    teacher_steps: Annotated[
+        int,
+        typer.Option(
+            help="Steps of the teacher's sampler, DDIM. More take longer and are seldom better than 50.",
+            min=1,
+            max=1000,
+            rich_help_panel=COMPARE,
+        ),
+    ] = 25,
+    teacher_guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale of the teacher; 1 is none. Default: what its folder says, else 7.5.",
+            min=0,
+            rich_help_panel=COMPARE,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Draw images again that the folder has already, and replace files of the same names.",
+            rich_help_panel=REPORT,
+        ),
+    ] = False,
+    metadata: Annotated[
+        bool,
+        typer.Option(
+            " /--no-metadata",
+            help="Leave prompt, seed and model out of the PNG files. By default they hold them, as other image viewers "
+            "and programs read them.",
+            show_default=False,
+            rich_help_panel=REPORT,
+        ),
+    ] = True,
+    json_: JsonFlag = False,
+    start_timestep: StartFlag = None,
+    batch: Annotated[
+        int,
+        typer.Option(
+            help="Images drawn at once. Lower it if memory runs out; a seed's image stays the same.",
+            min=1,
+            rich_help_panel=MACHINE,
+        ),
+    ] = 32,
     device: DeviceFlag = "auto",
-    dtype: DtypeFlag = Dtype.auto,
+    precision: PrecisionFlag = Precision.auto,
 ) -> None:
-    """Draw images in one step."""
-    if not prompts and prompts_file is None:
-        raise SbrushError("no prompt", 'sbrush sample "a small red cat", or --prompts FILE', code=2)
-    if prompts_file is not None and not prompts_file.is_file():
-        no_prompts(prompts_file)
-    if any(not prompt.strip() for prompt in prompts or ()):
-        raise SbrushError("an empty prompt", 'sbrush sample "a small red cat"', code=2)
-    seeds = parse_seeds(seed)
-    from sbrush.device import pick_device, pick_dtype
-    from sbrush.prompts import read_prompts
-    from sbrush.sampling.generation import sample_to_files
+    """Draw images in one step.
 
-    texts = [*(prompts or ()), *(read_prompts(prompts_file).texts if prompts_file else ())]
+    Prints the path of each image as soon as it is written.
+    """
+    from sbrush.sampling.targets import Images, Target, find_records
+
+    texts = _read_prompts(prompts or [], prompts_file)
+    images = Images(texts, list(dict.fromkeys(parse_seeds(seed))))
+    _check_comparison(context, compare)
+    target = Target.parse(out)
+    _check_stdout(target, json_)
+    target.check(len(images), compare=compare)
+    if target.folder and target.path and not overwrite:
+        find_records(images, target.path, metadata=metadata)
+    info("loading torch and the student ...")
+    from sbrush.device import pick_device, pick_dtype
+    from sbrush.sampling.files import SampleRequest, sample_to_files
+
     where = pick_device(device)
-    paths = sample_to_files(
-        texts, seeds, out, student=student, teacher=teacher, compare=compare, steps=steps, guidance=guidance,
-        metadata=metadata, batch=batch, device=where, dtype=pick_dtype(dtype.value, where),
-        teacher_config=teacher_config, start_timestep=start_timestep,
+    request = SampleRequest(
+        images, target, student=student, start_timestep=start_timestep, compare=compare, teacher=teacher,
+        teacher_config=teacher_config, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
+        metadata=metadata, overwrite=overwrite, batch=batch, device=where, dtype=pick_dtype(precision.value, where),
     )  # fmt: skip
-    for path in paths:
-        console.out(path)
-    if not compare:
-        info("next: --seed 1-8 for more, --compare for the teacher's image beside it")
+    listed: list[dict[str, Any]] = []
+    new = 0
+    try:
+        for saved in sample_to_files(request):
+            new += saved.new
+            if json_:
+                listed.append({"path": str(saved.path), "prompt": saved.prompt, "seed": saved.seed})
+            elif target.folder:
+                console.out(saved.path)
+    except KeyboardInterrupt:
+        if target.folder and new:
+            raise Interrupted(f"stopped after {new} new images of {len(images)}") from None
+        raise
+    if json_:
+        console.out_json(listed)
+    elif target.path and not target.folder:
+        console.out(target.path)
+    if target.path:
+        info(_next(texts, student, compare))
+
+
+def _read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line and of a file; SbrushError if there is none, or one is no text."""
+    example = 'sbrush sample "a small red cat"'
+    if not prompts and file is None:
+        raise SbrushError("no prompt", f"{example}, or --prompts FILE", code=2)
+    if file is not None and not file.is_file():
+        no_prompts(file)
+    texts = []
+    for prompt in prompts:
+        if not prompt.strip():
+            raise SbrushError("an empty prompt", example, code=2)
+        try:
+            # A terminal's bytes that are not of the locale's encoding; they may be UTF-8 all the same.
+            texts.append(prompt if is_text(prompt) else os.fsencode(prompt).decode("utf-8"))
+        except UnicodeError:
+            raise SbrushError(
+                f"the prompt {printable(prompt)} is not UTF-8 text",
+                "set the terminal to UTF-8, or write the prompt to a UTF-8 file and give --prompts FILE",
+                code=2,
+            ) from None
+    if file is not None:
+        from sbrush.prompts import read_prompts
+
+        texts += read_prompts(file).texts
+    return texts
+
+
+def _check_comparison(context: typer.Context, compare: bool) -> None:
+    """SbrushError if a flag is given that says how to compare, and nothing is compared."""
+    given = (name for name in FOR_COMPARISON if str(context.get_parameter_source(name)).endswith("COMMANDLINE"))
+    if not compare and (useless := next(given, None)):
+        raise SbrushError(
+            f"--{useless.replace('_', '-')} is for the teacher, and nothing is compared with one",
+            "add --compare, or leave it out: a student draws in one step and without guidance",
+            code=2,
+        )
+
+
+def _check_stdout(target: Any, json_: bool) -> None:
+    """SbrushError if stdout is to take an image and cannot."""
+    if target.path is not None:
+        return
+    if json_:
+        raise SbrushError("--json and -o - both want stdout", "leave out one of them", code=2)
+    if sys.stdout is not None and sys.stdout.isatty():
+        raise SbrushError(
+            "a terminal cannot show a PNG", 'redirect stdout: sbrush sample "a cat" -o - > cat.png', code=2
+        )
+
+
+def _next(texts: list[str], student: str | None, compare: bool) -> str:
+    """What to try next."""
+    named = ["--student", student] if student else []
+    if len(texts) == 1 and not compare:
+        return f"next: {printable(shlex.join(['sbrush', 'sample', texts[0], '--seed', '1-8', '--compare', *named]))}"
+    return f"next: {printable(shlex.join(['sbrush', 'eval', *named]))}"

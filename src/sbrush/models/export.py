@@ -20,7 +20,7 @@ from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
 from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import Role
-from sbrush.storage.files import atomic_write, write_json, write_text
+from sbrush.storage.files import atomic_folder, atomic_write, write_json, write_text
 
 
 def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role, *, card: str) -> None:
@@ -56,25 +56,18 @@ def export_student(
 
     `t_init`: the timestep at which the student takes its noise for x_t; None is T.
     """
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part in teacher.parts:
-        if part in ("unet", "scheduler"):
-            continue
-        (partial / part).mkdir()
-        for file in model_files(teacher.folders[part] / part):
-            _copy_in_float32(file, partial / part / file.name)
-    unet.save_pretrained(partial / "unet")
-    one_step_scheduler(teacher.scheduler, t_init).save_pretrained(partial / "scheduler")
-    write_json(partial / "model_index.json", teacher.student_index())
-    write_json(partial / "sbrush.json", {"format": FORMAT, **about})
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(folder) as partial:
+        for part in teacher.parts:
+            if part in ("unet", "scheduler"):
+                continue
+            (partial / part).mkdir()
+            for file in model_files(teacher.folders[part] / part):
+                _copy_in_float32(file, partial / part / file.name)
+        unet.save_pretrained(partial / "unet")
+        one_step_scheduler(teacher.scheduler, t_init).save_pretrained(partial / "scheduler")
+        write_json(partial / "model_index.json", teacher.student_index())
+        write_json(partial / "sbrush.json", {"format": FORMAT, **about})
+        write_text(partial / "README.md", card)
 
 
 def _copy_in_float32(file: Path, target: Path) -> None:

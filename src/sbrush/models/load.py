@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from sbrush.models.hub import fetch
 from sbrush.models.model import Model
 from sbrush.models.schedule import noise_scale, read_scheduler
 from sbrush.models.sdxl import ModelXL
-from sbrush.models.single_file import Entry, convert, is_single_file, known_configuration, read_header
+from sbrush.models.single_file import Entry, convert, known_configuration, read_header
 from sbrush.models.snapshot import Snapshot
+from sbrush.models.source import is_single_file, local_folder
 
 FORMAT = 1  # of sbrush.json
 BUILT_IN = Path(__file__).parent.parent / "stickers" / "weights"
@@ -248,12 +248,6 @@ def _read_part(folder: Path, part: str, family: type[Model], device: str, dtype:
 
 def _resolve(source: str, *, weights: bool = True) -> Path:
     """The local folder that a path or Hub id stands for; downloads JSON and text only, and safetensors if wanted."""
-    folder = Path(source).expanduser()
-    layout = "give a folder in Stable Diffusion's format (model_index.json, unet/, vae/ ...), a Hub id, or nothing"
-    if folder.is_dir():
+    if folder := local_folder(source):
         return folder
-    if folder.exists():
-        raise SbrushError(f"{printable(source)} is a file, not a model folder", layout, code=2)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise SbrushError(f"no model folder {printable(source)}", layout, code=2)
     return fetch(source, dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), weights=weights)

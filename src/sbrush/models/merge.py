@@ -9,6 +9,7 @@ from sbrush.console import SbrushError, printable
 from sbrush.models.card import STATED, model_card
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student
+from sbrush.storage.files import check_new
 
 
 def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
@@ -17,8 +18,7 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
     Two students of one teacher that began as copies of it are near enough for their mean to be a student too; the
     paper merges a full and a LoRA student at one half. SbrushError if they are not of one kind, or `out` is taken.
     """
-    if out.exists():
-        raise SbrushError(f"{printable(out)} is there already", "name a new folder with -o", code=2)
+    check_new(out)
     first, second = load_student(one), load_student(two)
     for name, model in ((one, first), (two, second)):
         if "recipe" not in model.about:

@@ -17,7 +17,6 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,10 +24,11 @@ from torch import Tensor, nn
 from sbrush.console import SbrushError, info, printable
 from sbrush.models.checks import model_files, read_json
 from sbrush.models.model import Model
+from sbrush.models.source import check_file
 from sbrush.storage.files import user_cache, write_json
+from sbrush.storage.locks import hold
 
 CONVERSION = 1  # counted up when the same file would be converted otherwise
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 UNET = "model.diffusion_model."
 VAE = ("first_stage_model.", "vae.")
 TEXT = ("cond_stage_model.", "conditioner.embedders.")
@@ -46,22 +46,10 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def is_single_file(source: str) -> bool:
-    """Whether a teacher's name is that of a file of weights, whether or not there is one."""
-    return source.lower().endswith((".safetensors", *PICKLES)) and not Path(source).expanduser().is_dir()
-
-
 def read_header(file: Path) -> dict[str, Entry]:
     """Every tensor's type and shape, by name. SbrushError if it is no checkpoint that sbrush can take."""
     shown = printable(file)
-    if file.suffix.lower() in PICKLES:
-        raise SbrushError(
-            f"{shown} is a pickle, which can run anything when it is read",
-            "sbrush reads safetensors only: take the model's .safetensors, or a folder that was saved as such",
-            code=2,
-        )
-    if not file.is_file():
-        raise SbrushError(f"no file {shown}", "give a .safetensors file, a folder or a Hub id", code=2)
+    check_file(file)
     try:
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}
@@ -145,7 +133,7 @@ def convert(file: Path, header: dict[str, Entry], shapes: Model) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):  # the other processes of a run wait for the first
+        with hold(folder.with_name(folder.name + ".lock")):  # the other processes of a run wait for the first
             if not folder.is_dir():
                 info(f"converting {printable(file)} by the configuration of {printable(shapes.name)}, once: {folder}")
                 partial = folder.with_name(folder.name + ".partial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from sbrush.sampling.targets import CHUNK
 from sbrush.storage.files import atomic_write
 
 PAPER, TEXT = (255, 255, 255), (70, 70, 80)
+FONT, GAP, LABEL_WIDTH = 12, 6, 400  # pixels
 
 
 def to_image(image: Tensor) -> Image.Image:
@@ -21,42 +24,71 @@ def to_image(image: Tensor) -> Image.Image:
 
 
 def image_grid(
-    rows: Sequence[Sequence[Tensor]], *, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()
+    rows: Sequence[Sequence[Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    cell_labels: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Images, each uint8 [3, H, W], in rows; small ones are enlarged by a whole factor so that they can be seen."""
+    """Images, each uint8 [3, H, W], in rows; small ones are enlarged by a whole factor so that they can be seen.
+
+    Labels stand on the left of a row, above a column and above each cell. What has no room is cut.
+    """
     _, height, width = rows[0][0].shape
-    zoom = max(1, 128 // max(height, width))
-    cell_w, cell_h, gap = width * zoom, height * zoom, 6
-    font = ImageFont.load_default(size=12)
-    left = max((int(font.getlength(label)) for label in row_labels), default=-gap) + 2 * gap
-    top = 24 if column_labels else gap
+    cell_w, cell_h = cell_size(height, width)
+    font = ImageFont.load_default(size=FONT)
+    above = FONT + GAP if cell_labels else 0
+    row_labels = [_fit(label, LABEL_WIDTH, font) for label in row_labels]
+    left = max((int(font.getlength(label)) for label in row_labels), default=-GAP) + 2 * GAP
+    top = 24 if column_labels else GAP
     columns = max(map(len, rows))
-    canvas = Image.new("RGB", (left + columns * (cell_w + gap), top + len(rows) * (cell_h + gap)), PAPER)
+    canvas = Image.new("RGB", (left + columns * (cell_w + GAP), top + len(rows) * (above + cell_h + GAP)), PAPER)
     draw = ImageDraw.Draw(canvas)
     for c, label in enumerate(column_labels):
-        draw.text((left + c * (cell_w + gap), gap), _fit(label, cell_w, font), TEXT, font)
+        draw.text((left + c * (cell_w + GAP), GAP), _fit(label, cell_w, font), TEXT, font)
     for r, row in enumerate(rows):
-        y = top + r * (cell_h + gap)
+        y = top + r * (above + cell_h + GAP)
         if row_labels:
-            draw.text((gap, y + cell_h // 2 - 6), row_labels[r], TEXT, font)
+            draw.text((GAP, y + above + cell_h // 2 - FONT // 2), row_labels[r], TEXT, font)
         for c, cell in enumerate(row):
-            image = to_image(cell).resize((cell_w, cell_h), Image.Resampling.NEAREST)
-            canvas.paste(image, (left + c * (cell_w + gap), y))
+            x = left + c * (cell_w + GAP)
+            if cell_labels:
+                draw.text((x, y), _fit(cell_labels[r][c], cell_w, font), TEXT, font)
+            canvas.paste(to_image(cell).resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y + above))
     return canvas
 
 
-def save_png(path: Path, image: Image.Image, metadata: dict[str, Any] | None = None) -> None:
-    """Writes a PNG, whole; `metadata` goes into A1111's `parameters` chunk and, as JSON, into `sbrush`.
+def cell_size(height: int, width: int) -> tuple[int, int]:
+    """Width and height in pixels that an image of this size has in a grid."""
+    zoom = max(1, 128 // max(height, width))
+    return width * zoom, height * zoom
 
-    `metadata` has the keys prompt, negative ones none; the rest is listed behind it as "Key: value".
+
+def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
+    """An image as PNG; `metadata` goes into A1111's `parameters` chunk and, as JSON, into `sbrush`.
+
+    `metadata` has the keys that `parameters` names; None writes neither chunk.
     """
-    chunks = PngImagePlugin.PngInfo()
-    if metadata is not None:
-        chunks.add_itxt("parameters", parameters(metadata))
-        chunks.add_itxt("sbrush", json.dumps(metadata, ensure_ascii=False))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=_chunks(metadata))
+    return stream.getvalue()
+
+
+def save_png(path: Path, image: Image.Image, metadata: dict[str, Any] | None = None) -> None:
+    """Writes a PNG, whole, with `metadata` as in `encode_png`; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
-        image.save(partial, format="PNG", pnginfo=chunks)
+        image.save(partial, format="PNG", pnginfo=_chunks(metadata))
+
+
+def _chunks(metadata: dict[str, Any] | None) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        record = json.dumps(metadata, ensure_ascii=False)
+        for name, text in (("parameters", parameters(metadata)), (CHUNK, record)):
+            # A file name that is not UTF-8 has lone surrogates, which JSON can escape.
+            chunks.add_itxt(name, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    return chunks
 
 
 def parameters(metadata: dict[str, Any]) -> str:

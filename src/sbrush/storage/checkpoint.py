@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,9 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sbrush.console import SbrushError, info, printable
+from sbrush.storage.files import atomic_folder, check_room, flush, write_json
+from sbrush.storage.tensors import save_tensors
 
 FORMAT = 2
 
@@ -54,27 +55,18 @@ def save(
     `parts` maps a part's name to its tensors. Nothing is removed before the new checkpoint is complete.
     Raises SbrushError if the disk has no room for it, OSError as any writing may.
     """
-    target = folder / f"step-{step:06d}"
-    partial = folder / f"{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    _check_room(folder, sum(v.nbytes for part in parts.values() for v in part.values()))
-    digests = {}
-    for part, tensors in parts.items():
-        file = partial / f"{part}.safetensors"
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-        except SafetensorError as problem:  # its name for whatever went wrong in writing
-            raise OSError(str(problem)) from problem
-        digests[part] = _digest(file)
-    about = {"format": FORMAT, "step": step, "sha256": digests, **extra}
-    (partial / "state.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
-    for file in partial.iterdir():
-        _flush_to_disk(file)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    _flush_to_disk(folder)
+    size = sum(v.nbytes for part in parts.values() for v in part.values())
+    check_room(folder, size, "a checkpoint", "make room; the same command then goes on after the last checkpoint")
+    with atomic_folder(folder / f"step-{step:06d}") as partial:
+        digests = {}
+        for part, tensors in parts.items():
+            file = partial / f"{part}.safetensors"
+            save_tensors(file, {k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+            digests[part] = _digest(file)
+        write_json(partial / "state.json", {"format": FORMAT, "step": step, "sha256": digests, **extra})
+        for file in partial.iterdir():
+            flush(file)
+    flush(folder)
     for old in paths(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -111,9 +103,9 @@ def read(path: Path) -> Checkpoint:
         for part, digest in extra.pop("sha256").items():
             if digest != _digest(path / f"{part}.safetensors"):
                 raise ValueError(f"the checksum of {part} does not match")
-        if extra.pop("step") != _step(path):
+        if extra.pop("step") != step_of(path):
             raise ValueError("it is of another step than its name says")
-        return Checkpoint(path, _step(path), extra)
+        return Checkpoint(path, step_of(path), extra)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(str(problem)) from problem
 
@@ -121,32 +113,14 @@ def read(path: Path) -> Checkpoint:
 def paths(folder: Path) -> list[Path]:
     """The finished checkpoint folders, newest first."""
     found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name)] if folder.is_dir() else []
-    return sorted(found, key=_step, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named by."""
     return int(path.name.removeprefix("step-"))
-
-
-def _check_room(folder: Path, size: int) -> None:
-    """SbrushError if the disk has less room than a checkpoint of `size` bytes takes."""
-    free = shutil.disk_usage(folder).free
-    if free < size * 1.01 + 2**20:
-        raise SbrushError(
-            f"no room for a checkpoint in {printable(folder)}: it takes {size / 2**20:.0f} MiB, "
-            f"{free / 2**20:.0f} MiB are free",
-            "make room and give the same command again: it goes on after the last checkpoint",
-        )
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

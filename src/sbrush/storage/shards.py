@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sbrush.console import SbrushError, info, printable, progress
 from sbrush.storage.files import atomic_write
+from sbrush.storage.tensors import save_tensors
 
 BLOCK = 256  # rows a file: what is lost at most when the work is stopped
 
@@ -100,10 +101,10 @@ class Shards:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as partial:
-                save_file(rows, partial)
-        except (OSError, SafetensorError) as problem:
+                save_tensors(partial, rows)
+        except OSError as problem:
             raise SbrushError(
-                f"cannot write {printable(file)}: {printable(problem)}",
+                f"cannot write {printable(file)}: {printable(problem.strerror or problem)}",
                 f"make room or choose another {self._elsewhere}; the same command goes on",
             ) from problem
 

@@ -20,13 +20,13 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 
 from sbrush.console import SbrushError, info, printable, progress
@@ -37,8 +37,10 @@ from sbrush.models.unet import set_role
 from sbrush.sampling import images
 from sbrush.sampling.generation import guidance_scale_of, student_latents, teacher_latents
 from sbrush.storage.files import write_json, write_text
+from sbrush.storage.locks import SOFT, hold
 from sbrush.training.config import check_same, read_config
 from sbrush.training.curves import draw_curves
+from sbrush.training.folder import LOCK, check_folder
 from sbrush.training.health import TeacherReference, alarms
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import Intervals
@@ -112,33 +114,30 @@ class Run:
         """
         shown = printable(self.out)
         file = self.out / "config.json"
-        lock = FileLock(self.out / ".lock")
+        check_folder(self.out)
         try:
-            if self.out.exists() and not self.out.is_dir():
-                raise SbrushError(f"{shown} is a file", "name a folder with --out", code=2)
-            if self.out.is_dir() and not file.is_file() and any(self.out.iterdir()):
-                raise SbrushError(
-                    f"{shown} is not empty and holds no run of sbrush", "name a new folder with --out", code=2
-                )
             self.out.mkdir(parents=True, exist_ok=True)
             if not os.access(self.out, os.W_OK):
                 raise PermissionError(13, "Permission denied")
-            held = lock.acquire(blocking=False)
-            if not file.is_file():
-                write_json(file, self.config)
-        except Timeout:
+            with ExitStack() as held:
+                held.enter_context(hold(self.out / LOCK, wait=False))
+                if not file.is_file():
+                    write_json(file, self.config)
+                before = read_config(self.out)
+                check_same(before, self.config, self.out)
+                if before.get("extended_by", []) != self.config["extended_by"]:
+                    write_json(file, self.config)
+                return held.pop_all()
+        except Timeout as taken:
+            left = f"; if there is none, remove {printable(taken.lock_file)}" if taken.lock_file.endswith(SOFT) else ""
             raise SbrushError(
-                f"another run is using {shown}", "wait for it, or name another folder with --out", code=2
+                f"another run is using {shown}", f"wait for it, or name another folder with --out{left}", code=2
             ) from None
         except OSError as problem:
             raise SbrushError(
-                f"cannot write to {shown}: {problem.strerror}", "name another folder with --out"
+                f"cannot write to {shown}: {problem.strerror}",
+                "make room there or change its permissions, or name another folder with --out",
             ) from None
-        before = read_config(self.out)
-        check_same(before, self.config, self.out)
-        if before.get("extended_by", []) != self.config["extended_by"]:
-            write_json(file, self.config)
-        return held
 
     def start(self, teacher: Model, *, after_step: int) -> list[dict[str, Any]]:
         """Cuts the log back to the step that training resumes from, and draws the teacher's grid once.

@@ -8,7 +8,6 @@ encoder's memory and a hundredth of a step's FLOPs: by default prompts are encod
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +22,10 @@ from sbrush.device import send
 from sbrush.models.checks import digest_of, model_files
 from sbrush.models.model import Model
 from sbrush.prompts import Prompts
+from sbrush.storage.files import check_room, size_text
 from sbrush.storage.shards import Shards
 
-GIB, BATCH = 2**30, 50  # the latter divides shards.BLOCK
+BATCH = 50  # divides shards.BLOCK
 
 
 class TextCache:
@@ -52,13 +52,9 @@ class TextCache:
         if accelerator.is_main_process and (missing := self.shards.missing):
             size = missing * row_bytes(self._teacher.encode([""]))
             self.shards.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.shards.folder).free
-            info(f"text embeddings of {missing} prompts: {size / GIB:.3g} GiB in {printable(self.shards.folder)}")
-            if free < 1.01 * size + 2**20:
-                raise SbrushError(
-                    f"no room for the text embeddings: they take {size / GIB:.3g} GiB, {free / GIB:.3g} GiB are free",
-                    "leave out --text-cache: prompts are then encoded at every step",
-                )
+            info(f"text embeddings of {missing} prompts: {size_text(size)} in {printable(self.shards.folder)}")
+            hint = "leave out --text-cache: prompts are then encoded at every step"
+            check_room(self.shards.folder, size, "the text embeddings", hint)
         accelerator.wait_for_everyone()
         here = {"process": accelerator.process_index, "processes": accelerator.num_processes}
         self.shards.fill("encoding prompts", self._encoded, **here)

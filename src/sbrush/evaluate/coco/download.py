@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
-
 from sbrush.console import SbrushError, info, printable, progress
+from sbrush.storage.locks import hold
 
 MB = 10**6
 SILENCE = 60  # seconds without a byte after which a server is given up
@@ -62,7 +61,7 @@ def fetch_coco(root: Path, archives: Sequence[Archive] = ARCHIVES) -> None:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".download.lock"):
+        with hold(root / ".download.lock"):
             missing = [archive for archive in archives if not _there(root, archive)]
             _check_room(root, missing)
             for archive in missing:

@@ -1,0 +1,71 @@
+"""What a model's name stands for: a folder, a single file or a Hub id. Imports nothing heavy: commands ask it first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sbrush.console import SbrushError, printable
+from sbrush.storage.files import check_name
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+LAYOUT = "give a folder in Stable Diffusion's format (model_index.json, unet/, vae/ ...), a Hub id, or nothing"
+
+
+def is_single_file(source: str) -> bool:
+    """Whether a teacher's name is that of a file of weights, whether or not there is one."""
+    return source.lower().endswith((".safetensors", *PICKLES)) and not Path(source).expanduser().is_dir()
+
+
+def check_file(file: Path) -> None:
+    """SbrushError if a file of weights is a pickle or is not there."""
+    shown = printable(file)
+    if file.suffix.lower() in PICKLES:
+        raise SbrushError(
+            f"{shown} is a pickle, which can run anything when it is read",
+            "sbrush reads safetensors only: take the model's .safetensors, or a folder that was saved as such",
+            code=2,
+        )
+    if not file.is_file():
+        raise SbrushError(f"no file {shown}", "give a .safetensors file, a folder or a Hub id", code=2)
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder that a path stands for; None for a Hub id, which has to be fetched. SbrushError if it is neither."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise SbrushError(f"{printable(source)} is a file, not a model folder", LAYOUT, code=2)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise SbrushError(f"no model folder {printable(source)}", LAYOUT, code=2)
+    return None
+
+
+def check_source(source: str, *, single_file: bool = False) -> None:
+    """SbrushError if a name cannot be a model's, as far as can be seen without loading it.
+
+    `single_file`: whether a .safetensors is one too, as for teachers.
+    """
+    check_name(Path(source))
+    try:
+        if single_file and is_single_file(source):
+            check_file(Path(source).expanduser())
+        elif folder := local_folder(source):
+            _check_layout(folder)
+    except (OSError, RuntimeError) as problem:  # a name too long, a folder that may not be read, no such user for ~
+        why = getattr(problem, "strerror", None) or problem
+        raise SbrushError(f"cannot read {printable(source)}: {printable(why)}", LAYOUT, code=2) from None
+
+
+def _check_layout(folder: Path) -> None:
+    """SbrushError if a folder holds no model at all, nor a run's student, nor is one of a run's checkpoints."""
+    if any((folder / part).exists() for part in ("model_index.json", "unet", "student", "state.json")):
+        return
+    shown = printable(folder)
+    if (folder / "checkpoints").is_dir():
+        raise SbrushError(
+            f"the run in {shown} has no student yet",
+            f"give its `sbrush distill` command again, or take a checkpoint: {shown}/checkpoints/step-N",
+        )
+    raise SbrushError(f"{shown} is no Stable Diffusion model: it has no unet/", LAYOUT, code=2)

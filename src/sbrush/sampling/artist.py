@@ -1,0 +1,121 @@
+"""Who draws: a student, and beside it its teacher for comparison. What a drawn image says of where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sbrush
+from sbrush.console import SbrushError, printable
+from sbrush.models.load import load_teacher
+from sbrush.models.model import Model
+from sbrush.sampling.generation import guidance_scale_of, student_images, teacher_images
+
+VALUES = 4096  # of each tensor, in a fingerprint
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A teacher whose images stand beside the student's, in `steps` DDIM steps."""
+
+    teacher: Model
+    steps: int
+    guidance: float
+
+    @classmethod
+    def load(
+        cls,
+        student: Model,
+        teacher: str | None,
+        *,
+        config: str | None = None,
+        steps: int = 25,
+        guidance: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Comparison:
+        """With `teacher`, as load_teacher takes it, else with the one that the student names.
+
+        `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
+        """
+        named = student.about.get("teacher")
+        if teacher is None and not isinstance(named, str):
+            raise SbrushError(
+                f"{printable(student.name)} does not say who its teacher is",
+                "name it: --compare --teacher MODEL",
+                code=2,
+            )
+        source = teacher or (None if named == "stickers (built in)" else named)
+        try:
+            model = load_teacher(source, config=config, device=str(student.device), dtype=dtype)
+        except SbrushError as problem:
+            if teacher is None:
+                problem.hint = f"the student names that teacher; --teacher MODEL takes another. {problem.hint}"
+            raise
+        return cls(model, steps, guidance_scale_of(model, guidance))
+
+
+@dataclass(frozen=True)
+class Artist:
+    """A student, and with `compare` its teacher. `precision`: the number format of the networks, "float32" ..."""
+
+    student: Model
+    precision: str
+    compare: Comparison | None = None
+    start_timestep: int | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of those who draw, for a grid."""
+        return ("student, 1 step", f"teacher, {self.compare.steps} steps") if self.compare else ("student, 1 step",)
+
+    @cached_property
+    def drawn_by(self) -> dict[str, Any]:
+        """What an image depends on besides its prompt and its seed; None for what does not apply."""
+        compare = self.compare
+        return {
+            "weights": fingerprint(self.student),
+            "precision": self.precision,
+            "start_timestep": self.start_timestep,
+            "teacher_weights": fingerprint(compare.teacher) if compare else None,
+            "teacher_steps": compare.steps if compare else None,
+            "teacher_guidance": compare.guidance if compare else None,
+        }
+
+    def record(self, prompt: str, seed: int | str, **more: object) -> dict[str, Any]:
+        """What an image's file says of how it was drawn."""
+        height, width = self.student.image_size
+        about = {
+            "prompt": prompt, "seed": seed, "steps": 1, "guidance": 1, "sampler": "SwiftBrush one step",
+            "size": f"{width}x{height}", "model": self.student.name, "version": sbrush.__version__,
+        }  # fmt: skip
+        return about | {key: value for key, value in self.drawn_by.items() if value is not None} | more
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int) -> Iterator[tuple[Tensor, ...]]:
+        """The student's image, uint8 [3, H, W], of each prompt with its seed; with a teacher, its image behind it."""
+        drawn = [student_images(self.student, prompts, seeds, batch=batch)]
+        if compare := self.compare:
+            drawn.append(
+                teacher_images(
+                    compare.teacher, prompts, seeds, steps=compare.steps, guidance=compare.guidance, batch=batch
+                )
+            )
+        for batches in zip(*drawn, strict=True):
+            yield from zip(*batches, strict=True)
+
+
+def fingerprint(model: Model) -> str:
+    """16 hex digits that tell models apart: a hash over values of every tensor, and over how a step is taken."""
+    schedule = sorted((key, value) for key, value in model.scheduler.config.items() if not key.startswith("_"))
+    step = (model.start_timestep, model.noise_scale, model.about.get("reparameterised", True))
+    whole = hashlib.sha256(repr((schedule, step)).encode())
+    for network in model.networks:
+        for tensor in network.state_dict().values():
+            some = tensor.flatten()[:: max(1, tensor.numel() // VALUES)]
+            whole.update(some.float().cpu().numpy().tobytes())
+    return whole.hexdigest()[:16]

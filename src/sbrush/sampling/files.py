@@ -1,0 +1,210 @@
+"""Prompts and seeds to image files: drawn a batch at a time and written at once, so memory stays flat for any number.
+
+In a folder the work goes on where it stopped: an image that is there with the same prompt, seed, weights and number
+format is kept, a batch that lacks one is drawn whole, so that each image is the same to the bit as without the stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sbrush import console
+from sbrush.console import SbrushError, info, printable, progress
+from sbrush.models.load import load_student
+from sbrush.sampling.artist import Artist, Comparison
+from sbrush.sampling.images import cell_size, encode_png, image_grid, save_png, to_image
+from sbrush.sampling.targets import KEY, KEYS, Images, Target, check_same, find_records, read_keys
+from sbrush.stickers.world import unknown_words
+from sbrush.storage.files import write_json
+
+COLUMNS = 8  # of a grid: more seeds are wrapped
+LARGEST_GRID = 80_000_000  # pixels; Pillow takes a file of 89 million for an attack
+NAMED_WORDS = 10  # unknown words that a note names
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What is to be drawn, by whom, and where it goes.
+
+    `teacher` None with `compare` is the one that the student names. `metadata`: whether an image's file says how it was
+    drawn. `overwrite`: whether images that a folder has are drawn again.
+    """
+
+    images: Images
+    target: Target
+    student: str | None = None
+    start_timestep: int | None = None
+    compare: bool = False
+    teacher: str | None = None
+    teacher_config: str | None = None
+    teacher_steps: int = 25
+    teacher_guidance: float | None = None
+    metadata: bool = True
+    overwrite: bool = False
+    batch: int = 32
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An image that is written: `path` None is stdout; `new`: whether it was drawn now."""
+
+    path: Path | None
+    prompt: str
+    seed: int
+    new: bool = True
+
+
+def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
+    """Draws each prompt with each seed; an item for each image as soon as it is written, in order.
+
+    Several images in one file are a grid: a row for each prompt, a column for each seed, eight to a row. SbrushError,
+    before anything is drawn, if a model cannot be had, or a file of another content is in the way.
+    """
+    target, images = request.target, request.images
+    target.check(len(images), compare=request.compare)
+    folder = target.path if target.folder else None
+    records = {}
+    if folder and not request.overwrite:
+        records = find_records(images, folder, metadata=request.metadata)
+    artist = _load(request)
+    if folder:
+        yield from _fill(folder, _check_done(folder, records, request, artist), request, artist)
+    else:
+        yield from _draw_one(request, artist)
+
+
+def _load(request: SampleRequest) -> Artist:
+    """Those who draw. Tells of prompts and of a student that will give other images than people expect."""
+    student = load_student(
+        request.student, start_timestep=request.start_timestep, device=request.device, dtype=request.dtype
+    )
+    if student.about.get("world") == "stickers":
+        strange = sorted({word for prompt in request.images.prompts for word in unknown_words(prompt)})
+        if strange:
+            more = f" and {len(strange) - NAMED_WORDS} others" if len(strange) > NAMED_WORDS else ""
+            info(f"note: the built-in world has never seen: {printable(', '.join(strange[:NAMED_WORDS]))}{more}")
+    if "recipe" not in student.about and request.start_timestep is None:
+        name = printable(student.name)
+        info(f"note: {name} has no sbrush.json. If it was not trained to draw in one step, its images are blurred")
+    compare = None
+    if request.compare:
+        compare = Comparison.load(
+            student, request.teacher, config=request.teacher_config, steps=request.teacher_steps,
+            guidance=request.teacher_guidance, dtype=request.dtype,
+        )  # fmt: skip
+    precision = str(request.dtype).removeprefix("torch.")
+    return Artist(student, precision, compare, request.start_timestep)
+
+
+def _check_done(
+    folder: Path, records: Mapping[int, Mapping[str, Any]], request: SampleRequest, artist: Artist
+) -> set[int]:
+    """The images that the folder has; SbrushError if one of its files was drawn otherwise."""
+    for index, record in records.items():
+        wanted = artist.drawn_by if request.metadata else {KEY: _key(request.images[index], artist)}
+        check_same(folder / request.images.name(index), record, wanted)
+    return set(records)
+
+
+def _fill(folder: Path, done: set[int], request: SampleRequest, artist: Artist) -> Iterator[Saved]:
+    """A file for each image; those that are `done` are not written again."""
+    images = request.images
+    if done:
+        info(f"{len(done)} of {len(images)} images are in {printable(folder)} already")
+    if not request.metadata and len(done) < len(images):
+        keys = {images.name(index): _key(images[index], artist) for index in range(len(images))}
+        write_json(folder / KEYS, read_keys(folder) | keys)
+    with progress("drawing", len(images), done=len(done), unit="images") as bar:
+        for first in range(0, len(images), request.batch):
+            block = range(first, min(first + request.batch, len(images)))
+            pairs = [images[index] for index in block]
+            drawn = None
+            if not done.issuperset(block):
+                drawn = artist.draw(*zip(*pairs, strict=True), batch=request.batch)
+            for index, (prompt, seed) in zip(block, pairs, strict=True):
+                file = folder / images.name(index)
+                cells = next(drawn) if drawn else ()
+                if index not in done:
+                    _save(file, _side_by_side(cells, artist), artist.record(prompt, seed) if request.metadata else None)
+                yield Saved(file, prompt, seed, new=index not in done)
+            bar.advance(len(set(block) - done))
+
+
+def _draw_one(request: SampleRequest, artist: Artist) -> Iterator[Saved]:
+    """One PNG: an image or a grid, in a file or on stdout."""
+    images, path = request.images, request.target.path
+    width, height = cell_size(*artist.student.image_size)
+    if width * height * len(images) * len(artist.labels) > LARGEST_GRID:
+        raise SbrushError(
+            f"a grid of {len(images)} images, each {width} x {height} pixels, is too large to look at",
+            "give a folder, such as -o images/, for a file each",
+            code=2,
+        )
+    cells = list[tuple[Tensor, ...]]()
+    with progress("drawing", len(images), unit="images") as bar:
+        for first in range(0, len(images), request.batch):
+            pairs = [images[index] for index in range(first, min(first + request.batch, len(images)))]
+            cells += artist.draw(*zip(*pairs, strict=True), batch=request.batch)
+            bar.advance(len(pairs))
+    if len(images) > 1:
+        whole = _grid(cells, images, artist.labels)
+        record = artist.record("\n".join(images.prompts), " ".join(map(str, images.seeds)), grid=True)
+    else:
+        whole, record = _side_by_side(cells[0], artist), artist.record(*images[0])
+    if path is None:
+        console.out_bytes(encode_png(whole, record if request.metadata else None))
+    else:
+        if path.is_file():
+            info(f"note: {printable(path)} was there, and is replaced")
+        _save(path, whole, record if request.metadata else None)
+    for index in range(len(images)):
+        yield Saved(path, *images[index])
+
+
+def _side_by_side(cells: Sequence[Tensor], artist: Artist) -> Image.Image:
+    """The student's image; with a teacher, the teacher's on its right."""
+    return image_grid([cells], column_labels=artist.labels) if artist.compare else to_image(cells[0])
+
+
+def _grid(cells: Sequence[tuple[Tensor, ...]], images: Images, drawers: Sequence[str]) -> Image.Image:
+    """A row for each prompt, a column for each seed; of more than COLUMNS seeds a prompt has several rows.
+
+    The student's row comes first, then the teacher's, if there is one.
+    """
+    names = [f"seed {seed}" for seed in images.seeds]
+    rows, labels, captions = list[list[Tensor]](), list[str](), list[list[str]]()
+    for place, prompt in enumerate(images.prompts):
+        for first in range(0, len(names), COLUMNS):
+            here = range(first, min(first + COLUMNS, len(names)))
+            rows += [list(row) for row in zip(*(cells[place * len(names) + i] for i in here), strict=True)]
+            labels += [prompt if first == 0 else "", *(f"  {drawer}" for drawer in drawers[1:])]
+            captions += [[names[i] for i in here]] * len(drawers)
+    if len(names) > COLUMNS:
+        return image_grid(rows, row_labels=labels, cell_labels=captions)
+    return image_grid(rows, row_labels=labels, column_labels=names)
+
+
+def _save(path: Path, image: Image.Image, record: dict[str, Any] | None) -> None:
+    try:
+        save_png(path, image, record)
+    except OSError as problem:
+        raise SbrushError(
+            f"cannot write {printable(path)}: {problem.strerror or problem}",
+            "make room or choose another -o; images that are written are kept, and the same command goes on",
+        ) from problem
+
+
+def _key(pair: tuple[str, int], artist: Artist) -> str:
+    """What stands for an image that does not say how it was drawn; it does not tell the prompt."""
+    return hashlib.sha256(json.dumps([*pair, artist.drawn_by]).encode()).hexdigest()[:32]
