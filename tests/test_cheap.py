@@ -50,7 +50,7 @@ CASES = {
         (["p.txt", "--teacher", "notes"], "is no Stable Diffusion model"),
         (["p.txt", "--teacher", "x.ckpt"], "is a pickle"),
         (["p.txt", "--init", "nowhere"], "no model folder nowhere"),
-        (["p.txt", "--out", "notes"], "no run of sbrush"),
+        (["p.txt", "--out", "notes"], "holds no run of sbrush"),
         (["p.txt", "--out", "p.txt"], "is a file"),
         (["p.txt", "--device", "tpu"], "no such device"),
         (["p.txt", "--clip-weights", "p.txt"], "--clip-weights"),

@@ -13,7 +13,7 @@ import typer
 from sbrush import console
 from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
 from sbrush.cli.dry_run import dry_run as dry_run_of
-from sbrush.cli.flags import DeviceFlag, TeacherConfigFlag, TeacherFlag, no_prompts
+from sbrush.cli.flags import DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student, no_prompts
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.training.folder import check_folder
 from sbrush.training.recipes import RECIPES, Recipe
@@ -90,6 +90,7 @@ def distill(
         str | None,
         typer.Option(
             help="Start from this student (folder, run or Hub id) instead of a copy of the teacher.",
+            callback=check_student,
             rich_help_panel=SETTINGS,
         ),
     ] = None,
