@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import quick_products, send
-from sbrush.models.checks import digest_of
+from sbrush.models.parts import digest_of
 from sbrush.sampling.images import to_image
 
 MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sbrush.models.checks import model_files, read_json
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
+from sbrush.models.parts import part_files, read_json
 from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import Role
 from sbrush.storage.files import atomic_folder, atomic_write, write_json, write_text
@@ -61,7 +61,7 @@ def export_student(
             if part in ("unet", "scheduler"):
                 continue
             (partial / part).mkdir()
-            for file in model_files(teacher.folders[part] / part):
+            for file in part_files(teacher.folders[part], part):
                 _copy_in_float32(file, partial / part / file.name)
         unet.save_pretrained(partial / "unet")
         one_step_scheduler(teacher.scheduler, t_init).save_pretrained(partial / "scheduler")

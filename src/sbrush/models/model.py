@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
+from sbrush.models.tokenizers import tokenize
 
 # Pixels decoded at once, two images of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
 # would have 2^32 values, more than cuDNN counts.
@@ -144,12 +145,19 @@ class Model:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Latents [B, C, H, W] to images: uint8 [B, 3, H', W'] on the CPU, rounded as diffusers rounds."""
-        parts = (x0 / self.vae.config.scaling_factor).to(self.vae.dtype).split(self.decoded_at_once)
+        parts = for_decoder(self.vae, x0).to(self.vae.dtype).split(self.decoded_at_once)
         images = (self.vae.decode(part).sample.float() / 2 + 0.5 for part in parts)
         return torch.cat([part.clamp(0, 1).mul(255).round().to(torch.uint8) for part in images]).cpu()
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Any:
-    """Token ids and attention mask, each int64 [B, L]."""
-    length = tokenizer.model_max_length
-    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+def for_decoder(vae: Any, x0: Tensor) -> Tensor:
+    """Latents of the UNet's scale, [B, C, H, W], as a VAE's decoder takes them: x0 / scale, or x0 std / scale + mean.
+
+    The mean and standard deviation of each channel are the VAE's latents_mean and latents_std, if it has them.
+    """
+    scale: float = vae.config.scaling_factor
+    means, deviations = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if means is None or deviations is None:
+        return x0 / scale
+    mean, std = (x0.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (means, deviations))
+    return x0 * std / scale + mean

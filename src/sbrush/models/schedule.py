@@ -10,13 +10,14 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 
 from sbrush.console import SbrushError, printable
+from sbrush.models.configurations import SCHEDULER, Table, check_scheduler
 
 
-def read_scheduler(config: dict[str, Any], name: str) -> DDIMScheduler:
+def read_scheduler(config: dict[str, Any], name: str, table: Table = SCHEDULER) -> DDIMScheduler:
     """DDIM on the noise schedule of a scheduler's configuration, of whatever class: PNDM, Euler, LCM ...
 
     What a configuration leaves out is its own class's default. SbrushError if that class has no beta_t, as flow
-    matching has none; `name` is the model's.
+    matching has none, or if `table` does not accept what it says; `name` is the model's.
     """
     kind = _kind(config)
     if kind is None:
@@ -24,6 +25,7 @@ def read_scheduler(config: dict[str, Any], name: str) -> DDIMScheduler:
             f"{printable(name)} has the scheduler {printable(config['_class_name'])}",
             "sbrush reads schedulers whose noise schedule is given by betas, such as DDIM, PNDM, Euler or LCM",
         )
+    check_scheduler(config, kind, table, f"{printable(name)}/scheduler")
     fields = inspect.signature(DDIMScheduler).parameters
     own = {key: p.default for key, p in inspect.signature(kind).parameters.items() if key in fields}
     ours = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}

@@ -13,7 +13,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedM
 
 from sbrush.core import Conditioning
 from sbrush.device import send
-from sbrush.models.model import Model, tokenize
+from sbrush.models.model import Model
+from sbrush.models.tokenizers import tokenize
 
 
 @dataclass(kw_only=True)
@@ -68,7 +69,7 @@ class ModelXL(Model):
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """As Model.decode; in float16 the published autoencoder overflows, so that it decodes in float32 then."""
-        if self.vae.dtype == torch.float16:
+        """As Model.decode; an autoencoder that overflows in float16 (`force_upcast`) decodes in float32 then."""
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.float()
         return super().decode(x0)

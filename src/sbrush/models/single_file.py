@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbrush.console import SbrushError, info, printable
-from sbrush.models.checks import model_files, read_json
 from sbrush.models.model import Model
+from sbrush.models.parts import part_files, read_json, refuse_pointer
 from sbrush.models.source import check_file
 from sbrush.storage.files import user_cache, write_json
 from sbrush.storage.locks import hold
 
-CONVERSION = 1  # counted up when the same file would be converted otherwise
+CONVERSION = 2  # counted up when the same file would be converted otherwise
 UNET = "model.diffusion_model."
 VAE = ("first_stage_model.", "vae.")
 TEXT = ("cond_stage_model.", "conditioner.embedders.")
@@ -51,6 +51,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     shown = printable(file)
     check_file(file)
     try:
+        refuse_pointer(file)
         with safe_open(file, "pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}
             header = {name: Entry(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
@@ -156,24 +157,16 @@ def _key(file: Path, shapes: Model) -> str:
     with file.open("rb") as handle:
         whole.update(hashlib.file_digest(handle, "sha256").digest())
     for part in sorted(shapes.parts):
-        for config in _configuration(shapes, part):
+        for config in part_files(shapes.folders[part], part, weights=False):
             whole.update(f"{part}/{config.name}".encode() + hashlib.sha256(config.read_bytes()).digest())
     return whole.hexdigest()
-
-
-def _configuration(shapes: Model, part: str) -> list[Path]:
-    """The files of a part that are no weights, nor lists of where they are."""
-    files = sorted(model_files(shapes.folders[part] / part))
-    if part.startswith("tokenizer"):
-        return [f for f in files if f.suffix != ".safetensors"]
-    return [f for f in files if f.name in ("config.json", "scheduler_config.json")]
 
 
 def _write(folder: Path, file: Path, header: dict[str, Entry], shapes: Model) -> None:
     # Neither the README nor the safety checker of the configuration's folder: they speak of another model.
     for part in shapes.parts:
         (folder / part).mkdir(parents=True)
-        for config in _configuration(shapes, part):
+        for config in part_files(shapes.folders[part], part, weights=False):
             shutil.copyfile(config, folder / part / config.name)
         network = getattr(shapes, part)
         if isinstance(network, nn.Module):
@@ -185,7 +178,8 @@ def _write(folder: Path, file: Path, header: dict[str, Entry], shapes: Model) ->
         said = read_json(scheduler) | {"prediction_type": "v_prediction"}
         write_json(scheduler, said | ({"rescale_betas_zero_snr": True} if "ztsnr" in header else {}))
     index = shapes.student_index()
-    kept = {key: value for key, value in shapes.index.items() if key == "force_zeros_for_empty_prompt"}
+    kept = {"scheduler": ["diffusers", read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")]}
+    kept |= {key: shapes.index[key] for key in ("scheduler", "force_zeros_for_empty_prompt") if key in shapes.index}
     write_json(folder / "model_index.json", {k: v for k, v in index.items() if k != "safety_checker"} | kept)
 
 

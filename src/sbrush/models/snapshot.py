@@ -11,8 +11,8 @@ import torch
 
 from sbrush.console import SbrushError, printable
 from sbrush.models.card import about_student
-from sbrush.models.checks import read_json
 from sbrush.models.model import Model
+from sbrush.models.parts import read_json
 from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import add_lora, merge_lora
 from sbrush.storage import checkpoint
@@ -25,12 +25,6 @@ class Snapshot:
     saved: checkpoint.Checkpoint
     recipe: dict[str, Any]
     config: dict[str, Any]
-
-    @property
-    def teacher(self) -> str | None:
-        """As load_teacher takes it."""
-        name: str = self.config["teacher"]
-        return None if name == "stickers (built in)" else name
 
     @classmethod
     def read(cls, folder: Path) -> Snapshot:

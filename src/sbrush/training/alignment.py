@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from sbrush.console import SbrushError, printable
 from sbrush.metrics.clip import ClipScorer
-from sbrush.models.checks import check_configuration, digest_of, model_files, read_network, untrained_network
-from sbrush.models.model import Model
+from sbrush.models.checks import check_configuration, read_network, untrained_network
+from sbrush.models.configurations import TINY_VAE
+from sbrush.models.model import Model, for_decoder
+from sbrush.models.parts import DIFFUSERS, digest_of, network_files, refuse_pointer
 from sbrush.training.request import AlignmentRequest
 
 
@@ -45,7 +47,7 @@ class Alignment:
         if tiny_vae is None:
             return cls(clip, teacher.vae, name)
         vae = _tiny(tiny_vae, teacher, device)
-        files = {file.name: file for file in sorted(model_files(tiny_vae))}
+        files = {file.name: file for file in network_files(tiny_vae, DIFFUSERS)}
         return cls(clip, vae, f"{name}, {digest_of(files)[:16]}")
 
     @classmethod
@@ -68,7 +70,7 @@ class Alignment:
 
     def cosines(self, x0: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine of each latent's image and its prompt: float32 [B, C, H, W] and B prompts to float32 [B]."""
-        latents = (x0 / self._vae.config.scaling_factor).to(self._vae.dtype)
+        latents = for_decoder(self._vae, x0).to(self._vae.dtype)
         images = self._vae.decode(latents).sample.float() / 2 + 0.5
         return self._clip.cosines(images.clamp(0, 1), prompts)
 
@@ -80,12 +82,16 @@ def _tiny(folder: Path, teacher: Model, device: str) -> AutoencoderTiny:
     if not (folder / "config.json").is_file():
         raise SbrushError(f"{shown} holds no tiny VAE", hint, code=2)
     try:
-        check_configuration(folder)
+        for file in network_files(folder, DIFFUSERS, weights=device != "meta"):
+            refuse_pointer(file)
+        check_configuration(folder / "config.json", TINY_VAE, "AutoencoderTiny", shown)
         if device == "meta":
             with torch.device("meta"):
                 vae = untrained_network(AutoencoderTiny, folder)
         else:
             vae = read_network(AutoencoderTiny, folder)
+    except SbrushError:
+        raise
     except Exception as problem:  # whatever diffusers or safetensors make of a damaged file
         first_line = next(iter(str(problem).splitlines()), type(problem).__name__)
         raise SbrushError(f"cannot load the tiny VAE {shown}: {printable(first_line)}", hint) from problem

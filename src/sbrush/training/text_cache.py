@@ -19,8 +19,8 @@ from torch import Tensor
 from sbrush.console import SbrushError, info, printable
 from sbrush.core import Conditioning
 from sbrush.device import send
-from sbrush.models.checks import digest_of, model_files
 from sbrush.models.model import Model
+from sbrush.models.parts import digest_of_parts
 from sbrush.prompts import Prompts
 from sbrush.storage.files import check_room, size_text
 from sbrush.storage.shards import Shards
@@ -39,8 +39,8 @@ class TextCache:
         """The rows, under a key of all that they depend on."""
         teacher, prompts = self._teacher, self._prompts
         encoders = [part for part in teacher.parts if part.startswith(("text_encoder", "tokenizer"))]
-        files = {f"{part}/{f.name}": f for part in encoders for f in sorted(model_files(teacher.folders[part] / part))}
-        key = f"{digest_of(files)} {prompts.sha256} {teacher.text_encoder.dtype}"
+        digest = digest_of_parts({part: teacher.folders[part] for part in encoders})
+        key = f"{digest} {prompts.sha256} {teacher.text_encoder.dtype}"
         folder = self._folder / hashlib.sha256(key.encode()).hexdigest()[:16]
         return Shards(folder, len(prompts), elsewhere="--text-cache", unit="prompts")
 

@@ -25,7 +25,8 @@ from sbrush.evaluate.coco.published import BenchmarkReport, Measured
 from sbrush.metrics.clip import HPS_MODEL, ClipScorer
 from sbrush.metrics.inception import Inception
 from sbrush.metrics.precision_recall import NEIGHBOURS
-from sbrush.models.load import digest, load_student, load_teacher, locate_student
+from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.places import locate_student
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.storage import checkpoint
 from sbrush.storage.files import user_cache

@@ -1,0 +1,89 @@
+"""Where models are: a path, a run's folder or a Hub id to a folder; and a run's teacher, from any directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sbrush.console import SbrushError, printable
+from sbrush.models.hub import fetch
+from sbrush.models.model import Model
+from sbrush.models.parts import digest_of_parts, read_json
+from sbrush.models.sdxl import ModelXL
+from sbrush.models.snapshot import Snapshot
+from sbrush.models.source import is_single_file, local_folder
+
+BUILT_IN_TEACHER = "stickers (built in)"  # as configurations and students name it
+FAMILIES: dict[str, type[Model]] = {family.pipeline: family for family in (Model, ModelXL)}
+
+
+def resolve(source: str, *, weights: bool = True) -> Path:
+    """The local folder that a path or Hub id stands for; downloads JSON and text only, and safetensors if wanted."""
+    if folder := local_folder(source):
+        return folder
+    return fetch(source, dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), weights=weights)
+
+
+def locate_student(source: str) -> Path:
+    """The folder of a student by path, run or Hub id; SbrushError if there is none. A Hub's is fetched."""
+    folder = resolve(source)
+    if not (folder / "model_index.json").is_file() and (folder / "student" / "model_index.json").is_file():
+        return folder / "student"
+    return folder
+
+
+def teacher_of(student: str | None) -> str | None:
+    """A student's teacher as load_teacher takes it (None: the built-in one), for an image beside the student's.
+
+    `student`: as load_student takes it. SbrushError if the student does not name its teacher, or if what bears that
+    name is not there or is another model by now.
+    """
+    if student is None:
+        return None
+    folder, shown = locate_student(student), printable(student)
+    if (folder / "state.json").is_file():
+        about = Snapshot.read(folder).config
+    else:
+        try:
+            about = read_json(folder / "sbrush.json") if (folder / "sbrush.json").is_file() else {}
+        except (OSError, ValueError) as problem:
+            raise SbrushError(f"cannot read {shown}/sbrush.json: {printable(problem)}", "export it again") from problem
+    name, sha256 = about.get("teacher"), about.get("teacher_sha256")
+    if not isinstance(name, str) or not name:
+        raise SbrushError(f"{shown} does not say who its teacher is", "name it with --teacher", code=2)
+    found = find_teacher(name, sha256, folder)
+    if found and isinstance(sha256, str) and Path(found).is_dir() and _digest(Path(found)) != sha256:
+        raise SbrushError(
+            f"the teacher {printable(found)} is not the one that {shown} was made from",
+            "it has changed since: put the old one back, or name it with --teacher",
+        )
+    return found
+
+
+def find_teacher(name: str, sha256: object, home: Path) -> str | None:
+    """The teacher that a run in, or above, the folder `home` was given as `name`: as load_teacher takes it.
+
+    A relative path is looked for here and from each folder above `home`: a run's commands may be given from elsewhere.
+    Of several the first with the digest `sha256` is meant. SbrushError if there is none.
+    """
+    if name == BUILT_IN_TEACHER:
+        return None
+    path, hub = Path(name).expanduser(), bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not is_single_file(name)
+    places = dict.fromkeys([path] if path.is_absolute() else [path, *(up / path for up in home.absolute().parents)])
+    there = [place for place in places if place.exists()]
+    if not there and not hub:
+        raise SbrushError(
+            f"the teacher {printable(name)} is not there", "put it back, or name it with --teacher", code=2
+        )
+    if isinstance(sha256, str) and there and (len(there) > 1 or (hub and there != [path])):
+        there = [place for place in there if _digest(place) == sha256]
+    return str(there[0]) if there else name
+
+
+def _digest(folder: Path) -> str | None:
+    """A model folder's digest; None if it is none."""
+    try:
+        family = FAMILIES[read_json(folder / "model_index.json").get("_class_name", Model.pipeline)]
+        return digest_of_parts(dict.fromkeys(family.parts, folder))
+    except (OSError, ValueError, KeyError, TypeError, SbrushError):
+        return None
