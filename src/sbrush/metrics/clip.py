@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import quick_products, send
-from sbrush.models.parts import digest_of
+from sbrush.metrics.clip_weights import check_folder, check_weights, width_mismatch
+from sbrush.models.parts import digest_of, refuse_pointer
 from sbrush.sampling.images import to_image
 
 MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with
@@ -38,35 +39,48 @@ class ClipScorer:
 
     @classmethod
     def load(
-        cls, weights: Path | None = None, *, model_name: str = MODEL, download: bool = False, device: str = "cpu"
+        cls,
+        weights: Path | None = None,
+        *,
+        model_name: str = MODEL,
+        own: bool = False,
+        download: bool = False,
+        device: str = "cpu",
     ) -> ClipScorer:
         """ViT-g-14 of LAION-2B, or another of open_clip's models, from a file; any from a folder in open_clip's layout.
 
         `weights`: .safetensors or a state dict for `model_name`, or a folder with open_clip_config.json and
-        open_clip_model.safetensors; None takes ViT-g-14's from the Hub's cache, filled only if `download`. SbrushError
-        if it fails.
+        open_clip_model.safetensors; None takes ViT-g-14's from the Hub's cache, filled only if `download`. `own`: the
+        user says that a file is this model's, so that there is no note that its activation is not known.
+
+        SbrushError if it fails, or if a file is known to be another model's: see clip_weights.py.
         """
         source = _source(weights, model_name)
         try:
             if weights is None:
                 weights = Path(_cached(download))
+            file = weights / FILES[1] if weights.is_dir() else weights
+            refuse_pointer(file)
+            with file.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            if weights.is_dir():
+                check_folder(weights, digest)
+                # A folder's configuration decides too: how images are resized and normalised.
+                digest = digest_of({name: weights / name for name in FILES})
+            else:
+                check_weights(weights, digest, model_name, own=own)
             given = {} if source != model_name else {"pretrained": str(weights)}
             model, _, preprocess = open_clip.create_model_and_transforms(
                 source, device=device, weights_only=True, **given
             )
             tokenizer = open_clip.get_tokenizer(source)
-            # A folder's configuration decides too: how images are resized and normalised.
-            if weights.is_dir():
-                digest = digest_of({name: weights / name for name in FILES})
-            else:
-                with weights.open("rb") as handle:
-                    digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except SbrushError:
             raise
         except Exception as problem:  # whatever open_clip makes of a file that is none of its own
             wanted = f"{MODEL} {PRETRAINED}" if model_name == MODEL else model_name
+            why = width_mismatch(problem, model_name) or f"does not hold a CLIP model ({type(problem).__name__})"
             raise SbrushError(
-                f"{printable(weights)} does not hold a CLIP model ({type(problem).__name__})",
+                f"{printable(weights)} {why}",
                 f"it is open_clip's {wanted}, as a state dict or safetensors, or a folder of open_clip's",
             ) from problem
         return cls(model, preprocess, tokenizer, source if source == model_name else weights.name, digest)

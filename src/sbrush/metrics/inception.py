@@ -31,6 +31,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import exact_convolutions
+from sbrush.models.parts import refuse_pointer
 
 WIDTH, SIDE = 2048, 299
 NAME, DIGEST = "weights-inception-2015-12-05-6726825d.pth", "6726825d"  # of which SHA-256 begins so
@@ -88,6 +89,7 @@ class Inception(nn.Sequential):
         """
         file = file or _standard(download)
         try:
+            refuse_pointer(file)
             if file.suffix == ".safetensors":
                 state = load_file(file)
             else:
@@ -98,6 +100,8 @@ class Inception(nn.Sequential):
                 raise ValueError("some of its numbers are none")
             with file.open("rb") as handle:
                 net.digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except SbrushError:
+            raise
         except Exception as problem:  # whatever torch or safetensors make of a file that is none of theirs
             raise SbrushError(
                 f"{printable(file)} does not hold Inception's weights ({type(problem).__name__})",

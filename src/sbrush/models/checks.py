@@ -129,6 +129,8 @@ def _network_misfit(model: Model) -> str | None:
     falling = bool((alphas >= 0).all() and (alphas <= 1).all() and (alphas.diff() <= 0).all())  # NaN is none of these
     if not falling or len(alphas) < 2:
         return "its noise schedule does not go from image to noise"
+    if len(alphas) != model.scheduler.config.num_train_timesteps:
+        return f"its noise schedule has {len(alphas)} steps, its scheduler {model.scheduler.config.num_train_timesteps}"
     size = unet.sample_size if isinstance(unet.sample_size, list | tuple) else [unet.sample_size] * 2
     if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 1024 for n in (unet.in_channels, *size)):
         return f"its UNet does not say of what size its latents are (sample_size {unet.sample_size})"

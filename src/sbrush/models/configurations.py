@@ -58,7 +58,7 @@ UNET: Table = {
         """sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
         mid_block_type up_block_types only_cross_attention block_out_channels layers_per_block downsample_padding
         mid_block_scale_factor act_fn norm_num_groups norm_eps cross_attention_dim transformer_layers_per_block
-        reverse_transformer_layers_per_block attention_head_dim dual_cross_attention use_linear_projection
+        reverse_transformer_layers_per_block attention_head_dim use_linear_projection
         upcast_attention resnet_time_scale_shift resnet_skip_time_act resnet_out_scale_factor time_embedding_dim
         time_embedding_act_fn timestep_post_act conv_in_kernel conv_out_kernel mid_block_only_cross_attention
         cross_attention_norm""",
@@ -75,6 +75,7 @@ UNET: Table = {
         *ZERO, why="a student would be trained with it, and a teacher draw other images than in diffusers",
         hint="set it to 0 in unet/config.json: it has no effect on drawing",
     ),
+    "dual_cross_attention": only(*ZERO, why="it takes two texts, or a text and an image"),
     "encoder_hid_dim": only(None, why="it takes embeddings of another kind than the text encoder's"),
     "encoder_hid_dim_type": only(None, why="it takes embeddings of another kind than the text encoder's"),
     "addition_embed_type": only(None, why="it takes more than the prompt, which this pipeline does not give it"),

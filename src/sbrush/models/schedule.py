@@ -19,7 +19,7 @@ def read_scheduler(config: dict[str, Any], name: str, table: Table = SCHEDULER) 
     What a configuration leaves out is its own class's default. SbrushError if that class has no beta_t, as flow
     matching has none, or if `table` does not accept what it says; `name` is the model's.
     """
-    kind = _kind(config)
+    kind = scheduler_class(config)
     if kind is None:
         raise SbrushError(
             f"{printable(name)} has the scheduler {printable(config['_class_name'])}",
@@ -39,7 +39,7 @@ def noise_scale(config: dict[str, Any]) -> float:
     start from (sigma_T / alpha_T) z, of which the UNet sees sigma_T z: .9977 z for Stable Diffusion's schedule. It
     matters little, (1 - sigma_T) / alpha_T = .034 z in x0, but it is what such a student was trained on.
     """
-    kind = _kind(config)
+    kind = scheduler_class(config)
     if kind in (None, DDIMScheduler):
         return 1.0
     own = kind.from_config(config)
@@ -66,7 +66,7 @@ def one_step_scheduler(teacher: DDIMScheduler, t_init: int | None = None) -> DDI
     )
 
 
-def _kind(config: dict[str, Any]) -> Any:
+def scheduler_class(config: dict[str, Any]) -> Any:
     """The scheduler's class, None if it is none that has betas."""
     name = str(config.get("_class_name", "DDIMScheduler"))
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") and name.isidentifier() else None

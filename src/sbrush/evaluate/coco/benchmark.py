@@ -99,7 +99,7 @@ def benchmark(
         where = str(together.device) if together.num_processes > 1 else device
         net = Inception.load(inception, download=download, device=where)
         clip = ClipScorer.load(clip_weights, download=download, device=where) if clip_score else None
-        hps = ClipScorer.load(hps_weights, model_name=HPS_MODEL, device=where) if hps_weights else None
+        hps = ClipScorer.load(hps_weights, model_name=HPS_MODEL, own=True, device=where) if hps_weights else None
         folder = work or user_cache() or Path("runs/eval")
         measurement = Measurement(
             coco=coco, texts=texts[:wanted], extractor=FeatureExtractor(rules, net, clip, hps), folder=folder,
