@@ -11,20 +11,26 @@ from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import RunRequest
 
 if TYPE_CHECKING:
+    from sbrush.models.model import Model
     from sbrush.training.cost import Cost
 
 
-def _cost(request: RunRequest) -> Cost:
+def _shapes(request: RunRequest) -> Model:
+    """The run's teacher without weights."""
+    from sbrush.models.load import load_shapes
+
+    return load_shapes(request.teacher, config=request.teacher_config)
+
+
+def _cost(request: RunRequest, teacher: Model) -> Cost:
     """What the run needs, derived without weights; SbrushError if its parts do not go together."""
     from sbrush.device import launched, trains_in_bf16
-    from sbrush.models.load import load_shapes
     from sbrush.training.cost import Monitoring, estimate
     from sbrush.training.methods import Machine
     from sbrush.training.plan import check
     from sbrush.training.validation import Validation
 
     _, world = launched()
-    teacher = load_shapes(request.teacher, config=request.teacher_config)
     check(request.recipe, teacher, request.execution, world=world, init=request.init)
     judge = Validation.parameters(teacher, request.validation.clip) if request.every.validate else 0
     return estimate(
@@ -42,7 +48,7 @@ def compare_with_free_memory(request: RunRequest) -> None:
 
     from sbrush.training.cost import GIB, smaller
 
-    expected, (free, _) = _cost(request).peak / GIB, torch.cuda.mem_get_info(request.device)
+    expected, (free, _) = _cost(request, _shapes(request)).peak / GIB, torch.cuda.mem_get_info(request.device)
     if expected > free / GIB:
         info(
             f"note: this run expects {expected:.1f} GiB and the GPU has {free / GIB:.1f} GiB free; "
@@ -53,6 +59,7 @@ def compare_with_free_memory(request: RunRequest) -> None:
 def dry_run(request: RunRequest) -> None:
     """Prints what the run would need; the first process speaks for all."""
     from sbrush.device import launched, pick_device, trains_in_bf16
+    from sbrush.models.tokenizers import truncated_prompts
     from sbrush.training.sharding import asked_for
 
     process, world = launched()
@@ -62,11 +69,13 @@ def dry_run(request: RunRequest) -> None:
         request, device=pick_device(request.device, present=False),
         execution=dataclasses.replace(request.execution, shard=asked_for() and world > 1),
     )  # fmt: skip
-    cost = _cost(request)
+    teacher = _shapes(request)
+    cost = _cost(request, teacher)
     number_format = "bfloat16" if trains_in_bf16(request.precision, request.device) else "float32"
     facts = {
         "teacher": request.teacher or "stickers (built in)",
         "prompts": request.prompts.describe(),
+        "truncated prompts": truncated_prompts(teacher, request.prompts.texts),
         "recipe": f"{request.recipe.name}{_changes(request.recipe)}; --recipes prints all settings",
         "seed": request.seed,
         "device": f"{request.device}, {number_format}",

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sbrush.console import info, printable
 from sbrush.evaluate.report import Report
-from sbrush.evaluate.stickers import Candidate, evaluate_stickers
+from sbrush.evaluate.stickers import Candidate, evaluate_stickers, pairs
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
+from sbrush.models.tokenizers import truncated_prompts
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.stickers.judge import Judge
 
@@ -44,6 +45,7 @@ def evaluate(
         teacher_candidate(many, 1, scale, batch=batch),
     ]
     result = evaluate_stickers(candidates, Judge.load(device=device), n=n, per_caption=per_caption, fresh=fresh)
+    result.protocol["truncated_prompts"] = f"{truncated_prompts(one, [c.text for c, _ in pairs(n)])}"
     result.write_html(report)
     return result
 

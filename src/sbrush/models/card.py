@@ -21,6 +21,7 @@ def about_student(
     about = {
         "version": sbrush.__version__,
         "teacher": config["teacher"],
+        **({"teacher_sha256": config["teacher_sha256"]} if "teacher_sha256" in config else {}),
         "reparameterised": recipe["reparameterised"],
         "recipe": dict(recipe),
         "seed": config["seed"],

@@ -15,6 +15,7 @@ import sbrush
 from sbrush.console import SbrushError, printable
 from sbrush.models.load import load_teacher
 from sbrush.models.model import Model
+from sbrush.models.places import teacher_of
 from sbrush.sampling.generation import guidance_scale_of, student_images, teacher_images
 
 VALUES = 4096  # of each tensor, in a fingerprint
@@ -43,19 +44,12 @@ class Comparison:
 
         `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
         """
-        named = student.about.get("teacher")
-        if teacher is None and not isinstance(named, str):
-            raise SbrushError(
-                f"{printable(student.name)} does not say who its teacher is",
-                "name it: --compare --teacher MODEL",
-                code=2,
-            )
-        source = teacher or (None if named == "stickers (built in)" else named)
         try:
+            source = teacher or teacher_of(student)
             model = load_teacher(source, config=config, device=str(student.device), dtype=dtype)
         except SbrushError as problem:
             if teacher is None:
-                problem.hint = f"the student names that teacher; --teacher MODEL takes another. {problem.hint}"
+                problem.hint = f"--teacher MODEL takes the place of the teacher that a student names. {problem.hint}"
             raise
         return cls(model, steps, guidance_scale_of(model, guidance))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from sbrush import console
 from sbrush.console import SbrushError, info, printable, progress
 from sbrush.models.load import load_student
+from sbrush.models.tokenizers import note_truncated_prompts
 from sbrush.sampling.artist import Artist, Comparison
 from sbrush.sampling.images import cell_size, encode_png, image_grid, save_png, to_image
 from sbrush.sampling.targets import KEY, KEYS, Images, Target, check_same, find_records, read_keys
@@ -94,9 +95,7 @@ def _load(request: SampleRequest) -> Artist:
         if strange:
             more = f" and {len(strange) - NAMED_WORDS} others" if len(strange) > NAMED_WORDS else ""
             info(f"note: the built-in world has never seen: {printable(', '.join(strange[:NAMED_WORDS]))}{more}")
-    if "recipe" not in student.about and request.start_timestep is None:
-        name = printable(student.name)
-        info(f"note: {name} has no sbrush.json. If it was not trained to draw in one step, its images are blurred")
+    note_truncated_prompts(student, request.images.prompts)
     compare = None
     if request.compare:
         compare = Comparison.load(

@@ -43,7 +43,8 @@ class Alignment:
                 code=2,
             )
         clip = ClipScorer.load(clip_weights, model_name=clip_model, device=device)
-        name = f"{clip.name} {clip.digest[:16]}"
+        # A folder's digest says all, whatever the folder is called; a file's does not say which model it is read as.
+        name = f"{'open_clip' if clip_weights.is_dir() else clip.name} {clip.digest[:16]}"
         if tiny_vae is None:
             return cls(clip, teacher.vae, name)
         vae = _tiny(tiny_vae, teacher, device)

@@ -15,6 +15,8 @@ from sbrush.training.request import RunRequest
 FORMAT = 1
 GRID_PROMPTS = 8  # on sample grids
 NOT_COMPARED = ("version", "extended_by")  # keys that may change between parts of one run
+# Names of what a digest beside them identifies: another spelling, or place, of the same content is the same run.
+SPELLINGS = {"teacher": "teacher_sha256", "teacher_config": "teacher_sha256", "init": "init_sha256"}
 LATER = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
 
 
@@ -62,12 +64,21 @@ def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
         )
     if isinstance(before.get("recipe"), dict):  # a setting that came later was what it is by default
         before = {**before, "recipe": LATER | before["recipe"]}
-    if changed := differences(before, now):
+    if changed := differences(_spelt_alike(before, now), now):
         raise SbrushError(
             f"{printable(out)} holds a run with another configuration: {'; '.join(changed)}",
             "give the same options to resume it, or another --out to start a new run",
             code=2,
         )
+
+
+def _spelt_alike(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """`before` with the names of `now` for what is the same by its digest."""
+    same = {name: now[name] for name, digest in SPELLINGS.items() if name in now and before.get(digest) == now[digest]}
+    ours, theirs = before.get("prompts"), now.get("prompts")
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("sha256") == theirs["sha256"]:
+        same["prompts"] = {**ours, "source": theirs["source"]}
+    return {**before, **same}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -27,6 +27,7 @@ from sbrush.metrics.inception import Inception
 from sbrush.metrics.precision_recall import NEIGHBOURS
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.places import locate_student
+from sbrush.models.tokenizers import truncated_prompts
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.storage import checkpoint
 from sbrush.storage.files import user_cache
@@ -201,6 +202,7 @@ def _subject(
                 "dtype": str(dtype).removeprefix("torch."),
             },
             lambda texts, seeds: teacher_images(many, texts, seeds, steps=steps, guidance=scale, batch=batch),
+            truncated=lambda texts: truncated_prompts(many, texts),
         )  # fmt: skip
     one = load_student(student, start_timestep=start_timestep, device=device, dtype=dtype)
     return Subject(
@@ -210,6 +212,7 @@ def _subject(
             "noise_scale": one.noise_scale, "dtype": str(dtype).removeprefix("torch."),
         },
         lambda texts, seeds: student_images(one, texts, seeds, batch=batch),
+        truncated=lambda texts: truncated_prompts(one, texts),
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class Subject:
     key: dict[str, Any]
     images: Callable[[list[str], list[int]], Iterator[Tensor]] | None  # None: they are files
     files: list[Path] = field(default_factory=list)
+    truncated: Callable[[list[str]], int] | None = None  # how many captions are cut off; None: they are files
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Measurement:
             "precision": precision, "recall": recall,
         }  # fmt: skip
         counts = {"images": int(good.sum()), "reference_images": int(good_real.sum()), "bad_images": bad}
+        if subject.truncated is not None:
+            counts["truncated_prompts"] = subject.truncated(self.texts)
         measured = Measured(subject.name, figures, subject.key, counts)
         first = range(min(SHOWN, len(self.texts)))
         drawn = [shown[i] for i in first] if all(i in shown for i in first) else self._again(subject, first)
