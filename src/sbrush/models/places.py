@@ -63,21 +63,33 @@ def teacher_of(student: str | None) -> str | None:
 def find_teacher(name: str, sha256: object, home: Path) -> str | None:
     """The teacher that a run in, or above, the folder `home` was given as `name`: as load_teacher takes it.
 
-    A relative path is looked for here and from each folder above `home`: a run's commands may be given from elsewhere.
-    Of several the first with the digest `sha256` is meant. SbrushError if there is none.
+    A relative path is looked for here, and from each folder above `home`, for a run's commands may be given from
+    elsewhere; what is found there must have the digest `sha256`. SbrushError if there is none.
     """
     if name == BUILT_IN_TEACHER:
         return None
-    path, hub = Path(name).expanduser(), bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not is_single_file(name)
-    places = dict.fromkeys([path] if path.is_absolute() else [path, *(up / path for up in home.absolute().parents)])
-    there = [place for place in places if place.exists()]
-    if not there and not hub:
-        raise SbrushError(
-            f"the teacher {printable(name)} is not there", "put it back, or name it with --teacher", code=2
-        )
-    if isinstance(sha256, str) and there and (len(there) > 1 or (hub and there != [path])):
-        there = [place for place in there if _digest(place) == sha256]
-    return str(there[0]) if there else name
+    path, found = Path(name).expanduser(), list[Path]()
+    if not path.is_absolute():
+        above = [up / path for up in home.absolute().parents]
+        found = [p for p in above if p.exists() and p.resolve() != path.resolve() and _is_it(p, sha256)]
+    if path.exists() and (not found or _is_it(path, sha256)):
+        return str(path)
+    if found:
+        return str(found[0])
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_single_file(name):  # a Hub id
+        return name
+    raise SbrushError(f"the teacher {printable(name)} is not there", "put it back, or name it with --teacher", code=2)
+
+
+def _is_it(place: Path, sha256: object) -> bool:
+    """Whether a place holds the model with this digest, or, if that is not known, a model at all.
+
+    A single file's digest is that of what it is converted into: it is taken by its name.
+    """
+    if place.is_file():
+        return is_single_file(str(place))
+    digest = _digest(place)
+    return digest is not None and (not isinstance(sha256, str) or digest == sha256)
 
 
 def _digest(folder: Path) -> str | None:
