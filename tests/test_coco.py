@@ -419,6 +419,7 @@ class TestCommand:
         assert told == json.loads((work / "report.json").read_text())
         manifest = told["manifest"]
         assert (manifest["images"], manifest["reference_images"], manifest["bad_images"]) == (20, IMAGES, 0)
+        assert manifest["truncated_prompts"] == 0
         page = (work / "report.html").read_text()
         assert "16.67" in page and "like nothing published" in page and page.count("data:image/png") == 20 + 12
 

@@ -242,3 +242,21 @@ def test_every_command_states_how_many_prompts_are_cut_off(tmp_path, tiny_teache
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     out = sbrush("sample", "--prompts", tmp_path / "p.txt", "--student", tiny_teacher, "-o", tmp_path / "images-2")
     assert "cut off" not in out.stderr
+
+
+def test_evaluations_report_how_many_captions_a_model_cuts_off(tmp_path, tiny_teacher, monkeypatch):
+    from sbrush.evaluate import candidates
+    from sbrush.evaluate.coco.benchmark import _subject
+    from sbrush.evaluate.report import Report
+
+    texts = ["a cat", "a small red cat on a blue background " * 3]
+    monkeypatch.setattr(candidates, "evaluate_stickers", lambda *_, **__: Report([], {}))
+    monkeypatch.setattr(candidates, "pairs", lambda n: [(SimpleNamespace(text=text), 0) for text in texts])
+    asked = {"n": 2, "per_caption": 2, "steps": 1, "guidance": None, "fresh": False, "batch": 1, "device": "cpu"}
+    result = candidates.evaluate(
+        student=str(tiny_teacher), teacher=None, report=tmp_path / "report.html", dtype=torch.float32, **asked
+    )
+    assert result.json()["protocol"]["truncated_prompts"] == "1"
+    for student, teacher in ((str(tiny_teacher), None), (None, str(tiny_teacher))):
+        subject = _subject(student, None, teacher, None, 1, None, 1, "cpu", torch.float32)
+        assert subject.truncated(texts) == 1
