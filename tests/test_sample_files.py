@@ -81,7 +81,7 @@ def test_prompts_that_are_alike_and_a_prompt_of_wide_letters(tmp_path, tiny_teac
 class Stub:
     """A student without networks: an image says its seed. `alive`: the images that are in memory."""
 
-    name, image_size, about = "stub", (8, 8), {"recipe": {}}
+    name, image_size, about, text_parts = "stub", (8, 8), {"recipe": {}}, ()
 
     def __init__(self, monkeypatch):
         self.alive, self.calls = weakref.WeakSet(), []
@@ -315,7 +315,7 @@ def test_compare_takes_the_teacher_that_the_student_names(tmp_path, student, tin
     options = ["--student", student, "--compare", "--teacher-steps", 2, "-o", tmp_path / "x.png"]
     assert sbrush("sample", "a cat", *options).returncode == 0 and loaded == [str(tiny_teacher)]
     for about, said in [
-        ({"teacher": str(tmp_path / "gone")}, "no model folder"),
+        ({"teacher": str(tmp_path / "gone")}, f"the teacher {tmp_path / 'gone'} is not there"),
         ({}, f"{student} does not say who its teacher is"),
     ]:
         (student / "sbrush.json").write_text(json.dumps({"format": 1, "recipe": {}} | about))

@@ -105,7 +105,7 @@ def test_a_student_names_its_teacher(home, tmp_path, tiny_teacher, monkeypatch):
 def test_a_folder_of_many_steps_as_a_student_is_noted_and_a_student_is_not(home, tmp_path, tiny_teacher, capsys):
     def said(source, **given):
         load_student(source, **given)
-        return "one-step student" in capsys.readouterr().err
+        return "blurred" in capsys.readouterr().err
 
     assert said(str(tiny_teacher)) and said(str(BUILT_IN / "teacher"))
     assert not said(None) and not said(str(home / "runs" / "one"))

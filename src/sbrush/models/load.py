@@ -98,11 +98,11 @@ def _note_many_steps(model: Model) -> None:
     if "recipe" in model.about:
         return
     scheduler = read_json(model.folders["scheduler"] / "scheduler" / "scheduler_config.json")
-    if model.about.get("format") or scheduler.get("timestep_spacing") != "trailing":
-        info(
-            f"note: nothing in {printable(model.name)} says that it is a one-step student; "
-            "a model of many steps, such as a teacher, draws no clear image in one"
-        )
+    own = "format" in model.about
+    if own or scheduler.get("timestep_spacing") != "trailing":
+        what = "has a sbrush.json that names no recipe" if own else "has no sbrush.json"
+        name = printable(model.name)
+        info(f"note: {name} {what}. If it was not trained to draw in one step, its images are blurred")
 
 
 def _of_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Model:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
 from sbrush.console import SbrushError, printable
 from sbrush.models.hub import fetch
@@ -32,32 +32,40 @@ def locate_student(source: str) -> Path:
     return folder
 
 
-def teacher_of(student: str | None) -> str | None:
+def teacher_of(student: Model | str | None) -> str | None:
     """A student's teacher as load_teacher takes it (None: the built-in one), for an image beside the student's.
 
-    `student`: as load_student takes it. SbrushError if the student does not name its teacher, or if what bears that
-    name is not there or is another model by now.
+    `student`: loaded, or as load_student takes it. SbrushError if the student does not name its teacher, or if what
+    bears that name is not there or is another model by now.
     """
     if student is None:
         return None
-    folder, shown = locate_student(student), printable(student)
-    if (folder / "state.json").is_file():
-        about = Snapshot.read(folder).config
+    if isinstance(student, Model):
+        shown, about = printable(student.name), student.about
+        home = next(iter(student.sources.values()), student.folders["unet"])
     else:
-        try:
-            about = read_json(folder / "sbrush.json") if (folder / "sbrush.json").is_file() else {}
-        except (OSError, ValueError) as problem:
-            raise SbrushError(f"cannot read {shown}/sbrush.json: {printable(problem)}", "export it again") from problem
+        shown, home = printable(student), locate_student(student)
+        about = _read_about(home, shown)
     name, sha256 = about.get("teacher"), about.get("teacher_sha256")
     if not isinstance(name, str) or not name:
-        raise SbrushError(f"{shown} does not say who its teacher is", "name it with --teacher", code=2)
-    found = find_teacher(name, sha256, folder)
+        raise SbrushError(f"{shown} does not say who its teacher is", "name it: --teacher MODEL", code=2)
+    found = find_teacher(name, sha256, home)
     if found and isinstance(sha256, str) and Path(found).is_dir() and _digest(Path(found)) != sha256:
         raise SbrushError(
             f"the teacher {printable(found)} is not the one that {shown} was made from",
-            "it has changed since: put the old one back, or name it with --teacher",
+            "it has changed since: put the old one back, or name another: --teacher MODEL",
         )
     return found
+
+
+def _read_about(folder: Path, shown: str) -> dict[str, Any]:
+    """What a student's folder, or the run of a checkpoint, says of it; SbrushError if that cannot be read."""
+    if (folder / "state.json").is_file():
+        return Snapshot.read(folder).config
+    try:
+        return read_json(folder / "sbrush.json") if (folder / "sbrush.json").is_file() else {}
+    except (OSError, ValueError) as problem:
+        raise SbrushError(f"cannot read {shown}/sbrush.json: {printable(problem)}", "export it again") from problem
 
 
 def find_teacher(name: str, sha256: object, home: Path) -> str | None:
@@ -76,9 +84,12 @@ def find_teacher(name: str, sha256: object, home: Path) -> str | None:
         return str(path)
     if found:
         return str(found[0])
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_single_file(name):  # a Hub id
-        return name
-    raise SbrushError(f"the teacher {printable(name)} is not there", "put it back, or name it with --teacher", code=2)
+    try:
+        if not is_single_file(name) and local_folder(name) is None:
+            return name  # a Hub id
+    except SbrushError:
+        pass
+    raise SbrushError(f"the teacher {printable(name)} is not there", "put it back, or name it: --teacher MODEL", code=2)
 
 
 def _is_it(place: Path, sha256: object) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sbrush
-from sbrush.console import SbrushError, printable
+from sbrush.console import SbrushError
 from sbrush.models.load import load_teacher
 from sbrush.models.model import Model
 from sbrush.models.places import teacher_of
@@ -44,12 +44,12 @@ class Comparison:
 
         `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
         """
+        source = teacher or teacher_of(student)
         try:
-            source = teacher or teacher_of(student)
             model = load_teacher(source, config=config, device=str(student.device), dtype=dtype)
         except SbrushError as problem:
             if teacher is None:
-                problem.hint = f"--teacher MODEL takes the place of the teacher that a student names. {problem.hint}"
+                problem.hint = f"the student names that teacher; --teacher MODEL takes another. {problem.hint}"
             raise
         return cls(model, steps, guidance_scale_of(model, guidance))
 
