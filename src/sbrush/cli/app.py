@@ -74,9 +74,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports if it is there; it logs kernels
-    for number in (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _leave)
+    _leave_on_signals()
     try:
         code = app(prog_name="sbrush", standalone_mode=False) or 0
         if code == 130:  # what typer makes of a KeyboardInterrupt
@@ -120,15 +118,26 @@ def _fail(error: str, hint: str, code: int) -> int:
     return code
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Ends the program on a signal as an exception does, so that no half-written file stays behind."""
-    sys.exit(128 + number)
+def _leave_on_signals() -> None:
+    """Lets signals end the program as an exception does, so that no half-written file stays behind."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # Not one of several processes: it may wait for the others, where it would not listen.
+        if number and signal.getsignal(number) is signal.SIG_DFL and not _launched():
+            signal.signal(number, leave)
 
 
 def _same_command() -> str:
-    if "RANK" in os.environ:  # torchrun or accelerate has started this process
-        return "give the same command again"
-    return shlex.join(["sbrush", *sys.argv[1:]])
+    return "give the same command again" if _launched() else printable(shlex.join(["sbrush", *sys.argv[1:]]))
+
+
+def _launched() -> bool:
+    """Whether torchrun or accelerate has started this process beside others."""
+    return "RANK" in os.environ
 
 
 if __name__ == "__main__":
