@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from sbrush.console import SbrushError, printable
 from sbrush.device import trains_in_bf16
+from sbrush.models.export import check_exportable
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.prompts import Prompts
@@ -54,6 +55,7 @@ def prepare(request: RunRequest) -> Plan:
     execution = replace(request.execution, shard=sharded and accelerator.num_processes > 1)
     teacher = load_teacher(request.teacher, config=request.teacher_config)
     check(recipe, teacher, execution, world=accelerator.num_processes, init=request.init)
+    check_exportable(teacher)
     init = load_student(request.init) if request.init else None
     if init:
         _check_init(recipe, teacher, printable(request.init), init)
