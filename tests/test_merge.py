@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from conftest import build_tiny_teacher
+from conftest import build_tiny_teacher, process, sbrush
 from sbrush.console import SbrushError
-from sbrush.models.card import model_card
 from sbrush.models.export import export_student
 from sbrush.models.load import load_student, load_teacher
 from sbrush.models.merge import merge
@@ -23,7 +22,7 @@ def student(teacher, folder, seed, t_init=None, **about):
     torch.manual_seed(seed)
     for parameter in model.unet.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    export_student(folder, model, model.unet, about=ABOUT | about, card=model_card(ABOUT), t_init=t_init)
+    export_student(folder, model, model.unet, about=ABOUT | about, t_init=t_init)
     return str(folder)
 
 
@@ -63,3 +62,31 @@ def test_a_merged_student_carries_both_licences_and_any_safety_checker(tmp_path,
     assert 'license: "other"' in card and "cc-by-nc-4.0; openrail++" in card and "came with a safety checker" in card
     merge(one, one, tmp_path / "same")
     assert 'license: "openrail++"' in (tmp_path / "same" / "README.md").read_text()
+
+
+def test_merging_onto_a_full_or_read_only_disk_says_so_and_leaves_nothing(tmp_path, tiny_teacher, monkeypatch):
+    one = student(tiny_teacher, tmp_path / "one", 1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        done = sbrush("merge", one, one, "-o", tmp_path / "both")
+    assert done.returncode == 1 and "both: No space left on device" in done.stderr and "\nhint: " in done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        done = sbrush("merge", one, one, "-o", tmp_path / "new" / "both")
+    assert done.returncode == 1 and "Permission denied" in done.stderr and "loading" not in done.stderr
+    (tmp_path / "file").touch()
+    done = sbrush("merge", one, one, "-o", tmp_path / "file" / "both")
+    assert done.returncode == 1 and "it is not a folder" in done.stderr
+    done = sbrush("merge", one, one, "-o", one)
+    assert done.returncode == 2 and "is there already" in done.stderr and "loading" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "one"]
+
+
+def test_the_help_of_merge_stands_alone():
+    done = process("merge", "--help", COLUMNS="80")
+    assert "Example: sbrush merge runs/seed-0 runs/seed-1 -o runs/merged" in done.stdout
+    assert "must not exist yet" in " ".join(done.stdout.replace("│", " ").split()) and done.returncode == 0

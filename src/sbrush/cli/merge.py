@@ -14,12 +14,33 @@ from sbrush.storage.files import check_new
 
 
 def merge(
-    one: Annotated[str, typer.Argument(help="A student: folder, a run's --out, or Hub id.", callback=check_student)],
-    two: Annotated[str, typer.Argument(help="Another student of the same teacher.", callback=check_student)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the new student.")],
-    share: Annotated[float, typer.Option(help="Of the first.", min=0, max=1)] = 0.5,
+    one: Annotated[
+        str,
+        typer.Argument(
+            help="First student: its folder, the --out of its run, or a Hub id.",
+            metavar="FIRST",
+            callback=check_student,
+        ),
+    ],
+    two: Annotated[
+        str,
+        typer.Argument(
+            help="Second student, of the same teacher and start timestep.", metavar="SECOND", callback=check_student
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the new student. It must not exist yet.")],
+    share: Annotated[
+        float, typer.Option(help="Share of the first student in each weight; the rest is the second's.", min=0, max=1)
+    ] = 0.5,
 ) -> None:
-    """Merge two students' weights into one student (SwiftBrush v2)."""
+    """Merge two students of one teacher into a third.
+
+    Each weight of the new student is the mean of the two students' weights
+    (SwiftBrush v2). Merge two runs that differ in their seed, for example,
+    or a full student and a LoRA student. The two students stay as they are.
+
+    Example: sbrush merge runs/seed-0 runs/seed-1 -o runs/merged
+    """
     check_new(out)
     info("loading torch and the students ...")
     from sbrush.models.merge import merge as merge_students

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import sbrush
 from sbrush.console import printable
+from sbrush.models.comfyui import instructions
 from sbrush.models.model import Model
+from sbrush.models.scheduler_swap import same_image
 
 STATED = ("license", "license_name", "license_link", "safety_checker")  # what others say that students must say too
+BUILT_IN_TEACHER = "stickers (built in)"
+SHIPPED = """\
+unet = UNet2DConditionModel.from_pretrained(BUILT_IN / "student" / "unet")
+scheduler = DDIMScheduler.from_pretrained(BUILT_IN / "student" / "scheduler")
+pipe = DiffusionPipeline.from_pretrained(BUILT_IN / "teacher", unet=unet, scheduler=scheduler)
+pipe.to(torch.float32)
+"""  # how diffusers loads the shipped student
 
 
 def about_student(
@@ -27,96 +38,188 @@ def about_student(
         "seed": config["seed"],
         "prompts": config["prompts"],
     }
+    if config.get("teacher_config") is not None:
+        about["teacher_config"] = config["teacher_config"]
     about |= {key: teacher.about[key] for key in ("world", *STATED) if key in teacher.about}
     if init is not None:
         about["init"] = {"student": config["init"]} | {key: init.about[key] for key in STATED if key in init.about}
     return about
 
 
-def model_card(about: dict[str, Any]) -> str:
-    """The student's README.md: front matter that the Hub reads, a snippet that runs, how it was made."""
+def model_card(student: Model) -> str:
+    """The student's README.md: front matter that the Hub reads, a snippet that runs, how it was made.
+
+    `student` has its own one-step scheduler and says in `about` what sbrush.json is to say.
+    """
+    about = student.about
+    whole = len(set(student.folders.values())) == 1  # the shipped student's other parts are the built-in teacher's
+    imports = {"DiffusionPipeline"} | _imports(about)
+    option = " --student path/to/this/folder" if whole else ""
+    first, load, holds = "", 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n', ""
+    if not whole:
+        imports |= {"DDIMScheduler", "UNet2DConditionModel"}
+        first, load = "from sbrush.models.load import BUILT_IN\n", SHIPPED
+        holds = "\n- It consists of UNet and scheduler. Its other parts are those of its teacher."
+    merged = "".join(f"| {what} | {_plain(text)} |\n" for what, text in _origins(about))
+    settings = "\n".join(f"| {key} | {_plain(str(value))} |" for key, value in about["recipe"].items())
+    whose = "\nThe settings are those of the first student that was merged.\n" if "merged" in about else ""
     checker = "may have had a safety checker"
     if "safety_checker" in about:
         checker = "came with a safety checker" if about["safety_checker"] else "came without a safety checker"
-    parts = [about["init"]] if "init" in about else about.get("merged", [])
-    merged = "".join(
-        f"| {'began as' if 'init' in about else 'merged from'} | {_plain(json.dumps(p))} |\n" for p in parts
-    )
-    # One of several licences cannot stand for all: the Hub is told "other", people are told each.
-    licences = {_licence(part) for part in (about, *parts)}
-    licence = about.get("license", "other") if len(licences) == 1 else "other"
-    front = "".join(f"{key}: {json.dumps(about[key])}\n" for key in STATED[1:3] if key in about and len(licences) == 1)
-    same = """One step and no guidance: the scheduler in this folder is made for that. The same image:
-`sbrush sample "a cat" --student path/to/this/folder`."""
-    if not about.get("reparameterised", True):
-        same = """This student's output is the image itself (an ablation), which no scheduler of diffusers knows.
-`sbrush sample "a cat" --student path/to/this/folder` draws it, the lines above do not."""
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in about["recipe"].items())
-    teacher = _plain(about["teacher"])
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [one-step, distillation, swiftbrush, sbrush]
-license: {json.dumps(licence)}
-{front}base_model: {json.dumps(teacher)}
----
+    return f"""{_front(about)}
+# A one-step student of {_plain(about["teacher"])}
 
-# A one-step student of {teacher}
+It draws an image of a prompt in a single step. sbrush {about["version"]} distilled it with
+[SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation), from {_count(about)} and no images.
 
-Distilled with [SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation) by sbrush
-{about["version"]}, from {about["prompts"]["count"]} prompts and no images. Licence of what it was made of:
-{_plain("; ".join(sorted(licences)))}.
-The teacher {checker}; this folder has none.
+- Licence of what it was made of: {_plain("; ".join(sorted(_licences(about))))}. This student is a derivative of it.
+- Its teacher {checker}. This folder has none.{holds}
+
+## Use it with diffusers
 
 ```python
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import {", ".join(sorted(imports))}
+{first}
+{load}{_sampling(about)}```
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
-pipe("a cat", num_inference_steps=1, guidance_scale=1).images[0].save("cat.png")
-```
+{_same(option)}.
 
-{same}
+{_schedulers(student)}
 
+## Use it in ComfyUI
+
+{instructions(student)}
 ## Figures
 
-None are recorded here. `sbrush eval --student path/to/this/folder` measures them and names its protocol.
+None are recorded here. `sbrush eval{option}` measures them and names its protocol.
 
 ## How it was made
-
+{whose}
 | setting | value |
 |---|---|
 | seed | {about["seed"]} |
 | prompts, SHA-256 | {about["prompts"]["sha256"]} |
-{merged}{recipe}
+{merged}{settings}
 """
 
 
-def lora_card(about: dict[str, Any]) -> str:
-    """The README.md of a student's LoRA alone: what it is for, and what it does not say by itself."""
-    step = "" if about["recipe"].get("t_init") is None else ", with the scheduler of the folder student/ beside it"
-    return f"""---
-base_model: {json.dumps(_plain(about["teacher"]))}
-tags: [one-step, lora, swiftbrush, sbrush]
-license: {json.dumps(about.get("license", "other"))}
----
-
+def lora_card(student: Model) -> str:
+    """The README.md of a student's LoRA alone, see model_card: what it is for, and what it needs besides."""
+    about = student.about
+    imports = {"DDIMScheduler", "DiffusionPipeline"} | _imports(about)
+    load = f"DiffusionPipeline.from_pretrained({_quoted(about['teacher'])})"
+    first = ""
+    if about["teacher"] == BUILT_IN_TEACHER:
+        first = "from sbrush.models.load import BUILT_IN\n"
+        load = 'DiffusionPipeline.from_pretrained(BUILT_IN / "teacher")'
+    elif about["teacher"].lower().endswith(".safetensors"):
+        config = f", config={_quoted(about['teacher_config'])}" if "teacher_config" in about else ""
+        imports = imports - {"DiffusionPipeline"} | {student.pipeline}
+        load = f"{student.pipeline}.from_single_file({_quoted(about['teacher'])}{config})"
+    return f"""{_front(about, "lora")}
 # The LoRA of a one-step student of {_plain(about["teacher"])}
 
-It turns its teacher into the student of the folder `student/`{step}. It works in one step and no other number, so it
-needs that folder's one-step scheduler besides: with the teacher's own scheduler it draws noise.
+It turns its teacher into a student that draws an image of a prompt in a single step. sbrush {about["version"]}
+distilled it with [SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation), from {_count(about)}
+and no images.
+
+- It works in one step and no other number, at strength 1 and without guidance.
+- It needs the scheduler in `scheduler/` of this folder. With the teacher's own scheduler it draws noise.
+- Licence of the teacher, of which it is a derivative: {_plain(_licence(about))}.
+
+## Use it with diffusers
 
 ```python
-from diffusers import DDIMScheduler, DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("the teacher")
+import torch
+from diffusers import {", ".join(sorted(imports))}
+{first}
+pipe = {load}
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-pipe.scheduler = DDIMScheduler.from_pretrained("path/to/student/scheduler")
-pipe("a cat", num_inference_steps=1, guidance_scale=1).images[0].save("cat.png")
-```
+pipe.scheduler = DDIMScheduler.from_pretrained("path/to/this/folder", subfolder="scheduler")
+pipe.to(torch.float32)  # a teacher in half precision does not go together with a LoRA in float32
+{_sampling(about)}```
 
-For ComfyUI: `comfyui.safetensors`, sampler euler, scheduler simple, 1 step, cfg 1. Licence of the teacher:
-{_plain(_licence(about))}.
+{_same(" --student path/to/student")}, the folder of the merged student that was written beside this one.
+
+{_schedulers(student)}
+
+## Use it in ComfyUI and sd-scripts
+
+{instructions(student, lora=True)}
+`comfyui.safetensors` names its layers as kohya's sd-scripts does, and changes no layers but those that sd-scripts
+applies a LoRA to.
 """
+
+
+def _front(about: Mapping[str, Any], *tags: str) -> str:
+    """The front matter that the Hub reads, in YAML, whose strings may be JSON's."""
+    licences = _licences(about)
+    # One of several licences cannot stand for all: the Hub is told "other", people are told each.
+    alone = {key: about[key] for key in STATED[:3] if key in about} if len(licences) == 1 else {}
+    lines = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["one-step", "distillation", "swiftbrush", "sbrush", *tags],
+        **({"license": "other"} | alone),
+    }
+    # The Hub refuses a card whose base model is not one of its own.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", about["teacher"]) and not Path(about["teacher"]).exists():
+        lines["base_model"] = about["teacher"]
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()) + "---\n"
+
+
+def _sampling(about: Mapping[str, Any]) -> str:
+    """The last lines of a snippet, after `pipe` is made."""
+    lines = ""
+    if not about.get("reparameterised", True):
+        lines = "# The output of this student's UNet is the image itself.\n"
+        lines += 'pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")\n'
+    return f"""{lines}generator = torch.Generator().manual_seed(0)
+image = pipe("a cat", num_inference_steps=1, guidance_scale=1, generator=generator).images[0]
+image.save("cat.png")
+"""
+
+
+def _imports(about: Mapping[str, Any]) -> set[str]:
+    """What _sampling needs of diffusers."""
+    return set() if about.get("reparameterised", True) else {"DDIMScheduler"}
+
+
+def _same(options: str) -> str:
+    """What draws the same image as the snippet: `sbrush sample` with these options besides."""
+    return f"""Keep to one step and no guidance (`guidance_scale=1`): it was trained for that and nothing else.
+sbrush draws the same image: `sbrush sample "a cat" --seed 0{options}`"""
+
+
+def _schedulers(student: Model) -> str:
+    """Which of diffusers' schedulers may take the place of the student's own."""
+    own = student.scheduler
+    if not student.about.get("reparameterised", True):
+        own = type(own).from_config(own.config, prediction_type="sample")
+    found = same_image(own)
+    same, others = ([f"`{name}`" for name, is_same in found.items() if is_same is wanted] for wanted in (True, False))
+    return f"""The scheduler in this folder takes the step at timestep {len(own.alphas_cumprod) - 1}.
+Made of its configuration (`DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`), these schedulers of
+diffusers draw the same image: {", ".join(same)}.
+These draw another image, without an error in most cases: {", ".join(others)}."""
+
+
+def _origins(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a student was made of besides its teacher: its start, or those that were merged; rows of a table."""
+    rows = []
+    if "init" in about:
+        rows.append(("started as", f"{about['init']['student']} (licence: {_licence(about['init'])})"))
+    for part in about.get("merged", ()):
+        said = f"{part['share']:g} of {part['student']} (SHA-256 {part['sha256']}, licence: {_licence(part)})"
+        rows.append(("merged from", said))
+    return rows
+
+
+def _licences(about: Mapping[str, Any]) -> set[str]:
+    """Of the teacher and of all students that went into one, as people read them."""
+    parts = [about["init"]] if "init" in about else about.get("merged", [])
+    return {_licence(part) for part in (about, *parts)}
 
 
 def _licence(about: Mapping[str, Any]) -> str:
@@ -125,6 +228,16 @@ def _licence(about: Mapping[str, Any]) -> str:
     return f"{name} ({about['license_link']})" if "license_link" in about else str(name)
 
 
+def _count(about: Mapping[str, Any]) -> str:
+    count = about["prompts"]["count"]
+    return "1 prompt" if count == 1 else f"{count:,} prompts"
+
+
+def _quoted(text: str) -> str:
+    """A string as Python source, on one line."""
+    return json.dumps(printable(text), ensure_ascii=False)
+
+
 def _plain(text: str) -> str:
-    """Text that Markdown and YAML take for text."""
+    """Text that Markdown takes for text."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in printable(text))

@@ -5,42 +5,85 @@ StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=1, g
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sbrush.console import SbrushError, printable
+from sbrush.models.card import lora_card, model_card
+from sbrush.models.comfyui import WORKFLOW, obstacle, workflow
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
-from sbrush.models.parts import part_files, read_json
+from sbrush.models.parts import part_files, read_json, refuse_pointer
 from sbrush.models.schedule import one_step_scheduler
+from sbrush.models.single_file import published_name
 from sbrush.models.unet import Role
 from sbrush.storage.files import atomic_folder, atomic_write, write_json, write_text
+from sbrush.storage.tensors import save_tensors
+
+INDEX = ".safetensors.index.json"  # which of several files holds which tensor
 
 
-def export_lora(folder: Path, unet: UNet2DConditionModel, role: Role, *, card: str) -> None:
+def check_exportable(teacher: Model) -> None:
+    """SbrushError if a file that a student of this teacher would be made of cannot be read now.
+
+    What is trained is exported at its end, of copies of the teacher's other parts: they are looked at before.
+    """
+    for _, file in _copied(teacher):
+        try:
+            refuse_pointer(file)
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            elif file.name == "config.json" or file.name.endswith(INDEX):
+                read_json(file)
+        except (OSError, ValueError, SafetensorError) as problem:
+            raise SbrushError(
+                f"cannot read {printable(file)}, which a student of this teacher would be made of: "
+                f"{printable(problem.strerror if isinstance(problem, OSError) and problem.strerror else problem)}",
+                "fetch the file again, or make it readable: a student's folder gets a copy of it",
+            ) from problem
+
+
+def export_lora(
+    folder: Path,
+    teacher: Model,
+    unet: UNet2DConditionModel,
+    role: Role,
+    *,
+    about: dict[str, Any],
+    t_init: int | None = None,
+) -> None:
     """Writes a role's LoRA twice, its scale inside it: as diffusers' load_lora_weights takes it, and as ComfyUI does.
 
-    ComfyUI knows attention layers by kohya's names alone, lora_unet_..._to_q.lora_down.weight.
+    ComfyUI and sd-scripts know attention layers by kohya's names alone, lora_unet_..._to_q.lora_down.weight. What the
+    LoRA needs besides is written too: its one-step scheduler, a model card, a workflow for ComfyUI.
     """
     from peft.tuners.lora import LoraLayer
 
+    student = _student(teacher, about, t_init)
     tensors: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer) and role in module.r:
             tensors[f"unet.{name}.lora_A.weight"] = module.lora_A[role].weight.detach().cpu().contiguous()
             scaled = module.lora_B[role].weight.detach() * module.scaling[role]
             tensors[f"unet.{name}.lora_B.weight"] = scaled.cpu().contiguous()
-    folder.mkdir(exist_ok=True)
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     for name, content in {"pytorch_lora_weights": tensors, "comfyui": convert_state_dict_to_kohya(tensors)}.items():
         with atomic_write(folder / f"{name}.safetensors") as partial:
-            save_file(content, partial, metadata={"format": "pt"})
-    write_text(folder / "README.md", card)
+            save_tensors(partial, content, {"format": "pt"})
+    write_text(folder / "scheduler" / "scheduler_config.json", student.scheduler.to_json_string())
+    if obstacle(student) is None:
+        write_json(folder / WORKFLOW, workflow(student, lora=True))
+    write_text(folder / "README.md", lora_card(student))
 
 
 def export_student(
@@ -49,40 +92,65 @@ def export_student(
     unet: UNet2DConditionModel,
     *,
     about: dict[str, Any],
-    card: str,
     t_init: int | None = None,
 ) -> None:
     """Writes a student folder, complete or not at all; an older one at the same place is replaced.
 
-    `t_init`: the timestep at which the student takes its noise for x_t; None is T.
+    `about`: what sbrush.json and the model card say of it, see about_student. `t_init`: the timestep at which the
+    student takes its noise for x_t; None is T. OSError as any writing may raise it.
     """
+    student = _student(teacher, about, t_init)
     with atomic_folder(folder) as partial:
-        for part in teacher.parts:
-            if part in ("unet", "scheduler"):
-                continue
-            (partial / part).mkdir()
-            for file in part_files(teacher.folders[part], part):
-                _copy_in_float32(file, partial / part / file.name)
-        unet.save_pretrained(partial / "unet")
-        one_step_scheduler(teacher.scheduler, t_init).save_pretrained(partial / "scheduler")
+        for part, file in _copied(teacher):
+            (partial / part).mkdir(exist_ok=True)
+            _copy(part, file, partial / part / file.name)
+        # Always one file: ComfyUI loads no other, and SDXL's would become two.
+        unet.save_pretrained(partial / "unet", max_shard_size="100GB")
+        student.scheduler.save_pretrained(partial / "scheduler")
         write_json(partial / "model_index.json", teacher.student_index())
         write_json(partial / "sbrush.json", {"format": FORMAT, **about})
-        write_text(partial / "README.md", card)
+        if obstacle(student) is None:
+            write_json(partial / WORKFLOW, workflow(student))
+        write_text(partial / "README.md", model_card(student))
 
 
-def _copy_in_float32(file: Path, target: Path) -> None:
-    """Copies a file of a part; weights in half precision become float32, as the student's are.
+def _student(teacher: Model, about: dict[str, Any], t_init: int | None) -> Model:
+    """The student as its card describes it; of its networks only the configuration is looked at."""
+    return dataclasses.replace(teacher, about=about, scheduler=one_step_scheduler(teacher.scheduler, t_init))
 
-    Plain diffusers would otherwise load the UNet in one number format and the text encoder in another, and fail.
+
+def _copied(teacher: Model) -> Iterator[tuple[str, Path]]:
+    """The files of a teacher that its students get copies of, each with its part."""
+    for part in teacher.parts:
+        if part not in ("unet", "scheduler"):
+            for file in part_files(teacher.folders[part], part):
+                yield part, file
+
+
+def _copy(part: str, file: Path, target: Path) -> None:
+    """Copies a file of a part; half precision becomes float32, as the student is, tensors get their published names.
+
+    Plain diffusers would otherwise load the UNet in one number format and the text encoder in another, and fail. And
+    by other names than the published ones ComfyUI and transformers 4 load no text encoder, with a warning at most.
     """
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
-            kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}
-        if kinds & {"F16", "BF16"}:
-            widened = {name: t.float() if t.is_floating_point() else t for name, t in load_file(file).items()}
-            save_file(widened, target, metadata={"format": "pt"})
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        if {"F16", "BF16"} & set(kinds.values()) or any(published_name(part, name) != name for name in kinds):
+            tensors = {
+                published_name(part, name): t.float() if t.is_floating_point() else t
+                for name, t in load_file(file).items()
+            }
+            save_tensors(target, tensors, {"format": "pt"})
             return
-    if file.name == "config.json" and (stated := {"dtype", "torch_dtype"} & (config := read_json(file)).keys()):
-        write_json(target, config | dict.fromkeys(stated, "float32"))
+    elif file.name == "config.json":
+        config = read_json(file)
+        if stated := {"dtype", "torch_dtype"} & config.keys():
+            write_json(target, config | dict.fromkeys(stated, "float32"))
+            return
+    elif file.name.endswith(INDEX):
+        index = read_json(file)
+        places = {published_name(part, name): place for name, place in index["weight_map"].items()}
+        write_json(target, index | {"weight_map": places})
         return
     shutil.copyfile(file, target)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sbrush
 from sbrush.console import SbrushError, printable
-from sbrush.models.card import STATED, model_card
+from sbrush.models.card import STATED
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student
 from sbrush.storage.files import check_new
@@ -16,7 +16,8 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
     """Writes the student theta = share theta_1 + (1 - share) theta_2 to `out`; its other parts are the first one's.
 
     Two students of one teacher that began as copies of it are near enough for their mean to be a student too; the
-    paper merges a full and a LoRA student at one half. SbrushError if they are not of one kind, or `out` is taken.
+    paper merges a full and a LoRA student at one half. SbrushError if they are not of one kind, or `out` is taken;
+    OSError as any writing may raise it.
     """
     check_new(out)
     first, second = load_student(one), load_student(two)
@@ -50,4 +51,4 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
         | {key: model.about[key] for key in STATED if key in model.about}
         for name, model, part in ((one, first, share), (two, second, 1 - share))
     ]
-    export_student(out, first, first.unet, about=about, card=model_card(about))
+    export_student(out, first, first.unet, about=about)

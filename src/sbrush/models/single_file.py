@@ -18,15 +18,15 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.models.model import Model
 from sbrush.models.parts import part_files, read_json, refuse_pointer
 from sbrush.models.source import check_file
-from sbrush.storage.files import user_cache, write_json
+from sbrush.storage.files import atomic_folder, user_cache, write_json
 from sbrush.storage.locks import hold
+from sbrush.storage.tensors import save_tensors
 
 CONVERSION = 2  # counted up when the same file would be converted otherwise
 UNET = "model.diffusion_model."
@@ -137,13 +137,8 @@ def convert(file: Path, header: dict[str, Entry], shapes: Model) -> Path:
         with hold(folder.with_name(folder.name + ".lock")):  # the other processes of a run wait for the first
             if not folder.is_dir():
                 info(f"converting {printable(file)} by the configuration of {printable(shapes.name)}, once: {folder}")
-                partial = folder.with_name(folder.name + ".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                try:
+                with atomic_folder(folder) as partial:
                     _write(partial, file, header, shapes)
-                    partial.rename(folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as problem:
         raise SbrushError(
             f"cannot convert {printable(file)} into {printable(folder.parent)}: {problem.strerror or problem}",
@@ -172,7 +167,7 @@ def _write(folder: Path, file: Path, header: dict[str, Entry], shapes: Model) ->
         if isinstance(network, nn.Module):
             tensors = _part(part, network, file, header, shapes)
             kind = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-            save_file(tensors, folder / part / f"{kind}.safetensors", metadata={"format": "pt"})
+            save_tensors(folder / part / f"{kind}.safetensors", tensors, {"format": "pt"})
     if "v_pred" in header:  # SDXL fine-tunes that predict v are marked so, and so if their schedule ends in pure noise
         scheduler = folder / "scheduler" / "scheduler_config.json"
         said = read_json(scheduler) | {"prediction_type": "v_prediction"}
@@ -189,7 +184,7 @@ def _part(part: str, network: nn.Module, file: Path, header: dict[str, Entry], s
         tensors = _renamed(part, network, file, header)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as problem:  # diffusers', of another layout
         raise _misfit(file, shapes, f"its {part} is laid out otherwise ({printable(problem)})") from problem
-    wanted = {_published(part, name): tuple(value.shape) for name, value in network.state_dict().items()}
+    wanted = {published_name(part, name): tuple(value.shape) for name, value in network.state_dict().items()}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise _misfit(file, shapes, f"its {part} lacks {len(missing)} tensors: {printable(missing[0])}")
     if extra := sorted(tensors.keys() - wanted.keys()):
@@ -225,12 +220,12 @@ def _renamed(part: str, network: Any, file: Path, header: dict[str, Entry]) -> d
     else:
         theirs = convert_open_clip_checkpoint(network, theirs, prefix=f"{home}model.")
     passed = ("position_ids",) if hasattr(network, "text_projection") else ("position_ids", "text_projection.weight")
-    return {_published(part, name): value for name, value in theirs.items() if not name.endswith(passed)}
+    return {published_name(part, name): value for name, value in theirs.items() if not name.endswith(passed)}
 
 
-def _published(part: str, name: str) -> str:
-    """A text encoder's tensor as every folder names it, whether or not this transformers has the prefix inside."""
-    if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
+def published_name(part: str, name: str) -> str:
+    """A text encoder's tensor as published folders name it: some versions of transformers write no `text_model.`."""
+    if part.startswith("text_encoder") and name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         return f"text_model.{name}"
     return name
 

@@ -14,7 +14,7 @@ from sbrush.models.card import about_student
 from sbrush.models.model import Model
 from sbrush.models.parts import read_json
 from sbrush.models.schedule import one_step_scheduler
-from sbrush.models.unet import add_lora, merge_lora
+from sbrush.models.unet import STUDENT_TARGETS, add_lora, merge_lora
 from sbrush.storage import checkpoint
 
 
@@ -60,7 +60,7 @@ class Snapshot:
         trained = dict(unet.named_parameters())
         if rank := self.recipe["student_rank"]:
             unet = copy.deepcopy(unet)
-            trained = add_lora(unet, "student", rank=rank, alpha=2 * rank, targets="all", seed=0)
+            trained = add_lora(unet, "student", rank=rank, alpha=2 * rank, targets=STUDENT_TARGETS, seed=0)
         if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in tensors.items()}:
             raise SbrushError(
                 f"the checkpoint {printable(self.saved.folder)} is not made of its teacher's networks",

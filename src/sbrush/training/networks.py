@@ -19,7 +19,7 @@ from sbrush.console import SbrushError
 from sbrush.models.checks import read_network
 from sbrush.models.model import Model
 from sbrush.models.schedule import one_step_scheduler
-from sbrush.models.unet import add_lora, attend_explicitly, merge_lora, set_role
+from sbrush.models.unet import STUDENT_TARGETS, add_lora, attend_explicitly, merge_lora, set_role
 from sbrush.storage import checkpoint
 from sbrush.training import optimizer, sharding
 from sbrush.training.ema import EMA
@@ -58,7 +58,7 @@ class Networks:
         helpers = self.add_helpers()
         self.trained = dict(self.student.named_parameters())
         if rank := recipe.student_rank:
-            self.trained = add_lora(base, "student", rank=rank, alpha=2 * rank, targets="all", seed=seed + 1)
+            self.trained = add_lora(base, "student", rank=rank, alpha=2 * rank, targets=STUDENT_TARGETS, seed=seed + 1)
         for unet in (base, self.student):
             attend_explicitly(unet)
             if execution.checkpointing:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from sbrush.console import SbrushError, printable
 from sbrush.device import trains_in_bf16
+from sbrush.models.export import check_exportable
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.models.tokenizers import note_truncated_prompts
@@ -55,6 +56,7 @@ def prepare(request: RunRequest) -> Plan:
     execution = replace(request.execution, shard=sharded and accelerator.num_processes > 1)
     teacher = load_teacher(request.teacher, config=request.teacher_config)
     check(recipe, teacher, execution, world=accelerator.num_processes, init=request.init)
+    check_exportable(teacher)
     if accelerator.is_main_process:
         note_truncated_prompts(teacher, request.prompts.texts)
     init = load_student(request.init) if request.init else None

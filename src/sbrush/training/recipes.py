@@ -39,7 +39,7 @@ class Recipe:
     lora_lr: float
     lora_rank: int
     lora_alpha: int
-    lora_targets: str  # "to_q to_v", or "all" linear and convolution layers
+    lora_targets: str  # "to_q to_v", "all" linear and convolution layers, or "blocks": those of the UNet's blocks
     lora_updates: int  # per update of the student
     shared_forward: bool  # one forward of the LoRA teacher is its score and its first update's; needs guide_lora off
     lora_weight: Literal["alpha", "v", "min-snr"]  # see core.lora_loss; "alpha" is the paper's

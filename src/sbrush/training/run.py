@@ -30,7 +30,7 @@ from filelock import Timeout
 from torch import Tensor
 
 from sbrush.console import SbrushError, info, printable, progress
-from sbrush.models.card import about_student, lora_card, model_card
+from sbrush.models.card import about_student
 from sbrush.models.export import export_lora, export_student
 from sbrush.models.model import Model
 from sbrush.models.unet import set_role
@@ -215,8 +215,8 @@ class Run:
         """Writes `student/` with `unet`, and of a LoRA student, within `trained`, `student-lora/` too."""
         about = about_student(self.config, dataclasses.asdict(self.recipe), teacher, init)
         if self.recipe.student_rank:
-            export_lora(self.out / "student-lora", trained, "student", card=lora_card(about))
-        export_student(self.student, teacher, unet, about=about, card=model_card(about), t_init=self.recipe.t_init)
+            export_lora(self.out / "student-lora", teacher, trained, "student", about=about, t_init=self.recipe.t_init)
+        export_student(self.student, teacher, unet, about=about, t_init=self.recipe.t_init)
 
     def _grid(self) -> tuple[list[str], list[int]]:
         """Prompts and seeds of the sample grids: a column a prompt, a row a seed."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbrush.models.model import Model
-from sbrush.models.unet import add_lora, attend_explicitly, set_role
+from sbrush.models.unet import STUDENT_TARGETS, add_lora, attend_explicitly, set_role
 from sbrush.training.accounting import Held, conditioning_shapes, kernels
 from sbrush.training.alignment import Alignment
 from sbrush.training.methods.method import Machine, Rehearsal
@@ -68,7 +68,9 @@ def _networks(
         student = base
         trained = sum(
             p.numel()
-            for p in add_lora(base, "student", rank=recipe.student_rank, alpha=1, targets="all", seed=0).values()
+            for p in add_lora(
+                base, "student", rank=recipe.student_rank, alpha=1, targets=STUDENT_TARGETS, seed=0
+            ).values()
         )
     else:
         student = build()

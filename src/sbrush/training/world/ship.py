@@ -7,6 +7,7 @@ python -m sbrush.training.world.ship student DIR   a student, or the one in a ru
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,13 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from sbrush.console import info
 from sbrush.metrics.accuracy import attribute_accuracy
-from sbrush.models.load import BUILT_IN, FORMAT, load_teacher
+from sbrush.models.card import model_card
+from sbrush.models.load import BUILT_IN, FORMAT, load_student, load_teacher
 from sbrush.models.model import Model
+from sbrush.models.single_file import published_name
 from sbrush.sampling.generation import teacher_images
 from sbrush.stickers import networks
 from sbrush.stickers.judge import Judge
 from sbrush.stickers.world import random_caption, stream
-from sbrush.storage.files import write_json
+from sbrush.storage.files import follow_umask, write_json, write_text
 from sbrush.training.world.teach import WORK, Work
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -41,13 +44,14 @@ def teacher(
     _save_half(AutoencoderKL.from_pretrained(work / "vae"), folder / "vae")
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(work / part, folder / part, dirs_exist_ok=True)
-    file = folder / "text_encoder" / "model.safetensors"  # transformers 5.6 dropped a prefix that other readers expect
-    words = {f"text_model.{name.removeprefix('text_model.')}": v for name, v in load_file(file).items()}
+    file = folder / "text_encoder" / "model.safetensors"
+    words = {published_name("text_encoder", name): value for name, value in load_file(file).items()}
     save_file(words, file, metadata={"format": "pt"})
     shutil.copytree(work / "judge", to / "judge", dirs_exist_ok=True)
     networks.build_scheduler().save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", Model.student_index())
     write_json(folder / "sbrush.json", {"format": FORMAT, "world": "stickers", "license": "apache-2.0"})
+    follow_umask(to)
 
 
 @app.command()
@@ -82,8 +86,11 @@ def student(
         folder = folder / "student"
     _save_half(UNet2DConditionModel.from_pretrained(folder / "unet"), to / "student" / "unet")
     shutil.copytree(folder / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
-    for name in ("sbrush.json", "README.md"):
-        shutil.copyfile(folder / name, to / "student" / name)
+    shutil.copyfile(folder / "sbrush.json", to / "student" / "sbrush.json")
+    made = load_student(str(folder))
+    places = {part: to / ("student" if part in ("unet", "scheduler") else "teacher") for part in made.parts}
+    write_text(to / "student" / "README.md", model_card(dataclasses.replace(made, folders=places)))
+    follow_umask(to)
 
 
 def _save_half(net: ModelMixin, folder: Path) -> None:
