@@ -67,8 +67,8 @@ class ModelXL(Model):
         return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, *, truncate: bool = False) -> Tensor:
         """As Model.decode; in float16 the published autoencoder overflows, so that it decodes in float32 then."""
         if self.vae.dtype == torch.float16:
             self.vae.float()
-        return super().decode(x0)
+        return super().decode(x0, truncate=truncate)
