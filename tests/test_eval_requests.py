@@ -45,6 +45,11 @@ def test_defaults_are_those_for_which_metrics_are_shipped(tmp_path: Path, monkey
         for image, (_, shipped) in zip(drawn, result.shown, strict=False):
             there = torch.frombuffer(bytearray(shipped.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1)
             assert (image.float() - there.float()).abs().mean() < 1
+    for limit, per_caption in ((200, 20), (2000, 100)):  # those of --limit 200 and --limit 2000
+        assert StickersRequest(limit=limit).diversity == per_caption
+        for steps in (request.models.steps, 1):
+            place = cache_place(teacher_candidate(teacher, steps, scale), judge, limit, per_caption)
+            assert place is not None and place.load(limit, per_caption) is not None
     assert not list(tmp_path.iterdir())
 
 

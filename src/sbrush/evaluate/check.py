@@ -55,7 +55,8 @@ def _check_subject(request: CocoRequest) -> None:
         assert request.scales  # or SbrushError
         return
     for name in request.sweep.split(","):
-        check_source(name)
+        if not Path(name).expanduser().is_dir():  # it may be one of checkpoints
+            check_source(name)
 
 
 def _check_weights(weights: MetricWeights) -> None:
