@@ -88,8 +88,7 @@ def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
 
 def _load(request: SampleRequest) -> Artist:
     """Those who draw. Tells of prompts and of a student that will give other images than people expect."""
-    student = _load_student(request)
-    dtype = student.unet.dtype
+    student, dtype = _load_student(request)
     if student.about.get("world") == "stickers":
         strange = sorted({word for prompt in request.images.prompts for word in unknown_words(prompt)})
         if strange:
@@ -107,19 +106,22 @@ def _load(request: SampleRequest) -> Artist:
     return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep)
 
 
-def _load_student(request: SampleRequest) -> Model:
-    """The student in the number format asked for; in float32, and says so, if its first image overflows in float16."""
+def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:
+    """The student, and its number format: that asked for, or float32, with a note, if float16 overflows.
+
+    Its first image decides, so that a command that is given again decides alike.
+    """
     start, device = request.start_timestep, request.device
     student = load_student(request.student, start_timestep=start, device=device, dtype=request.dtype)
     if request.dtype != torch.float16:
-        return student
+        return student, request.dtype
     prompt, seed = request.images[0]
     try:
         list(student_images(student, [prompt], [seed]))
-        return student
+        return student, request.dtype
     except Overflow:
         info(f"note: {printable(student.name)} overflows in float16; it draws in float32")
-        return load_student(request.student, start_timestep=start, device=device)
+        return load_student(request.student, start_timestep=start, device=device), torch.float32
 
 
 def _check_done(
