@@ -24,7 +24,7 @@ from sbrush.metrics.inception import Inception
 
 mix = torch.randn(3 * 16 * 16, 2048, generator=torch.Generator().manual_seed(0))
 pool = torch.nn.functional.adaptive_avg_pool2d
-Inception.features = lambda self, images: pool(images.float() / 128 - 1, 16).flatten(1) @ mix
+Inception.features = lambda self, images, resize: pool(images.float() / 128 - 1, 16).flatten(1) @ mix
 main()
 """
 

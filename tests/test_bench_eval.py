@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sbrush.benchmarks.evaluation import baseline, flops, ours
-from sbrush.evaluate.coco.protocols import PROTOCOLS, FeatureExtractor
+from sbrush.evaluate.coco.features import FeatureExtractor
+from sbrush.evaluate.coco.protocols import PROTOCOLS
 from sbrush.models.load import load_student
-from test_ahead import Means
+from test_prefetch import Means
 
 
 class Linear(Means):

@@ -27,7 +27,8 @@ from sbrush.benchmarks.evaluation import BaselineInception
 from sbrush.cli.app import app
 from sbrush.console import SbrushError
 from sbrush.device import quick_products
-from sbrush.evaluate.coco.protocols import PROTOCOLS, Bad, Coco, read_captions, square
+from sbrush.evaluate.coco.features import UnreadableImages, square
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco, read_captions
 from sbrush.evaluate.coco.published import BenchmarkReport, Measured
 from sbrush.metrics.clip import ClipScorer
 from sbrush.metrics.fid import fid, fid_error
@@ -105,11 +106,11 @@ class TestProtocol:
                 side = min(w, h)
                 box = ((w - side) // 2, (h - side) // 2, (w - side) // 2 + side, (h - side) // 2 + side)
                 expected = np.array(image.convert("RGB").crop(box).resize((256, 256), Image.LANCZOS))
-                assert torch.equal(square(image), torch.from_numpy(expected).permute(2, 0, 1))
+                assert torch.equal(square(image, "floor"), torch.from_numpy(expected).permute(2, 0, 1))
 
-    def test_a_image_of_that_size_stays_as_it_is(self) -> None:
+    def test_an_image_of_that_size_stays_as_it_is(self) -> None:
         image = noise(1, 256, 256)[0]
-        assert torch.equal(square(Image.fromarray(image.permute(1, 2, 0).numpy())), image)
+        assert torch.equal(square(Image.fromarray(image.permute(1, 2, 0).numpy()), "half to even"), image)
 
     @pytest.mark.filterwarnings("ignore")
     def test_clean_resize_is_clean_fids(self) -> None:
@@ -247,7 +248,17 @@ class TestMetrics:
 class TestReport:
     def test_the_page_is_whole_html_with_every_cell(self, tmp_path: Path) -> None:
         """By Python's parser: what is opened is closed, each row has its cells, and nothing from outside is a tag."""
-        names = ("fid", "fid_standard_error", "kid", "kid_spread", "clip_score", "hps", "precision", "recall")
+        names = (
+            "fid",
+            "fid_standard_error",
+            "fid_interval",
+            "kid",
+            "kid_spread",
+            "clip_score",
+            "hps",
+            "precision",
+            "recall",
+        )
         evil = "<script>alert('x')</script>"
         manifest = {"protocol": {"name": "swiftbrush", "images": 30_000}, "images": 300, "captions": evil, "x": [1]}
         manifest |= {"inception_sha256": "0", "clip": "mine"}
@@ -377,11 +388,11 @@ class TestBadInput:
             Inception.load(download=True)
         assert not list(tmp_path.rglob("*.pth"))
 
-    def test_bad_images_are_counted(self, tmp_path: Path) -> None:
-        bad = Bad(1)
-        bad.note(tmp_path / "one.jpg")
+    def test_unreadable_images_are_counted(self, tmp_path: Path) -> None:
+        unreadable = UnreadableImages(1)
+        unreadable.note(tmp_path / "one.jpg")
         with pytest.raises(SbrushError, match="missing"):
-            bad.note(tmp_path / "two.jpg")
+            unreadable.note(tmp_path / "two.jpg")
 
     def test_captions(self, tmp_path: Path) -> None:
         (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
@@ -418,10 +429,14 @@ class TestCommand:
         told = json.loads(first.stdout)
         assert told == json.loads((work / "report.json").read_text())
         manifest = told["manifest"]
-        assert (manifest["images"], manifest["reference_images"], manifest["bad_images"]) == (20, IMAGES, 0)
+        assert (manifest["images"], manifest["reference_images"], manifest["unreadable_images"]) == (20, IMAGES, 0)
         assert manifest["truncated_prompts"] == 0
         page = (work / "report.html").read_text()
-        assert "16.67" in page and "like nothing published" in page and page.count("data:image/png") == 20 + 12
+        assert (
+            "16.67" in page
+            and "not comparable with anything published" in page
+            and page.count("data:image/png") == 20 + 12
+        )
 
         kept = sorted((work / "images").iterdir())
         kept[7].unlink()  # asked for again they are all there, whatever is known of them
@@ -431,24 +446,24 @@ class TestCommand:
         shards = sorted(work.glob("coco-images-*/*.safetensors"))
         shards[-1].unlink()  # as if stopped before the last one
         again = evaluate("--json")
-        assert json.loads(again.stdout)["points"][0]["figures"] == told["points"][0]["figures"]
+        assert json.loads(again.stdout)["points"][0]["metrics"] == told["points"][0]["metrics"]
 
         same = evaluate("--json", "--images", work / "images")  # what was kept gives the same again
         assert same.returncode == 0, same.stderr
-        figures = json.loads(same.stdout)["points"][0]["figures"]
-        for absent in ("fid_standard_error", "hps"):  # no interval of 20 images, and no weights of HPS
-            assert figures.pop(absent) is told["points"][0]["figures"].pop(absent) is None
-        assert figures == pytest.approx(told["points"][0]["figures"], rel=1e-5, abs=1e-6)
+        metrics = json.loads(same.stdout)["points"][0]["metrics"]
+        for absent in ("fid_standard_error", "fid_interval", "hps"):  # no interval of 20 images, and no weights of HPS
+            assert metrics.pop(absent) is told["points"][0]["metrics"].pop(absent) is None
+        assert metrics == pytest.approx(told["points"][0]["metrics"], rel=1e-5, abs=1e-6)
 
         refused = evaluate("--seed", 1, "--protocol", "gigagan")
         assert refused.returncode == 2 and refused.stderr.count("error: ") == refused.stderr.count("hint: ") == 1
         assert "Traceback" not in refused.stderr
 
         other = evaluate("--json", "--seed", 1)
-        assert json.loads(other.stdout)["points"][0]["figures"]["fid"] != told["points"][0]["figures"]["fid"]
+        assert json.loads(other.stdout)["points"][0]["metrics"]["fid"] != told["points"][0]["metrics"]["fid"]
         before = {place.name for place in work.glob("coco-*")}
         resized = evaluate("--json", "--protocol", "torchmetrics", "--images", work / "images")
-        assert json.loads(resized.stdout)["points"][0]["figures"]["fid"] != figures["fid"]
+        assert json.loads(resized.stdout)["points"][0]["metrics"]["fid"] != metrics["fid"]
         assert len({place.name for place in work.glob("coco-*")} - before) == 2  # nothing of another protocol is used
 
     def test_three_hundred(self, evaluate, inception_file: Path, clip_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -460,7 +475,7 @@ class TestCommand:
         done = evaluate(*flags, "--json", "--save-images", tmp_path / "kept", "--report", tmp_path / "report.html")
         assert done.returncode == 0, done.stderr
         told, coco = json.loads(done.stdout), Coco.read(root)
-        figures, manifest = told["points"][0]["figures"], told["manifest"]
+        metrics, manifest = told["points"][0]["metrics"], told["manifest"]
 
         # The images: each of its caption and of its own seed.
         files, student = sorted((tmp_path / "kept").iterdir()), load_student(None)
@@ -471,7 +486,7 @@ class TestCommand:
                 drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             assert (drawn.int() - expected[0].int()).abs().max() <= 1  # another batch: rounding
 
-        # The figures.
+        # The metrics.
         rows = {
             what: [load_file(f) for f in sorted(work.glob(f"coco-{what}-*/*.safetensors"))]
             for what in ("reference", "images")
@@ -483,12 +498,12 @@ class TestCommand:
             reach = torch.cdist(region.double(), region.double()).kthvalue(4, dim=1).values  # itself is the first
             return (torch.cdist(points.double(), region.double()) <= reach).any(dim=1).double().mean().item()
 
-        assert figures["fid"] == pytest.approx(fid(real, fake), rel=1e-9)
-        assert figures["fid_standard_error"] == pytest.approx(fid_error(real, fake), rel=1e-9)
-        assert (figures["kid"], figures["kid_spread"]) == pytest.approx(kid(real, fake), rel=1e-9)
-        assert figures["kid"] != figures["kid_spread"]
-        assert (figures["precision"], figures["recall"]) == pytest.approx((within(fake, real), within(real, fake)))
-        assert figures["precision"] != figures["recall"]
+        assert metrics["fid"] == pytest.approx(fid(real, fake), rel=1e-9)
+        assert metrics["fid_standard_error"] == pytest.approx(fid_error(real, fake), rel=1e-9)
+        assert (metrics["kid"], metrics["kid_spread"]) == pytest.approx(kid(real, fake), rel=1e-9)
+        assert metrics["kid"] != metrics["kid_spread"]
+        assert (metrics["precision"], metrics["recall"]) == pytest.approx((within(fake, real), within(real, fake)))
+        assert metrics["precision"] != metrics["recall"]
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
         scores = []
         with torch.no_grad():
@@ -499,7 +514,7 @@ class TestCommand:
                 scores.append((model.encode_image(ready[None], normalize=True) * said).sum())
         scores = torch.stack(scores)
         assert torch.allclose(torch.cat([row["clip"] for row in rows["images"]]), scores, atol=1e-5)
-        assert figures["clip_score"] == pytest.approx(scores.mean().item(), abs=1e-6)
+        assert metrics["clip_score"] == pytest.approx(scores.mean().item(), abs=1e-6)
 
         # The manifest, and the page.
         def sha(data: bytes) -> str:
@@ -512,7 +527,14 @@ class TestCommand:
         assert (manifest["seed"], manifest["reference_images"], manifest["images"]) == (seed, 300, 290)
         assert manifest["protocol"]["prefix"] == "A photo depicts " and manifest["protocol"]["neighbours"] == 3
         assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] and manifest["versions"]["pillow"]
-        model_of = {"kind": "student", "sha256": digest(student), "steps": 1, "guidance": 1, "dtype": "float32"}
+        model_of = {
+            "kind": "student",
+            "sha256": digest(student),
+            "steps": 1,
+            "guidance": 1,
+            "precision": "float32",
+            "batch": 64,
+        }
         assert told["points"][0]["model"].items() >= model_of.items()
         page = (tmp_path / "report.html").read_text()
         for said in (
@@ -520,7 +542,7 @@ class TestCommand:
             "+- ",
             "15.46",
             "0.30",
-            "Inception&#x27;s weights are not",
+            "Inception&#39;s weights are not",
             "the CLIP model is not",
         ):
             assert said in page, said
@@ -539,13 +561,13 @@ class TestCommand:
             "COCO's own",
             "captions.txt beside the images",
         )
-        assert theirs["points"][0]["figures"]["fid"] == own["points"][0]["figures"]["fid"]
-        assert theirs["points"][0]["figures"]["clip_score"] != own["points"][0]["figures"]["clip_score"]
+        assert theirs["points"][0]["metrics"]["fid"] == own["points"][0]["metrics"]["fid"]
+        assert theirs["points"][0]["metrics"]["clip_score"] != own["points"][0]["metrics"]["clip_score"]
 
-    def test_figures_are_those_of_the_rows(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def test_metrics_are_those_of_the_rows(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         """By the metrics alone, from what lies on disk; and a limit that they miss is an error."""
         done = evaluate("--work", tmp_path, "--json", "--max-fid", 0.001)
-        told = json.loads(done.stdout)["points"][0]["figures"]
+        told = json.loads(done.stdout)["points"][0]["metrics"]
         rows = {
             what: [load_file(f) for f in sorted(tmp_path.glob(f"coco-{what}-*/*.safetensors"))]
             for what in ("reference", "images")
@@ -573,16 +595,16 @@ class TestCommand:
                 with Image.open(tmp_path / f"{i}.jpg") as image:
                     seen = model.encode_image(preprocess(image.convert("RGB"))[None], normalize=True)
                 scores.append((seen * model.encode_text(tokenizer([caption]), normalize=True)).sum().item())
-        assert told["points"][0]["figures"]["hps"] == pytest.approx(100 * np.mean(scores), abs=1e-3)
-        assert told["manifest"]["hps"].startswith("v2.1 ") and told["points"][0]["figures"]["clip_score"]
+        assert told["points"][0]["metrics"]["hps"] == pytest.approx(100 * np.mean(scores), abs=1e-3)
+        assert told["manifest"]["hps"].startswith("v2.1 ") and told["points"][0]["metrics"]["clip_score"]
 
     def test_a_sweep_and_two_processes(self, evaluate, tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-        """Two guidance scales; then the second one by two processes from nothing: the same figures exactly."""
+        """Two guidance scales; then the second one by two processes from nothing: the same metrics exactly."""
         report, flags = tmp_path / "sweep.html", ["--teacher", tiny_teacher, "--steps", 2, "--json"]
         done = evaluate(*flags, "--sweep", "1,5", "--report", report)
         assert done.returncode == 0, done.stderr
         one, five = json.loads(done.stdout)["points"]
-        assert "guidance 1" in one["name"] and one["figures"] != five["figures"]
+        assert "guidance 1" in one["name"] and one["metrics"] != five["metrics"]
         with Image.open(report.with_suffix(".png")) as plot:
             assert plot.size == (700, 500) and len(set(plot.convert("L").get_flattened_data())) > 20
         assert 'class="plot"' in report.read_text()
@@ -602,7 +624,7 @@ class TestCommand:
         assert done.returncode == 0, done.stderr
         points = json.loads(done.stdout)["points"]
         assert [point["name"] for point in points] == [f"run after step {n}, 1 step" for n in (1, 2)]
-        assert points[0]["figures"] != points[1]["figures"]
+        assert points[0]["metrics"] != points[1]["metrics"]
 
     @pytest.mark.parametrize(
         "flags, says",
@@ -638,8 +660,8 @@ class TestCommand:
         root = make_coco(tmp_path / "coco")
         (root / "val2014" / "COCO_val2014_000000000005.jpg").write_bytes(b"\xff\xd8 no image")
         stopped = evaluate("--coco-root", root)
-        assert stopped.returncode == 1 and "000000000005.jpg is no image" in stopped.stderr
-        passed = evaluate("--coco-root", root, "--max-bad", 1, "--json")
+        assert stopped.returncode == 1 and "000000000005.jpg is not an image" in stopped.stderr
+        passed = evaluate("--coco-root", root, "--max-unreadable", 1, "--json")
         assert passed.returncode == 0, passed.stderr
         assert json.loads(passed.stdout)["manifest"]["reference_images"] == IMAGES - 1
         # Mended, and as large as before: it is looked at again.
@@ -652,8 +674,8 @@ class TestCommand:
             shutil.copy(file, tmp_path / f"{i}.jpg")
         (tmp_path / "3.jpg").write_bytes(b"\xff\xd8 no image")
         stopped = evaluate("--images", tmp_path)
-        assert stopped.returncode == 1 and "3.jpg is no image" in stopped.stderr
-        passed = evaluate("--images", tmp_path, "--max-bad", 1, "--json")
+        assert stopped.returncode == 1 and "3.jpg is not an image" in stopped.stderr
+        passed = evaluate("--images", tmp_path, "--max-unreadable", 1, "--json")
         assert passed.returncode == 0, passed.stderr
         assert json.loads(passed.stdout)["manifest"]["images"] == 19
         again = evaluate("--images", tmp_path, "--json")  # it is known by now, and named all the same
@@ -670,4 +692,4 @@ class TestCommand:
         (other / "open_clip_config.json").write_text(json.dumps(config))
         second = json.loads(evaluate("--json", "--clip-weights", other).stdout)
         assert first["manifest"]["clip_sha256"] != second["manifest"]["clip_sha256"]
-        assert first["points"][0]["figures"]["clip_score"] != second["points"][0]["figures"]["clip_score"]
+        assert first["points"][0]["metrics"]["clip_score"] != second["points"][0]["metrics"]["clip_score"]

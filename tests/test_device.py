@@ -5,7 +5,7 @@ import torch
 from accelerate import PartialState
 
 from sbrush.console import SbrushError
-from sbrush.device import is_disconnected, pick_device, pick_dtype, process_group, send
+from sbrush.device import is_disconnected, pick_device, process_group, send
 
 LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
 
@@ -15,7 +15,6 @@ def test_a_device_that_is_not_there_is_refused():
     for name in ("warp", "mps") if torch.cuda.is_available() else ("warp", "mps", "cuda"):
         with pytest.raises(SbrushError):
             pick_device(name)
-    assert pick_dtype("auto", "cpu") == torch.float32 and pick_dtype("auto", "cuda:1") == torch.bfloat16
 
 
 def test_a_tensor_for_the_cpu_is_left_as_it_is():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sbrush.console import SbrushError
 from sbrush.evaluate import stickers
-from sbrush.evaluate.report import Figures, Report, finite, from_png, png
+from sbrush.evaluate.report import Metrics, Report, finite, from_png, png
 from sbrush.evaluate.stickers import Candidate, Pair, diversity_pairs, evaluate_stickers, pairs, real_images
 from sbrush.metrics import diversity
 from sbrush.metrics.accuracy import accuracy, attribute_accuracy
@@ -294,34 +295,34 @@ class TestProtocol:
         varied = diversity_pairs(4)
         assert [c for c, _ in varied[::4]] == list(diversity.CAPTIONS) and varied[7][1] == 2_000_007
 
-    def test_real_images_are_true_and_reference_and_floor_differ(self) -> None:
+    def test_real_images_are_true_and_differ_from_the_reference(self) -> None:
         items: list[Pair] = [(Caption(kind="cat", colour="red", background="sky"), seed) for seed in range(150)]
-        reference, floor = (torch.cat(list(real_images(name, items))) for name in ("reference", "floor"))
+        reference, real = (torch.cat(list(real_images(name, items))) for name in ("reference", "floor"))
         assert reference.shape == (150, 3, IMAGE_SIZE, IMAGE_SIZE) and reference.dtype == torch.uint8
         assert (pixel_attributes(reference)["colour"] == list(COLOURS).index("red")).all()
-        assert not (reference == floor).flatten(1).all(dim=1).any()
+        assert not (reference == real).flatten(1).all(dim=1).any()
         torch.testing.assert_close(next(iter(real_images("reference", items[7:8])))[0], reference[7])
 
-    def test_a_good_model_is_at_the_floor_and_a_collapsed_one_is_not(self, tmp_path: Path) -> None:
+    def test_a_good_model_is_as_good_as_real_images_and_a_collapsed_one_is_not(self, tmp_path: Path) -> None:
         good = Candidate("good", Maker(), steps=1)
         red = Candidate("red", Maker(colour="red", x=32.0, y=32.0), guidance=3.0)
         report = self.evaluate(good, red, cache=tmp_path)
-        first, second, floor = report.figures
-        assert [f.name for f in report.figures] == ["good", "red", "real images"]
+        first, second, real = report.metrics
+        assert [f.name for f in report.metrics] == ["good", "red", "real images"]
         assert (first.n, first.per_caption, first.steps, first.guidance) == (200, 20, 1, None)
-        assert first.fid is not None and floor.fid is not None and second.fid is not None
-        assert first.fid < 3 * floor.fid and second.fid > 10 * floor.fid
+        assert first.fid is not None and real.fid is not None and second.fid is not None
+        assert first.fid < 3 * real.fid and second.fid > 10 * real.fid
         assert first.accuracy["colour"] == first.accuracy["background"] == first.held_out["colour"] == 1
         assert second.accuracy["colour"] is not None and second.accuracy["colour"] < 0.3
         assert first.diversity["mean"] == pytest.approx(1, abs=0.1) and second.diversity["colour"] == 0
         assert second.recall is not None and first.recall is not None and second.recall < first.recall
         assert sum(first.accuracy_n.values()) > sum(first.held_out_n.values()) > 0
-        assert list(tmp_path.iterdir()) == []  # without a key nothing is remembered
+        assert list(tmp_path.iterdir()) == []  # without a key nothing is cached
         shown = report.images["good"]
         assert [c for c, _ in shown] == [c.text for c, _ in pairs(12)] + ["a cat"] * 12
         assert all(image.size == (IMAGE_SIZE, IMAGE_SIZE) for _, image in shown)
 
-    def test_figures_do_not_depend_on_the_batches(self) -> None:
+    def test_metrics_do_not_depend_on_the_batches(self) -> None:
         judge, (captions, _) = PixelJudge(), zip(*pairs(60), strict=True)
         first, varied = Maker()(*texts_and_seeds(pairs(60))), Maker()(*texts_and_seeds(diversity_pairs(5)))
         whole, various = torch.cat(list(first)), torch.cat(list(varied))
@@ -357,7 +358,7 @@ def texts_and_seeds(items: Sequence[Pair]) -> tuple[list[str], list[int]]:
     return [c.text for c, _ in items], [s for _, s in items]
 
 
-class TestMemory:
+class TestCache:
     def evaluate(
         self, maker: Maker, cache: Path | None, *, key: str = "k", steps: int = 25, n: int = 10, **more: bool
     ) -> Report:
@@ -368,7 +369,7 @@ class TestMemory:
         maker = Maker()
         first, second = (self.evaluate(maker, tmp_path / "new" / "folder") for _ in range(2))
         assert maker.calls == 2  # pairs and diversity, once
-        assert first.figures == second.figures and first.json() == second.json()
+        assert first.metrics == second.metrics and first.json() == second.json()
         assert first.images.keys() == second.images.keys()
         for name, shown in first.images.items():
             assert [(c, i.tobytes()) for c, i in shown] == [(c, i.tobytes()) for c, i in second.images[name]]
@@ -404,15 +405,15 @@ class TestMemory:
         text = file.read_text()
         assert damage(text) != text
         file.write_text(damage(text))
-        assert self.evaluate(maker, tmp_path).figures == whole.figures
+        assert self.evaluate(maker, tmp_path).metrics == whole.metrics
         assert maker.calls == 4 and "damaged" in capsys.readouterr().err
         self.evaluate(maker, tmp_path)
         assert maker.calls == 4
 
     def test_an_unwritable_home_breaks_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "file").write_text("")
-        assert len(self.evaluate(Maker(), tmp_path / "file" / "cache").figures) == 2
-        assert "could not be remembered" in capsys.readouterr().err
+        assert len(self.evaluate(Maker(), tmp_path / "file" / "cache").metrics) == 2
+        assert "could not be cached" in capsys.readouterr().err
 
     def test_the_users_cache_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -423,13 +424,13 @@ class TestMemory:
         assert len(list((tmp_path / "xdg" / "sbrush").iterdir())) == 1
         assert len(list((tmp_path / "home" / ".cache" / "sbrush").iterdir())) == 1
 
-    def test_figures_of_other_versions_are_noted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.evaluate(Maker(), tmp_path).notes == []
+    def test_metrics_of_other_versions_are_noted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert not any("measured with" in note for note in self.evaluate(Maker(), tmp_path).notes)
         monkeypatch.setattr(stickers, "versions", lambda: {"torch": "9"})
-        assert "teacher, 25 steps was measured with" in self.evaluate(Maker(), tmp_path).notes[0]
+        assert "teacher, 25 steps was measured with" in self.evaluate(Maker(), tmp_path).notes[-1]
 
 
-FIGURES = Figures(
+METRICS = Metrics(
     name='<b>"student" & co</b>', n=1000, per_caption=10, steps=1, guidance=None, fid=12.345, clip_score=0.5,
     precision=0.9, recall=0.875, accuracy={"kind": 0.98, "size": None}, accuracy_n={"kind": 850, "size": 0},
     held_out={"kind": 0.75}, held_out_n={"kind": 54}, diversity={"colour": 1.01, "mean": None}, versions={"torch": "2"},
@@ -438,7 +439,7 @@ FIGURES = Figures(
 
 class TestReport:
     report = Report(
-        [FIGURES, replace(FIGURES, name="teacher", steps=25, guidance=3.0, fid=None)],
+        [METRICS, replace(METRICS, name="teacher", steps=25, guidance=3.0, fid=None)],
         {"captions": "1000", "judge": "<script>alert(1)</script>"},
         ["a & note"],
         {"<h>": [('a "cat" <img>', Image.new("RGB", (64, 64), "red"))]},
@@ -446,18 +447,18 @@ class TestReport:
 
     def test_json_goes_there_and_back(self) -> None:
         data = json.loads(json.dumps(self.report.json(), allow_nan=False))
-        assert [Figures.from_json(model) for model in data["models"]] == self.report.figures
+        assert [Metrics.from_json(model) for model in data["models"]] == self.report.metrics
         assert data["protocol"] == self.report.protocol and "images" not in data
 
     @pytest.mark.parametrize(
         "change",
         [{"fid": float("nan")}, {"n": 1.5}, {"n": True}, {"accuracy": [1]}, {"accuracy": {"kind": "x"}}, {"more": 1}],
     )
-    def test_figures_of_another_shape_are_refused(self, change: dict[str, object]) -> None:
+    def test_metrics_of_another_shape_are_refused(self, change: dict[str, object]) -> None:
         with pytest.raises(ValueError):
-            Figures.from_json(asdict(FIGURES) | change)
+            Metrics.from_json(asdict(METRICS) | change)
         with pytest.raises(ValueError):
-            Figures.from_json({k: v for k, v in asdict(FIGURES).items() if k not in ("n",)})
+            Metrics.from_json({k: v for k, v in asdict(METRICS).items() if k not in ("n",)})
 
     def test_finite(self) -> None:
         assert finite(1.5) == 1.5 and finite(math.nan) is None and finite(math.inf) is None
@@ -474,9 +475,9 @@ class TestReport:
         assert len({len(line) for line in body if line.startswith("  ")}) == 1
 
     def test_html_escapes_everything_and_needs_nothing_else(self, tmp_path: Path) -> None:
-        self.report.write_html(tmp_path / "report.html")
+        self.report.write(tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
-        assert "&lt;b&gt;&quot;student&quot; &amp; co&lt;/b&gt;" in page and "a &amp; note" in page
+        assert html.escape('<b>"student" & co</b>').replace("&quot;", "&#34;") in page and "a &amp; note" in page
         assert (
             "<script" not in page
             and "<img>" not in page
@@ -486,22 +487,18 @@ class TestReport:
         assert page.count("data:image/png;base64,") == 1
         code = page.split("data:image/png;base64,")[1].split('"')[0]
         assert from_png(code).getpixel((5, 5)) == (255, 0, 0)
-        assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-    def test_other_images_can_be_shown(self, tmp_path: Path) -> None:
-        self.report.write_html(tmp_path / "r.html", {"mine": [("one", Image.new("RGB", (8, 8)))] * 3})
-        page = (tmp_path / "r.html").read_text(encoding="utf-8")
-        assert page.count("<img ") == 3 and "<h2>mine</h2>" in page
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+        assert json.loads((tmp_path / "report.json").read_text()) == self.report.json()
 
     def test_what_cannot_be_written_is_said_and_the_old_file_stays(self, tmp_path: Path) -> None:
         with pytest.raises(SbrushError, match="cannot write"):
-            self.report.write_html(tmp_path / "no" / "report.html")
+            self.report.write(tmp_path / "no" / "report.html")
         with pytest.raises(SbrushError, match="cannot write"):
-            self.report.write_html(tmp_path)
+            self.report.write(tmp_path / "r.html" / "x.html")
         old = tmp_path / "old.html"
         old.write_text("old")
-        with pytest.raises(UnicodeEncodeError):
-            write_text(old, "\ud800")
+        with pytest.raises(TypeError):
+            write_text(old, 5)  # type: ignore[arg-type]
         assert old.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["old.html"]
 
     def test_png_goes_there_and_back(self) -> None:

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sbrush.evaluate.coco.measurement import Measurement, Subject
-from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco, FeatureExtractor
+from sbrush.evaluate.coco.features import FeatureExtractor, UnreadableImages
+from sbrush.evaluate.coco.measurement import Measurement, Subject, Workspace
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco
 from sbrush.storage import shards
-from test_ahead import Means
+from test_prefetch import Means
 
 
 def gray(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
@@ -32,10 +33,10 @@ def test_a_block_that_was_missing_is_drawn_saved_and_shown_under_its_own_numbers
     inception = Means()
     inception.digest = "means"
     measurement = Measurement(
-        coco=Coco(["a"], [tmp_path / "real.jpg"]), texts=list("abcdefgh"),
-        extractor=FeatureExtractor(PROTOCOLS["swiftbrush"], inception, None), folder=tmp_path / "work",
-        seed=0, max_bad=0,
-        save_images=tmp_path / "images", device="cpu",
+        coco=Coco(["a"], [tmp_path / "real.jpg"]), captions=list("abcdefgh"),
+        extractor=FeatureExtractor(PROTOCOLS["swiftbrush"], inception, None),
+        seed=0, unreadable=UnreadableImages(0),
+        workspace=Workspace(tmp_path / "work", tmp_path / "images", "cpu"),
         process_group=SimpleNamespace(  # type: ignore[arg-type]
             process_index=0, num_processes=1, wait_for_everyone=lambda: None
         ),

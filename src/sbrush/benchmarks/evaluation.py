@@ -4,7 +4,7 @@ The baseline: plain diffusers writes PNGs, a pass of torch's DataLoader over the
 CLIP; Inception in torch's own memory layout, CLIP over all 77 tokens. Both take turns with the same student, metrics
 and images; the metrics' weights are random, for speed does not depend on them. The roofline: the FLOPs of student, VAE,
 Inception and CLIP, as sbrush runs them, over the rate of the matrix products that the same device does in the same run,
-in the student's dtype. The reference is not in it: its images are looked at once.
+in the student's precision. The reference is not in it: its images are looked at once.
 
 On a GPU:  python -m sbrush.benchmarks.evaluation --size sd21 --clip ViT-g-14 --images 3000 --minutes 6
 """
@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sbrush.benchmarks import full_size
 from sbrush.benchmarks.roofline import matrix_rate, seconds
 from sbrush.console import info, out, out_json
-from sbrush.device import pick_device, pick_dtype
-from sbrush.evaluate.coco.protocols import BATCH, PROTOCOLS, FeatureExtractor
+from sbrush.device import pick_arithmetic, pick_device
+from sbrush.evaluate.coco.features import BATCH, FeatureExtractor
+from sbrush.evaluate.coco.protocols import PROTOCOLS
 from sbrush.metrics.clip import ClipScorer
 from sbrush.metrics.inception import Inception
 from sbrush.models.load import load_student
@@ -57,7 +58,10 @@ def ours(
         for block in blocks:
             yield from student_images(student, [texts[i] for i in block], block, batch=batch)
 
-    shards.fill("sbrush", lambda blocks: extractor.made(drawn(blocks), [texts[i] for block in blocks for i in block]))
+    shards.fill(
+        "sbrush",
+        lambda blocks: extractor.extract_generated(drawn(blocks), [texts[i] for block in blocks for i in block]),
+    )
     return shards.rows()
 
 
@@ -73,9 +77,9 @@ class BaselineInception(Inception):
 class BaselineClip(ClipScorer):
     """Reads all 77 tokens, whatever the captions' length."""
 
-    def _said(self, tokens: Tensor, device: torch.device) -> Tensor:
-        said: Tensor = self.network.encode_text(tokens.to(device), normalize=True)
-        return said
+    def _embed_texts(self, tokens: Tensor, device: torch.device) -> Tensor:
+        texts: Tensor = self.network.encode_text(tokens.to(device), normalize=True)
+        return texts
 
 
 def baseline(
@@ -157,9 +161,9 @@ def main(
     """Images/s of `sbrush eval --coco-30k` and of the baseline, and the share of the roofline."""
     until = time.monotonic() + 60 * minutes
     where = pick_device(device)
-    dtype = pick_dtype("auto", where)
+    arithmetic = pick_arithmetic("auto", where, "eval")
     with full_size.or_made(student, size) as source:
-        model = load_student(source, device=where, dtype=dtype)
+        model = load_student(source, device=where, dtype=arithmetic.dtype)
     network, _, preprocess = open_clip.create_model_and_transforms(clip, device=where)
     tokenizer = open_clip.get_tokenizer(clip)
 
@@ -176,19 +180,21 @@ def main(
             break
         some = texts if turn >= 0 else texts[:batch]
         for name, way in (("baseline", baseline), ("sbrush", ours)):
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, arithmetic.context(where):
                 took = seconds(partial(way, model, extractors[way], some, Path(folder), batch=batch), where)
             if turn >= 0:
                 taken[name].append(took)
                 info(f"turn {turn + 1} of {TURNS}, {name}: {len(some) / took:.3g} images/s")
-    work, rate = flops(model, extractors[ours], texts[:2]), matrix_rate(where, dtype)
+    work = flops(model, extractors[ours], texts[:2])
+    with arithmetic.context(where):
+        rate = matrix_rate(where, arithmetic.dtype)
     roofline = sum(work.values()) / rate
     rates = {name: len(texts) / statistics.median(times) for name, times in taken.items()}
     ratio = statistics.median(u / o for u, o in zip(taken["baseline"], taken["sbrush"], strict=True))
     if json_:
         out_json(
             {
-                "student": size or model.name, "device": where, "dtype": str(dtype), "clip": clip,
+                "student": size or model.name, "device": where, "precision": str(arithmetic), "clip": clip,
                 "turns": len(taken["sbrush"]), "images_a_turn": len(texts),
                 "images_per_second": rates, "times_baseline": ratio, "gflop_a_image":
                 {name: count / 1e9 for name, count in work.items()}, "matrix_gflop_per_second": rate / 1e9,
@@ -196,7 +202,7 @@ def main(
             }
         )  # fmt: skip
         return
-    out(f"{size or model.name} on {where}, {dtype}, CLIP {clip}, torch {torch.__version__}")
+    out(f"{size or model.name} on {where}, {arithmetic}, CLIP {clip}, torch {torch.__version__}")
     out(f"turns: {len(taken['sbrush'])}, images in each: {len(texts)}")
     for name, count in work.items():
         out(f"{name:26} {count / 1e9:8.1f} GFLOP an image")

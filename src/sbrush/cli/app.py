@@ -21,6 +21,7 @@ import typer
 import sbrush
 from sbrush import console
 from sbrush.cli.distill import distill
+from sbrush.cli.eval import EXAMPLE as EVAL_EXAMPLE
 from sbrush.cli.eval import evaluate
 from sbrush.cli.merge import merge
 from sbrush.cli.sample import EXAMPLE, sample
@@ -53,7 +54,7 @@ app = typer.Typer(
 )
 app.command("distill")(distill)
 app.command("sample", epilog=EXAMPLE)(sample)
-app.command("eval")(evaluate)
+app.command("eval", epilog=EVAL_EXAMPLE)(evaluate)
 app.command("merge")(merge)
 
 

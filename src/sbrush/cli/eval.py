@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,37 +15,50 @@ from sbrush.cli.flags import (
     DeviceFlag,
     JsonFlag,
     Precision,
-    PrecisionFlag,
     StartFlag,
     StudentFlag,
-    TeacherConfigFlag,
-    TeacherFlag,
+    teacher_config_option,
+    teacher_option,
 )
 from sbrush.console import SbrushError, info, printable
+from sbrush.evaluate.request import (
+    CocoData,
+    CocoOutput,
+    CocoRequest,
+    Execution,
+    MetricWeights,
+    Models,
+    StickersRequest,
+)
 
-COCO = "COCO-30K"
-
+TEACHER, WORLD = "The teacher beside the student", "Built-in world alone"
+COCO, COCO_METRICS = "COCO-30K: captions and images", "COCO-30K: metrics"
+EXAMPLE = "Example: sbrush eval --student runs/stickers --limit 200 --report runs/stickers/report.html"
 
 # Flags that mean nothing elsewhere are refused there, and not passed over.
 FOR_COCO = (
     "coco_root", "protocol", "images", "sweep", "captions", "seed", "inception", "clip_weights", "clip_score",
-    "hps_weights", "hps_version", "download", "max_bad", "max_fid", "work", "save_images",
+    "hps_weights", "hps_version", "download", "max_unreadable", "max_fid", "work", "save_images",
 )  # fmt: skip
 NOT_FOR_COCO = ("diversity", "fresh")
 FOR_A_TEACHER = ("steps", "guidance", "teacher_config")  # on COCO; on the built-in world there always is one
 
 
 class Protocol(StrEnum):
-    """On COCO-30K; evaluate/coco.py has them."""
+    """Those of evaluate/coco/protocols.py."""
 
     swiftbrush = "swiftbrush"
     gigagan = "gigagan"
+    dmd2 = "dmd2"
     torchmetrics = "torchmetrics"
     torch_fidelity = "torch-fidelity"
 
 
+DEFAULT_PROTOCOL = Protocol(CocoData.protocol)
+
+
 class HpsVersion(StrEnum):
-    """Their figures do not compare."""
+    """Scores of the two do not compare."""
 
     v2_0 = "2.0"
     v2_1 = "2.1"
@@ -56,105 +68,252 @@ def evaluate(
     context: typer.Context,
     student: StudentFlag = None,
     start_timestep: StartFlag = None,
-    teacher: TeacherFlag = None,
-    teacher_config: TeacherConfigFlag = None,
     limit: Annotated[
-        int | None, typer.Option(help="Captions. Default: 5,000; with --coco-30k 30,000.", min=4, max=50_000)
+        int | None,
+        typer.Option(
+            help="Number of captions to measure on: 100 to 50,000, by default 1,000. With --coco-30k 4 or more, by "
+            "default the protocol's 30,000. FID falls as it grows: compare FIDs of the same number only."
+        ),
     ] = None,
     coco_30k: Annotated[
-        bool, typer.Option("--coco-30k", help="Measure on COCO instead of the built-in world.", rich_help_panel=COCO)
+        bool,
+        typer.Option(
+            "--coco-30k",
+            help="Measure on MS-COCO's captions and photographs, the benchmark of Stable Diffusion's students, in "
+            "place of the built-in world. See the COCO-30K flags below.",
+        ),
     ] = False,
-    coco_root: Annotated[
-        Path, typer.Option(help="Holds annotations/captions_val2014.json, val2014/.", rich_help_panel=COCO)
-    ] = Path("coco"),
-    protocol: Annotated[
-        Protocol, typer.Option(help="Which figures it compares with.", rich_help_panel=COCO)
-    ] = Protocol.swiftbrush,
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Measure this folder's images, with the captions beside them.", rich_help_panel=COCO),
-    ] = None,
-    sweep: Annotated[
+    teacher: Annotated[
         str | None,
-        typer.Option(help="A,B,C: guidance scales of --teacher, or students; FID-CLIP plot.", rich_help_panel=COCO),
+        teacher_option(TEACHER, default="the built-in teacher; with --coco-30k none, one in place of a student"),
     ] = None,
-    captions: Annotated[Path | None, typer.Option(help="Another list, one a line.", rich_help_panel=COCO)] = None,
-    seed: Annotated[int, typer.Option(help="Of the images.", min=0, max=10**12, rich_help_panel=COCO)] = 0,
-    inception: Annotated[Path | None, typer.Option(help="Inception's weights.", rich_help_panel=COCO)] = None,
-    clip_weights: Annotated[
-        Path | None, typer.Option(help="ViT-g-14's weights, or an open_clip folder.", rich_help_panel=COCO)
+    teacher_config: Annotated[str | None, teacher_config_option(TEACHER)] = None,
+    steps: Annotated[
+        int,
+        typer.Option(help="Number of DDIM steps that the teacher takes.", min=1, max=1000, rich_help_panel=TEACHER),
+    ] = Models.steps,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale of the teacher; 1 is none. Default: the one that its folder names, else 7.5.",
+            min=0,
+            rich_help_panel=TEACHER,
+        ),
     ] = None,
-    clip_score: Annotated[bool, typer.Option(" /--no-clip-score", help="Leave it out.", rich_help_panel=COCO)] = True,
-    hps_weights: Annotated[
-        Path | None, typer.Option(help="HPS v2's ViT-H-14, to score with it too.", rich_help_panel=COCO)
+    diversity: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of images of each of ten open captions, such as 'a cat', whose variety is measured. Default: "
+            "a tenth of --limit, at most 100. More makes diversity more exact, and the run longer.",
+            min=2,
+            max=100_000,
+            rich_help_panel=WORLD,
+        ),
     ] = None,
-    hps_version: Annotated[HpsVersion | None, typer.Option(help="Of --hps-weights.", rich_help_panel=COCO)] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Measure the teacher again, though its metrics are cached (or come with sbrush, for the built-in "
+            "teacher). The student is measured every time.",
+            rich_help_panel=WORLD,
+        ),
+    ] = StickersRequest.fresh,
+    coco_root: Annotated[
+        Path,
+        typer.Option(
+            help="Folder with annotations/captions_val2014.json and val2014/, as COCO's archives unpack.",
+            rich_help_panel=COCO,
+        ),
+    ] = CocoData.root,
     download: Annotated[
         bool,
         typer.Option(
-            "--download", help="Fetch COCO and the metrics' weights if they are missing.", rich_help_panel=COCO
+            "--download",
+            help="Fetch what is missing: COCO into --coco-root (6.9 GB), Inception (91 MB) and CLIP (5.5 GB) into "
+            "their libraries' caches. Goes on where it was stopped.",
+            rich_help_panel=COCO,
         ),
-    ] = False,
-    max_bad: Annotated[int, typer.Option(help="Unreadable images to pass over.", min=0, rich_help_panel=COCO)] = 0,
-    max_fid: Annotated[
-        float | None, typer.Option(help="Exit with 1 if FID is above, for CI.", min=0, rich_help_panel=COCO)
+    ] = CocoData.download,
+    protocol: Annotated[
+        Protocol,
+        typer.Option(
+            help="Rules to measure by, and so which published figures compare. swiftbrush: SwiftBrush's and v2's, "
+            "though which captions gave SwiftBrush's 16.67 is not known. gigagan: GigaGAN's and SiD-LSG's. dmd2: "
+            "DMD2's. These two need --captions. torchmetrics, torch-fidelity: those libraries' FID, no paper's.",
+            rich_help_panel=COCO,
+        ),
+    ] = DEFAULT_PROTOCOL,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of captions, UTF-8, one a line, in place of the first annotation of each COCO image.",
+            rich_help_panel=COCO,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images that another tool generated, to be measured in place of a model: named by their "
+            "captions' numbers from 0 on, or with captions.txt, captions.csv or metadata.jsonl beside them.",
+            rich_help_panel=COCO,
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="Several measurements and a plot of FID against CLIP score: guidance scales of --teacher, such as "
+            "1,2,4.5,7.5; or students, or a run's checkpoints folder, with commas between.",
+            rich_help_panel=COCO,
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of the generated images: caption number i gets 1,000,000 times it, plus i.",
+            min=0,
+            max=10**12,
+            rich_help_panel=COCO,
+        ),
+    ] = CocoData.seed,
+    save_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to keep the generated images in, as PNGs named by their captions' numbers. Default: none.",
+            rich_help_panel=COCO,
+        ),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Features so far. Default: the user's cache.", rich_help_panel=COCO)
+        Path | None,
+        typer.Option(
+            help="Folder for features and scores so far (8 KiB an image), from which the same command goes on. "
+            "Default: the user's cache.",
+            rich_help_panel=COCO,
+        ),
     ] = None,
-    save_images: Annotated[Path | None, typer.Option(help="Keep the images there.", rich_help_panel=COCO)] = None,
-    diversity: Annotated[int, typer.Option(help="Images for each of the ten open captions.", min=10)] = 100,
-    steps: Annotated[int, typer.Option(help="The teacher's, for comparison.", min=1, max=1000)] = 25,
-    guidance: Annotated[
-        float | None, typer.Option(help="The teacher's. Default: the one it was chosen at.", min=0)
+    max_unreadable: Annotated[
+        int,
+        typer.Option(
+            help="Number of damaged or missing image files that may be left out; one more ends the command.",
+            min=0,
+            rich_help_panel=COCO,
+        ),
+    ] = CocoData.max_unreadable,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of Inception's weights for FID, .pth or .safetensors. Default: torch's cache, see --download.",
+            rich_help_panel=COCO_METRICS,
+        ),
     ] = None,
-    report: Annotated[Path, typer.Option(help="Table and images as one HTML file.", rich_help_panel=REPORT)] = Path(
-        "report.html"
-    ),
+    clip_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights for the CLIP score: open_clip's ViT-g-14 as a file, or a folder in open_clip's layout. "
+            "Default: the Hub's cache, see --download.",
+            rich_help_panel=COCO_METRICS,
+        ),
+    ] = None,
+    clip_score: Annotated[
+        bool,
+        typer.Option(
+            " /--no-clip-score",
+            help="Leave the CLIP score out: no need for its 5.5 GB of weights.",
+            show_default=False,
+            rich_help_panel=COCO_METRICS,
+        ),
+    ] = MetricWeights.clip_score,
+    hps_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of HPS v2's ViT-H-14, to score human preference too; --hps-version says which it is.",
+            rich_help_panel=COCO_METRICS,
+        ),
+    ] = None,
+    hps_version: Annotated[
+        HpsVersion | None,
+        typer.Option(help="Version of --hps-weights. Scores of the two do not compare.", rich_help_panel=COCO_METRICS),
+    ] = None,
+    max_fid: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest FID that counts as success: exit code 1 if the best one is above, for CI.",
+            min=0,
+            rich_help_panel=COCO_METRICS,
+        ),
+    ] = None,
+    report: Annotated[
+        Path,
+        typer.Option(
+            help="HTML file for table, protocol and images; the same numbers as JSON go beside it.",
+            rich_help_panel=REPORT,
+        ),
+    ] = StickersRequest.report,
     json_: JsonFlag = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the teacher again, whatever is cached.")] = False,
-    batch: Annotated[int, typer.Option(help="Images at once.", min=1, rich_help_panel=MACHINE)] = 64,
+    batch: Annotated[
+        int,
+        typer.Option(
+            help="Number of images generated at once; fewer take less memory.", min=1, rich_help_panel=MACHINE
+        ),
+    ] = Execution.batch,
     device: DeviceFlag = "auto",
-    precision: PrecisionFlag = Precision.auto,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            "--precision",
+            help="Number format of the networks that generate. auto: float32, on CUDA with TF32 products, as DMD2 "
+            "measures. float32 is exact, and on CUDA 4 times as slow; float16 and bfloat16 take a third less time, and "
+            "change images a little.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = Precision.auto,
 ) -> None:
-    """Measure a student, its teacher and the truth: FID, CLIP score, accuracy, diversity."""
-    from sbrush.device import pick_device, pick_dtype
-
+    """Measure a student, its teacher and real images: FID, CLIP score, accuracy, diversity."""
     _check_given(context, coco=coco_30k, teacher=teacher is not None, sweep=sweep is not None, clip_score=clip_score)
-    where = pick_device(device)
-    if report.is_dir() or not os.access(report.absolute().parent, os.W_OK):
-        raise SbrushError(f"cannot write {printable(report)}", "choose another --report", code=2)
-    result: Any
+    models = Models(student, start_timestep, teacher, teacher_config, steps, guidance)
+    execution = Execution(device, precision.value, batch)
     if coco_30k:
-        from sbrush.evaluate.coco.benchmark import benchmark
-
-        result = benchmark(
-            root=coco_root, protocol=protocol.value, student=student, start_timestep=start_timestep, teacher=teacher,
-            teacher_config=teacher_config, images=images, sweep=sweep, captions=captions, n=limit, steps=steps,
-            guidance=guidance, seed=seed, inception=inception, clip_weights=clip_weights, clip_score=clip_score,
-            hps_weights=hps_weights, hps_version=hps_version.value if hps_version else None, download=download,
-            max_bad=max_bad, work=work, save_images=save_images, report=report, batch=batch, device=where,
-            dtype=pick_dtype(precision.value, where),
-        )  # fmt: skip
-        if result is None:  # another process has it
-            return
-        _print_result(result, report, json_, next_=f"open {printable(report)}")
-        best = min(point.figures["fid"] for point in result.points)
-        if max_fid is not None and best > max_fid:
-            raise SbrushError(f"FID {best:.2f} is above {max_fid:g}", f"see {printable(report)}")
+        version = hps_version.value if hps_version else None
+        coco = CocoRequest(
+            models,
+            images,
+            sweep,
+            CocoData(coco_root, protocol.value, captions, limit, seed, max_unreadable, download),
+            MetricWeights(inception, clip_weights, clip_score, hps_weights, version),
+            CocoOutput(report, work, save_images),
+            execution,
+        )
+        _measure_coco(coco, as_json=json_, max_fid=max_fid)
         return
-    limit = limit or 5000
-    if limit < 100:
-        raise SbrushError(f"{limit} captions are too few", "--limit 100 or more", code=2)
+    count = StickersRequest.limit if limit is None else limit
+    _measure_stickers(StickersRequest(models, count, diversity, fresh, report, execution), as_json=json_)
+
+
+def _measure_stickers(request: StickersRequest, *, as_json: bool) -> None:
+    from sbrush.evaluate.check import check
+
+    check(request)  # before torch is imported
+    info("loading torch and the models ...")
     from sbrush.evaluate.candidates import evaluate as measure
 
-    result = measure(
-        student=student, teacher=teacher, n=limit, per_caption=diversity, steps=steps, guidance=guidance,
-        report=report, fresh=fresh, batch=batch, device=where, dtype=pick_dtype(precision.value, where),
-        teacher_config=teacher_config, start_timestep=start_timestep,
-    )  # fmt: skip
     sample = 'sbrush sample "a cat" --seed 1-8 --compare'
-    _print_result(result, report, json_, next_=f"open {printable(report)}, or {sample}")
+    _print_result(measure(request), request.report, as_json, next_=f"open {printable(request.report)}, or {sample}")
+
+
+def _measure_coco(request: CocoRequest, *, as_json: bool, max_fid: float | None) -> None:
+    from sbrush.evaluate.check import check
+
+    check(request)
+    info("loading torch and the models ...")
+    from sbrush.evaluate.coco.benchmark import benchmark
+
+    result, report = benchmark(request), request.output.report
+    if result is None:  # another process has it
+        return
+    _print_result(result, report, as_json, next_=f"open {printable(report)}")
+    best = min(fid for point in result.points if (fid := point.metrics["fid"]) is not None)
+    if max_fid is not None and best > max_fid:
+        raise SbrushError(f"FID {best:.2f} is above {max_fid:g}", f"see {printable(report)}")
 
 
 def _check_given(context: typer.Context, *, coco: bool, teacher: bool, sweep: bool, clip_score: bool) -> None:

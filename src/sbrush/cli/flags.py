@@ -88,8 +88,8 @@ PrecisionFlag = Annotated[
     Precision,
     typer.Option(
         "--precision",
-        help="Number format of the networks. auto is bfloat16 on CUDA and float32 on the CPU. Take float32 if images "
-        "come out black or damaged; float16 suits cards older than 2020.",
+        help="Number format of the networks. auto is float32 on the CPU and float16 on CUDA, or float32 there too if "
+        "float16 overflows. bfloat16 is as fast as float16, and its error 9 times as large.",
         rich_help_panel=MACHINE,
     ),
 ]

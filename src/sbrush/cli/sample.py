@@ -139,7 +139,8 @@ def sample(
     request = SampleRequest(
         images, target, student=student, start_timestep=start_timestep, compare=compare, teacher=teacher,
         teacher_config=teacher_config, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
-        metadata=metadata, overwrite=overwrite, batch=batch, device=where, dtype=pick_dtype(precision.value, where),
+        metadata=metadata, overwrite=overwrite, batch=batch, device=where,
+        dtype=pick_dtype(precision.value, where, "sample"),
     )  # fmt: skip
     listed: list[dict[str, Any]] = []
     new = 0

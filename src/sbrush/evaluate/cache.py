@@ -1,14 +1,14 @@
-"""Figures that were measured before: those of a teacher take minutes to make, and never change.
+"""Metrics that were measured before: those of a teacher take minutes to make, and never change.
 
-They are kept under the hash of all that they depend on, in the user's cache; those of the built-in teacher come with
-the package.
+They are kept under the hash of all that they depend on, in the user's cache. Those of the built-in teacher come with
+the package. What they depend on names no version of sbrush: PROTOCOL in stickers.py is raised whenever the same
+model would get other metrics, and a report says with which versions cached metrics were made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,56 +19,60 @@ from PIL import Image
 
 from sbrush import __version__
 from sbrush.console import info
-from sbrush.evaluate.report import Figures, from_png, png
+from sbrush.evaluate.report import Metrics, from_png, png
 from sbrush.storage.files import user_cache, write_json
 
-SHIPPED = Path(__file__).parent.parent / "stickers" / "weights" / "figures"
+SHIPPED = Path(__file__).parent.parent / "stickers" / "weights" / "metrics"
+PACKAGES = (  # what draws, decodes, resizes, multiplies and compares
+    "torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "torch-fidelity", "numpy",
+    "pillow",
+)  # fmt: skip
 
 
 class Result(NamedTuple):
-    """A candidate's figures, and some of its images, each with its caption."""
+    """A candidate's metrics, and some of its images, each with its caption."""
 
-    figures: Figures
+    metrics: Metrics
     shown: list[tuple[str, Image.Image]]
 
 
 @dataclass(frozen=True)
 class ResultCache:
-    """The place of one candidate's figures; None for a `folder` where there is none, as without a home."""
+    """Where one candidate's metrics are kept. `folder` is None where there is none, as without a home."""
 
     name: str
     folder: Path | None
 
     @classmethod
-    def of(cls, key: Sequence[Any], folder: Path | None = None) -> ResultCache:
+    def for_key(cls, key: Sequence[Any], folder: Path | None = None) -> ResultCache:
         """The place for what depends on `key`, all of it JSON; `folder` is by default the user's cache."""
         folder = folder or user_cache()
         return cls(f"eval-{hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:32]}.json", folder)
 
-    def recall(self, n: int, per_caption: int) -> Result | None:
-        """What is remembered here, or else came with the package, measured on so many images; None if nothing is."""
+    def load(self, n: int, per_caption: int) -> Result | None:
+        """What is cached here, or else came with the package, measured on so many images; None if nothing is."""
         for folder in (self.folder, SHIPPED):
             if folder and (folder / self.name).is_file() and (result := _read(folder / self.name, n, per_caption)):
                 return result
         return None
 
-    def keep(self, result: Result) -> None:
-        """Writes what `recall` reads; that it cannot be written is said, and no more."""
+    def save(self, result: Result) -> None:
+        """Writes what `load` reads. If it cannot be written, a line says so, and no more."""
         if self.folder is None:
             return
-        data = {"figures": asdict(result.figures), "images": [(text, png(image)) for text, image in result.shown]}
+        data = {"metrics": asdict(result.metrics), "images": [(text, png(image)) for text, image in result.shown]}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / self.name, data)
         except OSError as problem:
             reason = problem.strerror or problem
-            info(f"{result.figures.name}: figures could not be remembered in {self.folder} ({reason})")
+            info(f"{result.metrics.name}: metrics could not be cached in {self.folder} ({reason})")
 
 
-def versions(*more: str) -> dict[str, str]:
-    """The versions of what takes part in measuring, and of `more` packages."""
-    found = {"sbrush": __version__, "python": platform.python_version()}
-    for package in ("torch", "torchmetrics", "open_clip_torch", "pillow", *more):
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The versions of sbrush and of packages, by default of all that take part in measuring."""
+    found = {"sbrush": __version__}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -77,16 +81,16 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def _read(file: Path, n: int, per_caption: int) -> Result | None:
-    """The figures in a file; None if it is damaged."""
+    """The metrics in a file; None if it is damaged."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         result = Result(
-            Figures.from_json(data["figures"]), [(str(text), from_png(code)) for text, code in data["images"]]
+            Metrics.from_json(data["metrics"]), [(str(text), from_png(code)) for text, code in data["images"]]
         )
-        if (result.figures.n, result.figures.per_caption) != (n, per_caption):
+        if (result.metrics.n, result.metrics.per_caption) != (n, per_caption):
             raise ValueError("measured on other numbers")
     except Exception as problem:  # whatever is wrong with it, it can be made again
-        info(f"remembered figures in {file} are damaged ({problem}); measuring anew")
+        info(f"cached metrics in {file} are damaged ({problem}); measuring again")
         return None
-    info(f"{result.figures.name}: measured before, remembered in {file}")
+    info(f"{result.metrics.name}: measured before, cached in {file}")
     return result

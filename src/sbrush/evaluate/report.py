@@ -1,4 +1,4 @@
-"""What was measured, and how it is told: a table, JSON, and one HTML file with everything in it."""
+"""What was measured, and how it is shown: a table, JSON, and one HTML file with everything in it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageOps
 
 from sbrush.console import SbrushError, printable
-from sbrush.storage.files import write_text
+from sbrush.storage.files import write_json, write_text
 
 Shares = dict[str, float | None]
 Images = Mapping[str, Sequence[tuple[str, Image.Image]]]
@@ -25,11 +25,11 @@ EDGE = 256  # pixels; larger images are shown reduced, or a report would be mega
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One model's figures and the protocol that is its own. None where there was nothing to measure.
+class Metrics:
+    """One model's metrics, and how it was sampled. None where there was nothing to measure.
 
     `accuracy` and `held_out` are shares, 0 to 1, of right attributes: on combinations seen in training and on held-out
-    ones; `accuracy_n` and `held_out_n` count the captions that name them. `diversity` is in shares of the truth's own.
+    ones; `accuracy_n` and `held_out_n` count the captions that name them. `diversity` is relative to real images'.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Figures:
     versions: dict[str, str]  # of the packages that took part
 
     @classmethod
-    def from_json(cls, data: Any) -> Figures:
+    def from_json(cls, data: Any) -> Metrics:
         """The inverse of `dataclasses.asdict`. Raises ValueError if anything is missing, unknown or of another type."""
         if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
-            raise ValueError("these are not a model's figures")
+            raise ValueError("these are not a model's metrics")
         for f in fields(cls):
             if not _VALID[str(f.type)](data[f.name]):
                 raise ValueError(f"{f.name} is not {f.type}")
@@ -61,35 +61,46 @@ class Figures:
 
 @dataclass(frozen=True)
 class Report:
-    """Models side by side, under one protocol: names of its points to what they say.
+    """Models side by side, under one protocol, whose points are described by name.
 
     `notes` are remarks for the reader; `images` what each model made of the first captions.
     """
 
-    figures: list[Figures]
+    metrics: list[Metrics]
     protocol: dict[str, str]
     notes: list[str] = field(default_factory=list)
     images: Images = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """Everything but the images, as plain data without NaN or infinities."""
-        return {"models": [asdict(f) for f in self.figures], "protocol": self.protocol, "notes": self.notes}
+        return {"models": [asdict(m) for m in self.metrics], "protocol": self.protocol, "notes": self.notes}
 
     def table(self) -> str:
-        """The figures as aligned text, a column for each model, and the protocol below."""
-        return table([f.name for f in self.figures], _groups(self.figures), self.protocol, self.notes)
+        """The metrics as aligned text, a column for each model, and the protocol below."""
+        return table([m.name for m in self.metrics], _groups(self.metrics), self.protocol, self.notes)
 
-    def write_html(self, path: Path, images: Images | None = None) -> None:
-        """One HTML file without scripts or outside links: table, protocol and images, by default `self.images`.
+    def write(self, path: Path) -> None:
+        """`path`, one HTML file without scripts or outside links: table, protocol and images; a .json beside it.
 
-        Written aside and renamed. Raises SbrushError if it cannot be written.
+        Both are written aside and renamed. Raises SbrushError if they cannot be written.
         """
         try:
-            names, shown = [f.name for f in self.figures], self.images if images is None else images
-            write_text(path, page(names, _groups(self.figures), self.protocol, self.notes, shown))
+            write_json(path.with_suffix(".json"), self.json())
+            names = [m.name for m in self.metrics]
+            write_text(path, page(names, _groups(self.metrics), self.protocol, self.notes, self.images))
         except OSError as problem:
             hint = "name a file in a folder that you may write to"
             raise SbrushError(f"cannot write {path}: {problem.strerror or problem}", hint) from problem
+
+
+def few_images(count: int, width: int) -> list[str]:
+    """A note for the reader if FID is taken from fewer images than it has features."""
+    if count >= width:
+        return []
+    return [
+        f"FID from {count} images on {width:,} features: their covariance is rank-deficient, and FID is too high by an "
+        "amount that depends on the number of images. Compare it only with FIDs of as many images"
+    ]
 
 
 def table(columns: Sequence[str], groups: Groups, about: Mapping[str, str], notes: Sequence[str]) -> str:
@@ -138,7 +149,7 @@ def _each(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(isinstance(k, str) and valid(v) for k, v in value.items())
 
 
-_VALID: dict[str, Callable[[Any], bool]] = {  # by the type that Figures gives a field
+_VALID: dict[str, Callable[[Any], bool]] = {  # by the type that Metrics gives a field
     "str": lambda value: isinstance(value, str),
     "int": _whole,
     "int | None": lambda value: value is None or _whole(value),
@@ -149,35 +160,35 @@ _VALID: dict[str, Callable[[Any], bool]] = {  # by the type that Figures gives a
 }
 
 
-def _groups(figures: Sequence[Figures]) -> Groups:
+def _groups(metrics: Sequence[Metrics]) -> Groups:
     """The table: groups of rows, each row a label and one cell for each model."""
-    first = figures[0] if figures else None
+    first = metrics[0] if metrics else None
 
     def shares(what: str, counts: str | None = None) -> list[tuple[str, list[str]]]:
         of = getattr(first, counts) if first and counts else {}
         rows = []
         for name in getattr(first, what) if first else {}:
             label = f"{name} (n = {of[name]})" if name in of else name
-            rows.append((label, [_percent(getattr(f, what).get(name)) for f in figures]))
+            rows.append((label, [_percent(getattr(m, what).get(name)) for m in metrics]))
         return rows
 
     return [
         ("sampling", [
-            ("images", [str(f.n) for f in figures]),
-            ("steps", ["-" if f.steps is None else str(f.steps) for f in figures]),
-            ("guidance", ["-" if f.guidance is None else f"{f.guidance:g}" for f in figures]),
+            ("images", [str(m.n) for m in metrics]),
+            ("steps", ["-" if m.steps is None else str(m.steps) for m in metrics]),
+            ("guidance", ["-" if m.guidance is None else f"{m.guidance:g}" for m in metrics]),
         ]),
-        ("likeness to real images", [
-            ("FID, lower is better", [_number(f.fid, 2) for f in figures]),
-            ("precision", [_percent(f.precision) for f in figures]),
-            ("recall", [_percent(f.recall) for f in figures]),
+        ("compared with real images", [
+            ("FID, lower is better", [_number(m.fid, 2) for m in metrics]),
+            ("precision", [_percent(m.precision) for m in metrics]),
+            ("recall", [_percent(m.recall) for m in metrics]),
         ]),
         ("agreement with the caption", [
-            ("CLIP score", [_number(f.clip_score, 3) for f in figures]),
+            ("CLIP score", [_number(m.clip_score, 3) for m in metrics]),
             *shares("accuracy", "accuracy_n"),
         ]),
         ("on combinations of kind and colour held out of training", shares("held_out", "held_out_n")),
-        ("diversity, as a share of the truth's", shares("diversity")),
+        ("diversity, relative to real images'", shares("diversity")),
     ]  # fmt: skip
 
 
@@ -189,23 +200,6 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .9rem; text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; font-weight: normal; }
-thead th, tbody th[colspan] { font-weight: 600; }
-tbody th[colspan] { padding-top: .9rem; border-bottom: 1px solid var(--line); }
-dt { font-weight: 600; } dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-.images { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; width: 96px; }
-img { width: 96px; height: auto; border-radius: 8px; image-rendering: pixelated; background: var(--soft); }
-img.plot { width: 100%; max-width: 700px; image-rendering: auto; }
-figcaption { font-size: .72rem; line-height: 1.25; }
-"""
-
-
 def page(
     columns: Sequence[str],
     groups: Groups,
@@ -214,44 +208,15 @@ def page(
     images: Images,
     plot: Image.Image | None = None,
 ) -> str:
-    """The whole HTML file, `plot` below the table; all text that comes from outside is escaped."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = ""
-    for group, rows in groups:
-        body += f'<tr><th colspan="{len(columns) + 1}">{escape(group)}</th></tr>\n'
-        for label, cells in rows:
-            body += f"<tr><th>{escape(label)}</th>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>\n"
-    points = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in about.items())
-    remarks = "".join(f"<p>{escape(note)}</p>\n" for note in notes)
-    plotted = f'<img class="plot" alt="FID and CLIP score" src="data:image/png;base64,{png(plot)}">\n' if plot else ""
-    shown = ""
-    for heading, items in images.items():
-        shown += f'<h2>{escape(heading)}</h2>\n<div class="images">\n'
-        for caption, image in items:
-            text = escape(caption)
-            image = ImageOps.contain(image, (EDGE, EDGE)) if max(image.size) > EDGE else image
-            shown += f'<figure><img alt="{text}" src="data:image/png;base64,{png(image)}">'
-            shown += f"<figcaption>{text}</figcaption></figure>\n"
-        shown += "</div>\n"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>sbrush eval</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>sbrush eval</h1>
-<div class="wide"><table>
-<thead><tr><th></th>{head}</tr></thead>
-<tbody>
-{body}</tbody>
-</table></div>
-{remarks}{plotted}<h2>Protocol</h2>
-<dl>
-{points}</dl>
-{shown}</body>
-</html>
-"""
+    """The whole HTML file, `plot` below the table; the template escapes all text that comes from outside."""
+    shown = {heading: [(text, png(_reduced(image))) for text, image in items] for heading, items in images.items()}
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+    ).get_template("report.html.jinja")
+    return template.render(
+        columns=columns, groups=groups, about=about, notes=notes, images=shown, plot=plot and png(plot)
+    )
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    return ImageOps.contain(image, (EDGE, EDGE)) if max(image.size) > EDGE else image

@@ -2,9 +2,9 @@
 
     captions    caption i is random_caption(stream("eval", i)); one in twenty names a held-out combination
     seeds       1,000,000 + i; for diversity's captions 2,000,000 + i
-    reference   for each caption and seed an image drawn from stream("reference", seed)
-    floor       another, from stream("floor", seed), measured as any model is: what perfection comes to at this N
-    diversity   so many images of each of diversity.py's captions, against as many real ones
+    reference   for each caption and seed a real image, drawn from stream("reference", seed)
+    real images others, drawn from stream("floor", seed) and measured as any model is: the best possible at this N
+    diversity   so many images of each of diversity.py's captions, compared with as many real ones
 
 Images pass by in batches; features, what the judge sees in them and where it is stay.
 """
@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sbrush import __version__
 from sbrush.console import Progress, SbrushError, progress
 from sbrush.evaluate.cache import Result, ResultCache, versions
-from sbrush.evaluate.report import Figures, Report, finite
+from sbrush.evaluate.report import Metrics, Report, few_images, finite
 from sbrush.metrics import diversity
 from sbrush.metrics.accuracy import accuracy
+from sbrush.metrics.conventions import NEIGHBOURS
 from sbrush.metrics.fid import fid
-from sbrush.metrics.precision_recall import NEIGHBOURS, precision_recall
+from sbrush.metrics.precision_recall import precision_recall
 from sbrush.sampling.images import to_image
 from sbrush.stickers.draw import draw
 from sbrush.stickers.judge import Judge
 from sbrush.stickers.world import IMAGE_SIZE, Caption, random_caption, random_sticker, stream
 
-PROTOCOL = 1  # raised whenever the same images would get other figures
+PROTOCOL = 1  # raised whenever a model would get other metrics: other images of the same seeds, or other measures
 FIRST_SEED, FIRST_DIVERSITY_SEED = 1_000_000, 2_000_000
 BATCH = 100
 SHOWN = 12  # images of the first captions, and as many of diversity's first caption, that the report shows
@@ -48,7 +48,7 @@ class Candidate:
     """A model to be measured.
 
     `cache_key` says all that its images depend on besides steps and guidance, such as the weights' digest and the
-    dtype: what was measured under the same key is remembered. None measures every time.
+    precision: what was measured under the same key is cached. None measures every time.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Reference:
-    """What models are compared with: the real images' features, float32 [N, width], and the truth's variety."""
+    """What models are compared with: real images' features, float32 [N, width], and their variety."""
 
     features: Tensor
     varieties: list[diversity.Variety]
@@ -78,7 +78,7 @@ def diversity_pairs(per_caption: int = 100) -> list[Pair]:
 
 
 def real_images(name: str, items: Sequence[Pair]) -> Iterator[Tensor]:
-    """The truth: for each pair an image of which the caption is true, drawn from stream(name, seed)."""
+    """For each pair an image of which the caption is true, drawn from stream(name, seed)."""
     for first in range(0, len(items), BATCH):
         drawn = [draw(random_sticker(stream(name, seed), caption)) for caption, seed in items[first : first + BATCH]]
         yield torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in drawn])
@@ -88,48 +88,52 @@ def evaluate_stickers(
     candidates: Sequence[Candidate],
     judge: Judge,
     *,
-    n: int = 5000,
+    n: int = 1000,
     per_caption: int = 100,
     cache: Path | None = None,
     fresh: bool = False,
 ) -> Report:
-    """Measures each candidate, and real images as the floor, on `n` pairs and `per_caption` of each of diversity's.
+    """Measures each candidate, and real images like a candidate, on `n` pairs and `per_caption` of diversity's each.
 
-    `n`: 4 to 1,000,000; `per_caption`: 2 to 100,000; `cache`: folder of remembered figures, by default the user's own.
-    With `fresh` nothing is recalled, but what comes out is remembered.
+    `n`: 4 to 1,000,000; `per_caption`: 2 to 100,000; `cache`: folder of cached metrics, by default the user's own.
+    With `fresh` no cached metrics are read, but what is measured is cached.
     Raises SbrushError if a number is out of range or a candidate's images are not 64 x 64.
     """
     if not (NEIGHBOURS < n <= 1_000_000 and 2 <= per_caption <= 100_000):
         raise SbrushError(
             f"cannot measure on {n} captions and {per_caption} images of each of diversity's",
-            f"take {NEIGHBOURS + 1} to 1,000,000 captions (the protocol's number is 5,000) and 2 to 100,000 images",
+            f"take {NEIGHBOURS + 1} to 1,000,000 captions (1,000 by default) and 2 to 100,000 images",
             code=2,
         )
     measured, varied = pairs(n), diversity_pairs(per_caption)
+    reference = _reference(measured, varied, judge)
     caption_of = {seed: caption for caption, seed in (*measured, *varied)}
-    with progress("reference", len(caption_of), unit="images") as bar:
-        real = _look(_watched(real_images("reference", measured), bar), judge, n)
-        truth = _look(_watched(real_images("reference", varied), bar), judge, len(varied))
-    reference = Reference(real.features, diversity.varieties(diversity.CAPTIONS, truth.judged, truth.places))
-    floor = Candidate("real images", lambda _, seeds: real_images("floor", [(caption_of[s], s) for s in seeds]))
+    real = Candidate("real images", lambda _, seeds: real_images("floor", [(caption_of[s], s) for s in seeds]))
 
-    results, notes = {}, []
-    for candidate in (*candidates, floor):
-        memory = None
-        if candidate.cache_key is not None:
-            key = [PROTOCOL, __version__, judge.digest, n, per_caption, [c.text for c in diversity.CAPTIONS]]
-            memory = ResultCache.of([*key, candidate.cache_key, candidate.steps, candidate.guidance], cache)
-        result = memory.recall(n, per_caption) if memory and not fresh else None
+    results, notes = {}, few_images(n, judge.width)
+    for candidate in (*candidates, real):
+        place = cache_place(candidate, judge, n, per_caption, cache)
+        result = place.load(n, per_caption) if place and not fresh else None
         if result is None:
-            result = _try(candidate, measured, varied, judge, reference)
-            if memory:
-                memory.keep(result)
-        elif result.figures.versions != versions():
-            notes.append(f"{candidate.name} was measured with {_listed(result.figures.versions)}")
+            result = _generate_and_measure(candidate, measured, varied, judge, reference)
+            if place:
+                place.save(result)
+        elif result.metrics.versions != versions():
+            notes.append(f"{candidate.name} was measured with {_list(result.metrics.versions)}")
         results[candidate.name] = result
-    figures = [replace(result.figures, name=name) for name, result in results.items()]
+    metrics = [replace(result.metrics, name=name) for name, result in results.items()]
     shown = {name: result.shown for name, result in results.items()}
-    return Report(figures, _protocol(n, per_caption, judge), notes, shown)
+    return Report(metrics, _protocol(n, per_caption, judge), notes, shown)
+
+
+def cache_place(
+    candidate: Candidate, judge: Judge, n: int, per_caption: int, cache: Path | None = None
+) -> ResultCache | None:
+    """Where a candidate's metrics are cached; None if they are not. The package's own version is no part of the key."""
+    if candidate.cache_key is None:
+        return None
+    key = [PROTOCOL, judge.digest, n, per_caption, [c.text for c in diversity.CAPTIONS]]
+    return ResultCache.for_key([*key, candidate.cache_key, candidate.steps, candidate.guidance], cache)
 
 
 def measure(
@@ -142,18 +146,18 @@ def measure(
     *,
     steps: int | None = None,
     guidance: float | None = None,
-) -> Figures:
-    """One model's figures from its images, uint8 [b, 3, 64, 64], taken as they come in the order of the pairs.
+) -> Metrics:
+    """One model's metrics from its images, uint8 [b, 3, 64, 64], taken as they come in the order of the pairs.
 
     `batches`: one image for each of `captions`; `diversity_batches`: equally many of each of diversity's captions.
     Raises SbrushError if images are not 64 x 64, ValueError if there are too few or too many.
     """
-    seen = _look(batches, judge, len(captions))
-    various = _look(diversity_batches, judge)
+    seen = _extract(batches, judge, len(captions))
+    various = _extract(diversity_batches, judge)
     trained, held_out = (accuracy(captions, seen.judged, held_out=apart) for apart in (False, True))
     precision, recall = precision_recall(reference.features, seen.features)
     varieties = diversity.varieties(diversity.CAPTIONS, various.judged, various.places)
-    return Figures(
+    return Metrics(
         name=name,
         n=len(captions),
         per_caption=len(various.places) // len(diversity.CAPTIONS),
@@ -172,7 +176,7 @@ def measure(
     )
 
 
-class _Seen(NamedTuple):
+class _Extracted(NamedTuple):
     """What stays of images that have passed by."""
 
     features: Tensor  # float32 [N, width]
@@ -180,8 +184,8 @@ class _Seen(NamedTuple):
     places: Tensor  # float32 [N, 2]
 
 
-def _look(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> _Seen:
-    """Looks at images as they pass; `count` of them, if given, are expected."""
+def _extract(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> _Extracted:
+    """What the judge sees in images as they pass; `count` of them, if given, are expected."""
     features, places = [], []
     for batch in batches:
         if batch.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
@@ -194,31 +198,39 @@ def _look(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> 
     if count is not None and sum(map(len, places)) != count:
         raise ValueError(f"{count} images were asked for, {sum(map(len, places))} came")
     together = torch.cat(features)
-    return _Seen(together, judge.classify(together), torch.cat(places))
+    return _Extracted(together, judge.classify(together), torch.cat(places))
 
 
-def _try(
+def _reference(measured: Sequence[Pair], varied: Sequence[Pair], judge: Judge) -> Reference:
+    """The real images that every candidate is compared with."""
+    with progress("reference", len(measured) + len(varied), unit="images") as bar:
+        real = _extract(_count(real_images("reference", measured), bar), judge, len(measured))
+        open_ = _extract(_count(real_images("reference", varied), bar), judge, len(varied))
+    return Reference(real.features, diversity.varieties(diversity.CAPTIONS, open_.judged, open_.places))
+
+
+def _generate_and_measure(
     candidate: Candidate, measured: Sequence[Pair], varied: Sequence[Pair], judge: Judge, reference: Reference
 ) -> Result:
-    """Lets the candidate make its images and measures them."""
+    """Lets the candidate generate its images and measures them."""
     first, second = list[Tensor](), list[Tensor]()  # images to show
     batches, more = (candidate.images([c.text for c, _ in some], [s for _, s in some]) for some in (measured, varied))
     with progress(candidate.name, len(measured) + len(varied), unit="images") as bar:
-        figures = measure(
+        metrics = measure(
             candidate.name,
-            _watched(batches, bar, first),
-            _watched(more, bar, second),
+            _count(batches, bar, first),
+            _count(more, bar, second),
             [caption for caption, _ in measured],
             judge,
             reference,
             steps=candidate.steps,
             guidance=candidate.guidance,
         )
-    shown = [*zip(measured, first, strict=False), *zip(varied, second[: figures.per_caption], strict=False)]
-    return Result(figures, [(caption.text, to_image(image)) for (caption, _), image in shown])
+    shown = [*zip(measured, first, strict=False), *zip(varied, second[: metrics.per_caption], strict=False)]
+    return Result(metrics, [(caption.text, to_image(image)) for (caption, _), image in shown])
 
 
-def _watched(batches: Iterable[Tensor], bar: Progress, kept: list[Tensor] | None = None) -> Iterator[Tensor]:
+def _count(batches: Iterable[Tensor], bar: Progress, kept: list[Tensor] | None = None) -> Iterator[Tensor]:
     """The batches, counted on the way; the first SHOWN images go to `kept`."""
     for batch in batches:
         if kept is not None:
@@ -236,11 +248,11 @@ def _protocol(n: int, per_caption: int, judge: Judge) -> dict[str, str]:
         f"precision and recall with k = {NEIGHBOURS}",
         "accuracy": "share of the attributes named by a caption that the judge sees in its image",
         "diversity": f"{per_caption} images of each of " + ", ".join(f'"{c.text}"' for c in diversity.CAPTIONS),
-        "floor": "real images, drawn anew and measured like a model",
+        "real images": "drawn from other seeds and measured like a model: the best possible at this number of images",
         "judge": f"sha256 {judge.digest[:16]}",
-        "versions": _listed(versions()) + f"; protocol {PROTOCOL}",
+        "versions": _list(versions()) + f"; protocol {PROTOCOL}",
     }
 
 
-def _listed(found: dict[str, str]) -> str:
+def _list(found: dict[str, str]) -> str:
     return ", ".join(f"{package} {number}" for package, number in found.items())

@@ -20,11 +20,11 @@ from torch.func import functional_call
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import quick_products, send
 from sbrush.metrics.clip_weights import check_folder, check_weights, width_mismatch
+from sbrush.metrics.conventions import CLIP_PREFIX
 from sbrush.models.parts import digest_of, refuse_pointer
 from sbrush.sampling.images import to_image
 
 MODEL, PRETRAINED = "ViT-g-14", "laion2b_s12b_b42k"  # what SwiftBrush, DMD2 and SiD-LSG measure with
-PREFIX = "A photo depicts "
 HPS_MODEL = "ViT-H-14"
 FILES = ("open_clip_config.json", "open_clip_model.safetensors")  # of a folder in open_clip's layout
 
@@ -104,7 +104,7 @@ class ClipScorer:
         ready: Tensor = self._preprocess(to_image(image))
         return ready
 
-    def scores(self, images: Tensor, captions: Sequence[str], prefix: str = PREFIX) -> Tensor:
+    def scores(self, images: Tensor, captions: Sequence[str], prefix: str = CLIP_PREFIX) -> Tensor:
         """Cosines: prepared images float32 [B, 3, side, side] and B captions to float32 [B], -1 to 1, on the CPU.
 
         On CUDA its products are TF32: strict float32 would take as long as all the rest of the benchmark.
@@ -128,14 +128,14 @@ class ClipScorer:
 
     def _cosines(self, prepared: Tensor, captions: Sequence[str], prefix: str) -> Tensor:
         device = next(self.network.parameters()).device
-        seen = self.network.encode_image(prepared.to(device), normalize=True)
-        said = self._said(self._tokenizer([prefix + caption for caption in captions]), device)
-        return (seen.float() * said.float()).sum(dim=-1)
+        images = self.network.encode_image(prepared.to(device), normalize=True)
+        texts = self._embed_texts(self._tokenizer([prefix + caption for caption in captions]), device)
+        return (images.float() * texts.float()).sum(dim=-1)
 
-    def _said(self, tokens: Tensor, device: torch.device) -> Tensor:
+    def _embed_texts(self, tokens: Tensor, device: torch.device) -> Tensor:
         """The texts' directions [B, D], of token ids int64 [B, 77] on the CPU.
 
-        CLIP's own text tower reads from left to right and is asked at the caption's end: what fills the 77 behind the
+        CLIP's own text tower reads from left to right and is read at the caption's end: what fills the 77 behind the
         longest one, four fifths of the work with captions of COCO's length, changes nothing and is left out. Tokens
         without numbers (of `shapes`) have no longest caption.
         """
@@ -145,8 +145,8 @@ class ClipScorer:
             length = int(tokens.argmax(dim=1).max()) + 1
             mask, places = network.attn_mask[:length, :length], network.positional_embedding[:length]
             cut = {"attn_mask": mask, "positional_embedding": places}
-            _, said, *_ = functional_call(network, cut, kwargs={"text": tokens[:, :length].to(device)})
-            return cast(Tensor, said)
+            _, texts, *_ = functional_call(network, cut, kwargs={"text": tokens[:, :length].to(device)})
+            return cast(Tensor, texts)
         return cast(Tensor, network.encode_text(tokens.to(device), normalize=True))
 
 

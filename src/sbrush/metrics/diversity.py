@@ -1,9 +1,9 @@
 """Diversity: are all images of "a cat" red and centred?
 
 For each of ten captions that leave much out, many images are judged. Of what the caption leaves out, colour,
-background and size have an entropy; place has a spread. Each is given as a share of the truth's own: the same measure
-on as many real images of the caption, so that 1 is right and 0 is collapse. A share may exceed 1 a little, by chance
-or because a model makes combinations which the truth withholds.
+background and size have an entropy; place has a spread. Each is divided by real images' own, the same measure on as
+many real images of the caption, so that 1 is right and 0 is collapse. A ratio may exceed 1 a little, by chance or
+because a model makes combinations which real images withhold.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def varieties(captions: Sequence[Caption], judged: Mapping[str, Tensor], places:
     ]
 
 
-def shares(model: Sequence[Variety], truth: Sequence[Variety]) -> dict[str, float | None]:
-    """For each of ASPECTS, the mean over the captions that leave it open of the model's variety divided by the truth's.
+def shares(model: Sequence[Variety], real: Sequence[Variety]) -> dict[str, float | None]:
+    """For each of ASPECTS, the mean over the captions that leave it open of the model's variety over real images'.
 
-    "mean" is the mean of these. None where the truth has no variety to compare with.
+    "mean" is the mean of these. None where real images have no variety to compare with.
     """
     found: dict[str, float | None] = {}
     for aspect in ASPECTS:
-        ratios = [m[aspect] / t[aspect] for m, t in zip(model, truth, strict=True) if t.get(aspect, 0) > 0]
+        ratios = [m[aspect] / r[aspect] for m, r in zip(model, real, strict=True) if r.get(aspect, 0) > 0]
         found[aspect] = fmean(ratios) if ratios else None
     known = [share for share in found.values() if share is not None]
     return found | {"mean": fmean(known) if known else None}

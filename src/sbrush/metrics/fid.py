@@ -2,7 +2,7 @@
 
     |mu_r - mu_f|^2 + tr(C_r + C_f - 2 (C_r C_f)^(1/2))
 
-It falls with the number of images even if nothing else changes: compare figures at equal N only, and beside a floor.
+It falls with the number of images even if nothing else changes: compare FIDs of as many images only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 CHUNK = 1000  # rows held in float64 at once
+GROUPS = 10  # of the jackknife
+INTERVAL = 2.262157  # standard errors to either side for 95 %: Student's t with GROUPS - 1 degrees of freedom
 
 
 class FID:
@@ -19,7 +21,7 @@ class FID:
 
     def __init__(self, width: int) -> None:
         """`width`: numbers in an image's features."""
-        self._metric = FrechetInceptionDistance(feature=_AsTheyAre(width), sync_on_compute=False)
+        self._metric = FrechetInceptionDistance(feature=_Identity(width), sync_on_compute=False)
 
     def update(self, features: Tensor, *, real: bool) -> None:
         """Takes the features of more images, float [B, width], to the real side or to the model's."""
@@ -40,7 +42,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
     return metric.compute()
 
 
-def fid_error(real: Tensor, fake: Tensor, *, groups: int = 10) -> float:
+def fid_error(real: Tensor, fake: Tensor, *, groups: int = GROUPS) -> float:
     """FID's standard error from the choice of the model's images, by the delete-a-group jackknife.
 
     A plain bootstrap is biased upward: it repeats images. Here each of `groups` interleaved groups is left out once;
@@ -78,8 +80,8 @@ def _moments(n: int, total: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (products - n * mean.outer(mean)) / (n - 1)
 
 
-class _AsTheyAre(nn.Module):
-    """In the place of Inception: the features come in ready."""
+class _Identity(nn.Module):
+    """In the place of Inception: features come in ready."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -31,18 +31,20 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import exact_convolutions
+from sbrush.metrics.conventions import Resize
 from sbrush.models.parts import refuse_pointer
 
 WIDTH, SIDE = 2048, 299
 NAME, DIGEST = "weights-inception-2015-12-05-6726825d.pth", "6726825d"  # of which SHA-256 begins so
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAME}"
-Resize = Literal["clean", "tensorflow", "antialias"]
-"""How 256 become 299 pixels: as clean-fid does (Pillow, bicubic, not rounded again), as the first FID code did, or as
-torchmetrics has since 1.8 (bilinear, antialiased)."""
 
 
 class Inception(nn.Sequential):
-    """The network up to its last pooling; its features differ from the plain network's in rounding alone."""
+    """The network up to its last pooling, laid out channels last, each batch norm within the convolution before it.
+
+    Its features differ from the plain network's in rounding alone. With calibrated random weights they are 6e-7 of
+    their rms away from float64's on drawn images and 5e-5 on noise; torch-fidelity's own float32, 3e-7 and 4e-5.
+    """
 
     memory_format = torch.channels_last  # half as fast again as the other on CPUs
 
@@ -74,7 +76,7 @@ class Inception(nn.Sequential):
         self.digest = ""
 
     def frozen(self) -> Self:
-        """Made ready to look, once it has its weights: each batch norm becomes part of the convolution before it."""
+        """The network ready to extract, once it has its weights: each batch norm within the convolution before it."""
         self.requires_grad_(False).eval().to(memory_format=self.memory_format)
         for layer in self.modules():
             if isinstance(layer, BasicConv2d):
@@ -97,7 +99,7 @@ class Inception(nn.Sequential):
             net = cls()
             net.load_state_dict({name: value for name, value in state.items() if not name.startswith("fc.")})
             if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
-                raise ValueError("some of its numbers are none")
+                raise ValueError("some of its weights are not finite")
             with file.open("rb") as handle:
                 net.digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except SbrushError:

@@ -1,4 +1,7 @@
-"""Kernel Inception Distance (arXiv 1801.01401): the unbiased squared MMD under the kernel (x.y / width + 1)^3."""
+"""Kernel Inception Distance (arXiv 1801.01401): the unbiased squared MMD under the kernel (x.y / width + 1)^3.
+
+Unbiased, so it may be negative: where two sets cannot be told apart at this number of images, it lies around zero.
+"""
 
 from __future__ import annotations
 

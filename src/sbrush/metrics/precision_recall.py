@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sbrush.console import Progress, progress
+from sbrush.metrics.conventions import NEIGHBOURS
 
-NEIGHBOURS = 3
 CHUNK = 500  # rows of the distance matrix held at once
 COLUMNS = 4096  # of them computed at once
 PAIRS = 1 << 13  # differences held at once

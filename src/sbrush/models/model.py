@@ -143,11 +143,25 @@ class Model:
         )
 
     @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:
-        """Latents [B, C, H, W] to images: uint8 [B, 3, H', W'] on the CPU, rounded as diffusers rounds."""
+    def decode(self, x0: Tensor, *, truncate: bool = False) -> Tensor:
+        """Latents [B, C, H, W] to images: uint8 [B, 3, H', W'] on the CPU.
+
+        Rounded as diffusers rounds; or with `truncate` cut to whole numbers, as DMD2's evaluation does. Raises
+        FloatingPointError if the decoder overflows in float16.
+        """
         parts = for_decoder(self.vae, x0).to(self.vae.dtype).split(self.decoded_at_once)
-        images = (self.vae.decode(part).sample.float() / 2 + 0.5 for part in parts)
-        return torch.cat([part.clamp(0, 1).mul(255).round().to(torch.uint8) for part in images]).cpu()
+        images, finite = [], []
+        for part in parts:
+            pixels = self.vae.decode(part).sample.float()
+            if self.vae.dtype == torch.float16:  # read below: here the host would wait for the device
+                finite.append(pixels.isfinite().all())
+            if truncate:
+                images.append(((pixels + 1) * 127.5).clamp(0, 255).to(torch.uint8))
+            else:
+                images.append((pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8))
+        if finite and not torch.stack(finite).all():
+            raise FloatingPointError(f"the decoder of {self.name} overflows in float16")
+        return torch.cat(images).cpu()
 
 
 def for_decoder(vae: Any, x0: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class ModelXL(Model):
         return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, *, truncate: bool = False) -> Tensor:
         """As Model.decode; an autoencoder that overflows in float16 (`force_upcast`) decodes in float32 then."""
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.float()
-        return super().decode(x0)
+        return super().decode(x0, truncate=truncate)

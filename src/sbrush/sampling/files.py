@@ -20,8 +20,10 @@ from torch import Tensor
 from sbrush import console
 from sbrush.console import SbrushError, info, printable, progress
 from sbrush.models.load import load_student
+from sbrush.models.model import Model
 from sbrush.models.tokenizers import note_truncated_prompts
 from sbrush.sampling.artist import Artist, Comparison
+from sbrush.sampling.generation import Overflow, student_images
 from sbrush.sampling.images import cell_size, encode_png, image_grid, save_png, to_image
 from sbrush.sampling.targets import KEY, KEYS, Images, Target, check_same, find_records, read_keys
 from sbrush.stickers.world import unknown_words
@@ -87,9 +89,7 @@ def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
 
 def _load(request: SampleRequest) -> Artist:
     """Those who draw. Tells of prompts and of a student that will give other images than people expect."""
-    student = load_student(
-        request.student, start_timestep=request.start_timestep, device=request.device, dtype=request.dtype
-    )
+    student, dtype = _load_student(request)
     if student.about.get("world") == "stickers":
         strange = sorted({word for prompt in request.images.prompts for word in unknown_words(prompt)})
         if strange:
@@ -100,10 +100,27 @@ def _load(request: SampleRequest) -> Artist:
     if request.compare:
         compare = Comparison.load(
             student, request.teacher, config=request.teacher_config, steps=request.teacher_steps,
-            guidance=request.teacher_guidance, dtype=request.dtype,
+            guidance=request.teacher_guidance, dtype=dtype,
         )  # fmt: skip
-    precision = str(request.dtype).removeprefix("torch.")
-    return Artist(student, precision, compare, request.start_timestep)
+    return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep)
+
+
+def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:
+    """The student, and its number format: that asked for, or float32, with a note, if float16 overflows.
+
+    Its first image decides, so that a command that is given again decides alike.
+    """
+    start, device = request.start_timestep, request.device
+    student = load_student(request.student, start_timestep=start, device=device, dtype=request.dtype)
+    if request.dtype != torch.float16:
+        return student, request.dtype
+    prompt, seed = request.images[0]
+    try:
+        list(student_images(student, [prompt], [seed]))
+        return student, request.dtype
+    except Overflow:
+        info(f"note: {printable(student.name)} overflows in float16; it draws in float32")
+        return load_student(request.student, start_timestep=start, device=device), torch.float32
 
 
 def _check_done(

@@ -14,14 +14,25 @@ from sbrush.models.model import Model
 from sbrush.noise import image_noise
 
 
+class Overflow(SbrushError):
+    """Latents or images that are not finite: there is no image of them."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(
+            f"{printable(model.name)} draws no image: its numbers overflow",
+            "try --precision float32; if that does not help, its weights are damaged",
+        )
+
+
 def student_images(
-    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 32
+    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 32, truncate: bool = False
 ) -> Iterator[Tensor]:
     """One image for each pair of prompt and seed, in order, as uint8 [b, 3, H, W] on the CPU.
 
-    An image depends on its prompt and seed alone, and on what shares its batch only by rounding.
+    An image depends on its prompt and seed alone, and on what shares its batch only by rounding. `truncate`: see
+    Model.decode. Raises Overflow.
     """
-    return _decoded(student, student_latents(student, prompts, seeds, batch=batch))
+    return _decoded(student, student_latents(student, prompts, seeds, batch=batch), truncate)
 
 
 @torch.inference_mode()
@@ -38,11 +49,18 @@ def student_latents(
 
 
 def teacher_images(
-    teacher: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch: int = 32
+    teacher: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    batch: int = 32,
+    truncate: bool = False,
 ) -> Iterator[Tensor]:
     """The same from a teacher, in `steps` DDIM steps from T on with classifier-free guidance."""
     latents = teacher_latents(teacher, prompts, seeds, steps=steps, guidance=guidance, batch=batch)
-    return _decoded(teacher, latents)
+    return _decoded(teacher, latents, truncate)
 
 
 @torch.inference_mode()
@@ -93,15 +111,16 @@ def describe_steps(student: Model) -> str:
     return "1 step" if student.start_timestep is None else f"1 step at t = {student.start_timestep}"
 
 
-def _decoded(model: Model, latents: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The latents' images; SbrushError if a latent is not finite: there is no image of it."""
+def _decoded(model: Model, latents: Iterator[Tensor], truncate: bool) -> Iterator[Tensor]:
+    """The latents' images; Overflow if a latent, or what the decoder makes of it, is not finite."""
     for x0 in latents:
         if not x0.isfinite().all():
-            raise SbrushError(
-                f"{printable(model.name)} draws no image: its numbers overflow",
-                "try --precision float32; if that does not help, its weights are damaged",
-            )
-        yield model.decode(x0)
+            raise Overflow(model)
+        try:
+            images = model.decode(x0, truncate=truncate)
+        except FloatingPointError as problem:
+            raise Overflow(model) from problem
+        yield images
 
 
 def _batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[str], Sequence[int]]]:

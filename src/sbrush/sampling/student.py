@@ -30,7 +30,7 @@ def load_student(
         start_timestep: For a student that was trained to take its noise for x_t at an earlier timestep than its
             scheduler says, such as 399 for DMD2's. None reads it from the scheduler.
         device: "auto" (CUDA where there is a card, else the CPU), "cpu", "cuda" or "cuda:1".
-        precision: Number format of the networks: "auto" (bfloat16 on CUDA, float32 on the CPU), "float32", "bfloat16"
+        precision: Number format of the networks: "auto" (float16 on CUDA, float32 on the CPU), "float32", "bfloat16"
             or "float16".
 
     Returns:
@@ -40,7 +40,7 @@ def load_student(
         SbrushError: There is no such student, device or precision, or its files are damaged. `hint` says what to do.
     """
     where = pick_device(device)
-    dtype = pick_dtype(precision, where)
+    dtype = pick_dtype(precision, where, "sample")
     return Student(load.load_student(source, start_timestep=start_timestep, device=where, dtype=dtype))
 
 

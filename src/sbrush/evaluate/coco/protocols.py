@@ -2,38 +2,34 @@
 
     captions    `images` order of captions_val2014.json; of each image its first annotation in file order
     reference   every image of val2014 that the file names (40,504), not 30,000 of them
-    both sides  centre-crop to a square by the shorter edge, Pillow's Lanczos to 256, uint8; RGB, no turning by EXIF
-                (an odd pixel is cut at the far end, as SiD-LSG does; torchvision rounds half of them to the near one)
+    both sides  centre square by the shorter edge, Pillow's Lanczos to 256, uint8; RGB, no turning by EXIF
     features    Inception pool3, after the protocol's resizing to 299; CLIP score on the same 256 pixels
 
-COCO's own layout is read as it is: ROOT/annotations/captions_val2014.json and ROOT/val2014/*.jpg.
+COCO's own layout is read as it is: ROOT/annotations/captions_val2014.json and ROOT/val2014/*.jpg. Nothing heavy is
+imported here, so that a request that cannot work is refused at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from sbrush.console import SbrushError, info, printable
+from sbrush.console import SbrushError, printable
 from sbrush.evaluate.coco.download import SOURCE
-from sbrush.evaluate.coco.prefetch import ahead
-from sbrush.metrics.clip import PREFIX, ClipScorer
-from sbrush.metrics.inception import Inception, Resize, clean_resize
-from sbrush.metrics.precision_recall import NEIGHBOURS
-from sbrush.sampling.images import to_image
+from sbrush.metrics.conventions import CLIP_PREFIX, NEIGHBOURS, Resize
 
 SIDE = 256
-BATCH = 64  # images looked at at once; a shard has a whole number of them
+
+Crop = Literal["half to even", "floor"]
+"""Where the centre square begins if the margin is odd: half a pixel is rounded to even, as torchvision's center_crop
+does, or down."""
+
+Cast = Literal["round", "truncate"]
+"""How a model's pixels become whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +37,54 @@ class Protocol:
     """What must be equal for two figures to be comparable."""
 
     name: str
-    images: int
+    compares_with: str  # whose published figures, and what is not known of them
     captions: str | None  # None: the list is in a file of its own
     resize: Resize  # from 256 to Inception's 299
-    prefix: str = PREFIX
-    both_sides: str = (
-        f"RGB, not turned by EXIF; centre square by the shorter edge, Lanczos to {SIDE}, uint8 by rounding"
-    )
+    crop: Crop = "half to even"
+    cast: Cast = "round"
+
+    images: int = 30_000
+    prefix: str = CLIP_PREFIX
+    both_sides: str = f"RGB, not turned by EXIF; centre square by the shorter edge, Lanczos to {SIDE}, uint8"
     reference: str = "all of val2014 that the annotation file names"
     inception: str = "pool3 of the network of 2015-12-05"
     neighbours: int = NEIGHBOURS  # of precision and recall
+    precision_and_recall: str = "on the same pool3 features as FID, of RGB images, all real and all generated ones"
 
-    def key(self) -> list[object]:
-        """All that an image's features depend on."""
-        return [1, SIDE, self.resize, self.prefix]
+    def feature_key(self) -> list[object]:
+        """All of the protocol that an image file's Inception features depend on."""
+        return [2, SIDE, self.crop, self.resize]
 
 
 FIRST = "the first annotation of each of the first images"
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("swiftbrush", 30_000, FIRST, "clean"),
-        Protocol("gigagan", 30_000, None, "clean"),  # DMD2, SiD-LSG: GigaGAN's own list of 30,000
-        Protocol("torchmetrics", 30_000, FIRST, "antialias"),  # torchmetrics' FID as it is since 1.8
-        Protocol("torch-fidelity", 30_000, FIRST, "tensorflow"),  # as the first FID code resized
+        Protocol(
+            "swiftbrush",
+            "SwiftBrush's and SwiftBrush v2's, measured as v2's code does. Which captions gave SwiftBrush's own 16.67 "
+            "is not known. v2's own list differs from the first annotations here and there: give it by --captions",
+            FIRST,
+            "clean",
+        ),
+        Protocol("gigagan", "GigaGAN's and SiD-LSG's, with GigaGAN's list of 30,000 captions", None, "clean"),
+        Protocol(
+            "dmd2",
+            "DMD2's: GigaGAN's list of 30,000 captions, and pixels cut to whole numbers, not rounded",
+            None,
+            "clean",
+            cast="truncate",
+        ),
+        Protocol(
+            "torchmetrics", "FID by torchmetrics as it has been since 1.8; no paper's", FIRST, "antialias", crop="floor"
+        ),
+        Protocol(
+            "torch-fidelity",
+            "FID by torch-fidelity, which resizes as the first FID code did; no paper's",
+            FIRST,
+            "tensorflow",
+            crop="floor",
+        ),
     )
 }
 
@@ -76,17 +96,23 @@ class Coco:
     captions: list[str]
     files: list[Path]
 
-    @classmethod
-    def read(cls, root: Path) -> Coco:
-        """The set in COCO's own layout. SbrushError if something of it is missing or damaged."""
-        annotations, folder = root / "annotations" / "captions_val2014.json", root / "val2014"
-        for part in (annotations, folder):
+    @staticmethod
+    def check(root: Path) -> tuple[Path, Path]:
+        """The annotation file and the folder of images; SbrushError if one of them is missing."""
+        parts = root / "annotations" / "captions_val2014.json", root / "val2014"
+        for part in parts:
             if not part.exists():
                 raise SbrushError(
                     f"COCO is not there: no {printable(part)}",
                     f"--download fetches it; or unpack into --coco-root {SOURCE}",
                     code=2,
                 )
+        return parts
+
+    @classmethod
+    def read(cls, root: Path) -> Coco:
+        """The set in COCO's own layout. SbrushError if something of it is missing or damaged."""
+        annotations, folder = cls.check(root)
         try:
             content = json.loads(annotations.read_text(encoding="utf-8"))
             first: dict[int, str] = {}
@@ -125,121 +151,3 @@ def hash_of(lines: Iterable[object]) -> str:
     for line in lines:
         whole.update(f"{line}\n".encode())
     return whole.hexdigest()
-
-
-def square(image: Image.Image, side: int = SIDE) -> Tensor:
-    """The protocol's crop and resize: any mode and size to uint8 [3, side, side]."""
-    image = image.convert("RGB")
-    edge = min(image.size)
-    left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    image = image.crop((left, top, left + edge, top + edge))
-    if edge != side:
-        image = image.resize((side, side), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-class Ready(NamedTuple):
-    """A image as the networks take it."""
-
-    inception: Tensor  # uint8 [3, 256, 256], or float32 [3, 299, 299] where the protocol resizes on the CPU
-    clip: Tensor | None  # float32 [3, side, side]
-    hps: Tensor | None  # likewise, of the image as it came
-
-
-class FeatureExtractor:
-    """Images in, what the protocol keeps of them out: a row for each, and no image stays."""
-
-    def __init__(
-        self, protocol: Protocol, inception: Inception, clip: ClipScorer | None, hps: ClipScorer | None = None
-    ) -> None:
-        self.protocol, self.inception, self.clip, self.hps = protocol, inception, clip, hps
-
-    def prepare(self, image: Image.Image, *, scored: bool) -> Ready:
-        """All that is done to an image before a network sees it; for CLIP too if it is `scored`. Any thread may."""
-        pixels = square(image)
-        features = clean_resize(pixels) if self.protocol.resize == "clean" else pixels
-        whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) if scored and self.hps else pixels
-        return Ready(
-            features,
-            self.clip.prepare(pixels) if scored and self.clip else None,
-            self.hps.prepare(whole) if scored and self.hps else None,
-        )
-
-    def extract(self, images: Sequence[Ready], captions: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Features [B, 2048] of images, and with captions their CLIP and HPS scores [B]; float32."""
-        rows = {"features": self.inception.features(torch.stack([p.inception for p in images]), self.protocol.resize)}
-        seen = [p.clip for p in images if p.clip is not None]
-        if captions is not None and self.clip:
-            rows["clip"] = self.clip.scores(torch.stack(seen), captions, self.protocol.prefix)
-        liked = [p.hps for p in images if p.hps is not None]
-        if captions is not None and self.hps:
-            rows["hps"] = 100 * self.hps.scores(torch.stack(liked), captions, "")
-        return rows
-
-    def made(
-        self,
-        batches: Iterable[Tensor],
-        captions: Sequence[str],
-        keep: Callable[[int, Image.Image], None] = lambda place, image: None,
-    ) -> Iterator[dict[str, Tensor]]:
-        """Rows of images that a model makes, uint8 [b, 3, H, W] in the captions' order.
-
-        A batch is made while those before it are prepared on other threads; networks on a GPU wait for neither. There
-        `keep` is handed each image and its caption's place, before its row is yielded.
-        """
-        first, places = 0, count()
-
-        def ready(made: tuple[Tensor, int]) -> Ready:
-            image = to_image(made[0])
-            keep(made[1], image)
-            return self.prepare(image, scored=True)
-
-        for images in ahead(ready, (zip(batch, places, strict=False) for batch in batches)):
-            yield self.extract(images, captions[first : first + len(images)])
-            first += len(images)
-
-    def read(
-        self, files: Sequence[Path], bad: Bad, captions: Sequence[str] | None = None
-    ) -> Iterator[dict[str, Tensor]]:
-        """Rows of image files, decoded and prepared while those before them are looked at. A bad one's are NaN."""
-        gray = self.prepare(Image.new("RGB", (SIDE, SIDE), (128, 128, 128)), scored=captions is not None)
-        starts = range(0, len(files), BATCH)
-        opened = ahead(lambda f: self._open(f, scored=captions is not None), (files[s : s + BATCH] for s in starts))
-        for start, images in zip(starts, opened, strict=True):
-            for file, image in zip(files[start : start + BATCH], images, strict=True):
-                if image is None:
-                    bad.note(file)
-            rows = self.extract(
-                [image or gray for image in images],
-                captions[start : start + BATCH] if captions is not None else None,
-            )
-            wrong = torch.tensor([image is None for image in images])
-            yield {
-                name: value.masked_fill(wrong.view(-1, *[1] * (value.dim() - 1)), torch.nan)
-                for name, value in rows.items()
-            }
-
-    def _open(self, file: Path, *, scored: bool) -> Ready | None:
-        """A file's image, prepared; None if it cannot be read whole."""
-        try:
-            with Image.open(file) as image:
-                return self.prepare(image, scored=scored)
-        except Exception:  # Pillow's decoders raise what they like on damaged files
-            return None
-
-
-class Bad:
-    """Images that cannot be read: each is named; more than `most` end the work."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.count = most, 0
-
-    def note(self, file: Path) -> None:
-        """One more. SbrushError if it is one too many."""
-        self.count += 1
-        info(f"note: {printable(file)} is {'no image' if file.is_file() else 'missing'}")
-        if self.count > self.most:
-            raise SbrushError(
-                f"{printable(file)} is {'no image' if file.is_file() else 'missing'}",
-                f"fetch it again, or go on without such files: --max-bad {self.most + 1} or more",
-            )

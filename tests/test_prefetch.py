@@ -1,4 +1,4 @@
-"""Work on other threads: in order, ahead of its turn, bounded, and over when its taker is."""
+"""Work on other threads: in order, before its turn, bounded, and over when its taker is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbrush.evaluate.coco.prefetch import AHEAD, ahead
-from sbrush.evaluate.coco.protocols import PROTOCOLS, Bad, FeatureExtractor
+from sbrush.evaluate.coco.features import FeatureExtractor, UnreadableImages
+from sbrush.evaluate.coco.prefetch import BATCHES, prefetch
+from sbrush.evaluate.coco.protocols import PROTOCOLS
 from sbrush.sampling.images import save_png, to_image
 
 
@@ -23,8 +24,8 @@ def workers() -> int:
 
 def test_results_are_those_of_a_loop() -> None:
     batches = [[1, 2, 3], [4], [], [5, 6], [7]]
-    assert list(ahead(lambda x: x * x, batches)) == [[x * x for x in batch] for batch in batches]
-    assert list(ahead(lambda x: x, [])) == []
+    assert list(prefetch(lambda x: x * x, batches)) == [[x * x for x in batch] for batch in batches]
+    assert list(prefetch(lambda x: x, [])) == []
 
 
 def test_work_goes_on_while_batches_are_made_and_while_results_are_used() -> None:
@@ -36,8 +37,8 @@ def test_work_goes_on_while_batches_are_made_and_while_results_are_used() -> Non
             assert number == 0 or worked[number - 1].wait(30)
             yield [number]
 
-    for number, _ in enumerate(ahead(lambda i: worked[i].set(), batches())):
-        assert worked[min(number + AHEAD, 5)].wait(30)
+    for number, _ in enumerate(prefetch(lambda i: worked[i].set(), batches())):
+        assert worked[min(number + BATCHES, 5)].wait(30)
 
 
 @pytest.mark.parametrize("where", ["work", "batches", "taker"])
@@ -57,10 +58,10 @@ def test_errors_and_interrupts_end_it(where: str) -> None:
     made: list[int] = []
     before = workers()
     with pytest.raises(ValueError if where == "work" else KeyboardInterrupt):
-        for results in ahead(work, batches()):
+        for results in prefetch(work, batches()):
             if where == "taker" and results == [2]:
                 raise KeyboardInterrupt
-    assert len(made) <= 3 + AHEAD + 1
+    assert len(made) <= 3 + BATCHES + 1
     assert workers() == before
 
 
@@ -78,7 +79,7 @@ class Means:
         return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(c)) for c in captions])
 
 
-def test_images_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_images_are_extracted_as_one_by_one_and_few_are_held(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """However many images there are, no more than the batches on their way exist at a time."""
     alive: set[int] = set()
     most = [0]
@@ -90,7 +91,7 @@ def test_images_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None: 
             weakref.finalize(batch.untyped_storage(), alive.discard, number)
             # A thread lets go of its image a moment after its result can be had.
             until = time.monotonic() + 10
-            while len(alive) > AHEAD + 2 and time.monotonic() < until:
+            while len(alive) > BATCHES + 2 and time.monotonic() < until:
                 time.sleep(0.001)
             most[0] = max(most[0], len(alive))
             yield batch
@@ -99,21 +100,21 @@ def test_images_are_looked_at_as_one_by_one_and_few_are_held(tmp_path) -> None: 
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (48, 3, 40, 30), dtype=np.uint8))
     captions = ["x" * i for i in range(48)]
     extractor = FeatureExtractor(PROTOCOLS["swiftbrush"], Means(), Means())  # type: ignore[arg-type]
-    seen = list(extractor.made(batches(), captions))
+    seen = list(extractor.extract_generated(batches(), captions))
     ready = [extractor.prepare(to_image(p), scored=True) for p in images]
     assert [len(rows["clip"]) for rows in seen] == [4] * 12
     for name in ("features", "clip"):
         alone = torch.cat([extractor.extract([r], [c])[name] for r, c in zip(ready, captions, strict=True)])
         assert torch.allclose(torch.cat([rows[name] for rows in seen]), alone)
-    assert most[0] <= AHEAD + 2  # those begun, the one looked at, and the one that comes
+    assert most[0] <= BATCHES + 2  # those begun, the one looked at, and the one that comes
 
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file, image in zip(files, images, strict=False):
         save_png(file, to_image(image))
     files[2].write_bytes(b"none")
-    (read,) = extractor.read(files, Bad(1), captions[:5])
+    (read,) = extractor.extract_files(files, UnreadableImages(1), captions[:5])
     assert read["features"].isnan().any(dim=1).tolist() == [False, False, True, False, False]
     kept = torch.tensor([0, 1, 3, 4])
     assert torch.allclose(read["features"][kept], torch.cat([rows["features"] for rows in seen])[kept])
-    (reference,) = extractor.read(files, Bad(1))
+    (reference,) = extractor.extract_files(files, UnreadableImages(1))
     assert set(reference) == {"features"}
