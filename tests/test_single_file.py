@@ -287,6 +287,6 @@ def test_a_run_with_a_single_file_resumes_and_names_it_in_the_card(tmp_path, tin
     assert heading.replace("\\", "") == f"# A one-step student of {tiny_file}" and "base_model" not in card
     image = tmp_path / "cat.png"
     result = sbrush(
-        "sample", "a cat", "--student", tmp_path / "run", "--compare", *options[:4], "--steps", 2, "-o", image
+        "sample", "a cat", "--student", tmp_path / "run", "--compare", *options[:4], "--teacher-steps", 2, "-o", image
     )  # fmt: skip
     assert result.returncode == 0 and image.is_file(), result.stderr
