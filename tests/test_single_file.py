@@ -89,7 +89,7 @@ def test_a_half_written_conversion_is_not_used(tiny_teacher, tiny_file, cache, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(SbrushError, match="No space left") as refusal:
-        patch.setattr(single_file, "save_file", full)
+        patch.setattr(single_file, "save_tensors", full)
         load_teacher(str(tiny_file), config=str(tiny_teacher))
     assert "XDG_CACHE_HOME" in refusal.value.hint and not [p for p in cache.iterdir() if p.is_dir()]
     assert digest(load_teacher(str(tiny_file), config=str(tiny_teacher))) == expected
@@ -287,6 +287,6 @@ def test_a_run_with_a_single_file_resumes_and_names_it_in_the_card(tmp_path, tin
     assert heading.replace("\\", "") == f"# A one-step student of {tiny_file}" and "base_model" not in card
     image = tmp_path / "cat.png"
     result = sbrush(
-        "sample", "a cat", "--student", tmp_path / "run", "--compare", *options[:4], "--steps", 2, "-o", image
+        "sample", "a cat", "--student", tmp_path / "run", "--compare", *options[:4], "--teacher-steps", 2, "-o", image
     )  # fmt: skip
     assert result.returncode == 0 and image.is_file(), result.stderr
