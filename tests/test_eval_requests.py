@@ -96,6 +96,8 @@ def test_help_ends_with_an_example() -> None:
         (["--coco-30k", "--coco-root", "coco", "--protocol", "dmd2"], "a list of its own"),
         (["--coco-30k", "--coco-root", "coco", "--inception", "none.pth"], "there is no none.pth"),
         (["--coco-30k", "--coco-root", "coco", "--captions", "none.txt"], "there is no file none.txt"),
+        (["--coco-30k", "--coco-root", "coco", "--images", "none"], "cannot read none"),
+        (["--coco-30k", "--coco-root", "coco", "--sweep", "none,coco"], "no model folder none"),
     ],
 )
 def test_what_cannot_work_is_refused_without_torch(tmp_path: Path, arguments: list[str], says: str) -> None:
