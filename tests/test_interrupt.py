@@ -10,9 +10,7 @@ from conftest import sbrush
 from sbrush.training import loop
 
 
-def test_a_stopped_run_says_after_which_step_and_how_to_go_on(
-    tmp_path, tiny_teacher, prompt_file, monkeypatch
-):
+def test_a_stopped_run_says_after_which_step_and_how_to_go_on(tmp_path, tiny_teacher, prompt_file, monkeypatch):
     command = ["distill", prompt_file, "--teacher", tiny_teacher, "--steps", 3, "--batch", 2, "--grid-every", 0,
                "-o", tmp_path / "a run"]  # fmt: skip
     monkeypatch.setattr(loop.Stop, "asked", True)
