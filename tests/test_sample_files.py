@@ -136,11 +136,11 @@ def test_the_same_command_goes_on_and_the_result_is_the_same_to_the_bit(tmp_path
     command = ["sample", *prompts, *options, "-o", tmp_path / "stopped"]
     stopped = sbrush(*command)
     assert stopped.returncode == 130 and "error" not in stopped.stderr
-    assert "stopped after 4 new images of 5; to go on: sbrush sample 'a cat' 'a red dog'" in stopped.stderr
+    assert "stopped: 4 of 5 images are written; to go on: sbrush sample 'a cat' 'a red dog'" in stopped.stderr
     assert len(stopped.stdout.splitlines()) == 4
     monkeypatch.undo()
     again = sbrush(*command)
-    assert again.returncode == 0 and "4 of 5 images are in" in again.stderr
+    assert again.returncode == 0 and "has 4 of 5 images already" in again.stderr
     assert len(again.stdout.splitlines()) == 5  # all that were asked for
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 

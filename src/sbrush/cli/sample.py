@@ -26,6 +26,7 @@ from sbrush.cli.flags import (
 )
 from sbrush.cli.seeds import parse_seeds
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
+from sbrush.sampling.targets import Images, Target, find_records
 
 COMPARE = "Comparison with the teacher"
 EXAMPLE = 'Example: sbrush sample "a small red cat" "a big blue fish" --seed 1-8 -o animals.png'
@@ -49,13 +50,14 @@ def sample(
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", help="Text file with one more prompt a line.", metavar="FILE")
+        Path | None, typer.Option("--prompts", help="Text file with more prompts, one a line.", metavar="FILE")
     ] = None,
     seed: Annotated[
         str,
         typer.Option(
             help="Seeds from 0 on: 7, 1-8 or 1,5,9-12. Each prompt is drawn with each seed. The same prompt and seed "
-            "give the same image."
+            "give the same image.",
+            metavar="SEEDS",
         ),
     ] = "0",
     student: StudentFlag = None,
@@ -121,8 +123,6 @@ def sample(
 
     Prints the path of each image as soon as it is written.
     """
-    from sbrush.sampling.targets import Images, Target, find_records
-
     texts = _read_prompts(prompts or [], prompts_file)
     images = Images(texts, list(dict.fromkeys(parse_seeds(seed))))
     _check_comparison(context, compare)
@@ -143,17 +143,17 @@ def sample(
         dtype=pick_dtype(precision.value, where, "sample"),
     )  # fmt: skip
     listed: list[dict[str, Any]] = []
-    new = 0
+    written = 0
     try:
         for saved in sample_to_files(request):
-            new += saved.new
+            written += 1
             if json_:
                 listed.append({"path": str(saved.path), "prompt": saved.prompt, "seed": saved.seed})
             elif target.folder:
                 console.out(saved.path)
     except KeyboardInterrupt:
-        if target.folder and new:
-            raise Interrupted(f"stopped after {new} new images of {len(images)}") from None
+        if target.folder and written:
+            raise Interrupted(f"stopped: {written} of {len(images)} images are written") from None
         raise
     if json_:
         console.out_json(listed)
@@ -201,7 +201,7 @@ def _check_comparison(context: typer.Context, compare: bool) -> None:
         )
 
 
-def _check_stdout(target: Any, json_: bool) -> None:
+def _check_stdout(target: Target, json_: bool) -> None:
     """SbrushError if stdout is to take an image and cannot."""
     if target.path is not None:
         return

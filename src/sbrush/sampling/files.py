@@ -137,8 +137,11 @@ def _fill(folder: Path, done: set[int], request: SampleRequest, artist: Artist) 
     """A file for each image; those that are `done` are not written again."""
     images = request.images
     if done:
-        info(f"{len(done)} of {len(images)} images are in {printable(folder)} already")
-    if not request.metadata and len(done) < len(images):
+        info(f"{printable(folder)} has {len(done)} of {len(images)} images already")
+    if len(done) == len(images):
+        yield from (Saved(folder / images.name(index), *images[index], new=False) for index in range(len(images)))
+        return
+    if not request.metadata:
         keys = {images.name(index): _key(images[index], artist) for index in range(len(images))}
         write_json(folder / KEYS, read_keys(folder) | keys)
     with progress("drawing", len(images), done=len(done), unit="images") as bar:
