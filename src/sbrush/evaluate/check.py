@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from sbrush.console import SbrushError, printable
-from sbrush.evaluate.coco.gallery import Gallery
 from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco
 from sbrush.evaluate.request import CocoRequest, MetricWeights, StickersRequest
 from sbrush.metrics.conventions import NEIGHBOURS
@@ -78,10 +77,12 @@ def _check_weights(weights: MetricWeights) -> None:
 def _check_data(request: CocoRequest) -> None:
     """The captions and the real images, as far as folders show."""
     data, rules = request.data, PROTOCOLS[request.data.protocol]
-    if data.captions is not None and not data.captions.is_file():
-        raise SbrushError(f"there is no file {printable(data.captions)}", "--captions takes a file", code=2)
-    gallery = Gallery.read(request.images) if request.images else None
-    if rules.captions is None and not data.captions and not (gallery and gallery.captions):
+    if data.column is not None and not data.captions and not request.images:
+        raise SbrushError(
+            "--column is of a table of captions, and there is none", "--captions FILE, or --images", code=2
+        )
+    listed, gallery = request.listed, request.gallery
+    if rules.captions is None and not listed and not (gallery and gallery.captions):
         raise SbrushError(f"the {rules.name} protocol's captions are a list of its own", "--captions FILE", code=2)
     if data.limit is not None and data.limit <= NEIGHBOURS:
         raise SbrushError(f"{data.limit} images are too few to measure", f"--limit {NEIGHBOURS + 1} or more", code=2)
