@@ -28,7 +28,8 @@ from sbrush.cli.app import app
 from sbrush.console import SbrushError
 from sbrush.device import quick_products
 from sbrush.evaluate.coco.features import UnreadableImages, square
-from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco, read_captions
+from sbrush.evaluate.coco.gallery import read_captions
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco
 from sbrush.evaluate.coco.published import BenchmarkReport, Measured
 from sbrush.metrics.clip import ClipScorer
 from sbrush.metrics.fid import fid, fid_error
@@ -36,6 +37,7 @@ from sbrush.metrics.inception import Inception, clean_resize
 from sbrush.metrics.kid import kid, mmd
 from sbrush.models.load import digest, load_student
 from sbrush.sampling.generation import student_images
+from sbrush.sampling.open_image import UnreadableImage
 from sbrush.stickers.draw import draw
 from sbrush.stickers.world import random_caption, random_sticker, stream
 from sbrush.storage.files import write_json
@@ -87,6 +89,11 @@ def make_inception(file: Path) -> Path:
         net.train()(torch.rand(8, 3, 299, 299) * 2 - 1)
     torch.save({**net.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, file)
     return file
+
+
+def fill(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def noise(count: int, height: int, width: int) -> Tensor:
@@ -390,19 +397,19 @@ class TestBadInput:
 
     def test_unreadable_images_are_counted(self, tmp_path: Path) -> None:
         unreadable = UnreadableImages(1)
-        unreadable.note(tmp_path / "one.jpg")
+        unreadable.note(tmp_path / "one.jpg", UnreadableImage("not an image"))
         with pytest.raises(SbrushError, match="missing"):
-            unreadable.note(tmp_path / "two.jpg")
+            unreadable.note(tmp_path / "two.jpg", UnreadableImage("missing"))
 
     def test_captions(self, tmp_path: Path) -> None:
         (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(SbrushError, match="UTF-8"):
+        with pytest.raises(SbrushError, match="UTF-16"):
             read_captions(tmp_path / "c.txt")
         (tmp_path / "c.txt").write_text("a cat\n\na dog\n", encoding="utf-8")
         with pytest.raises(SbrushError, match="line 2"):
             read_captions(tmp_path / "c.txt")
         (tmp_path / "c.txt").write_text("\ufeffa cat\r\na\u2028dog", encoding="utf-8")
-        assert read_captions(tmp_path / "c.txt") == ["a cat", "a\u2028dog"]
+        assert read_captions(tmp_path / "c.txt").texts == ["a cat", "a\u2028dog"]
 
 
 @pytest.fixture(scope="module")
@@ -683,6 +690,67 @@ class TestCommand:
         (tmp_path / "3.jpg").unlink()
         (tmp_path / "3.jpg").symlink_to("nowhere")
         assert "has no image 3" in evaluate("--images", tmp_path).stderr
+
+    def test_whatever_the_images_are_called_and_hold(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        """The same figures for the same images under every naming, hidden files or not; the rule is in the manifest."""
+        real = Coco.read(coco).files[:20]
+        for i, file in enumerate(real):
+            shutil.copy(file, fill(tmp_path / "numbers") / f"{i}.jpg")
+            shutil.copy(file, fill(tmp_path / "samples") / f"sample_{i}.jpg")
+            shutil.copy(file, fill(tmp_path / "names") / file.name)
+            shutil.copy(file, fill(tmp_path / "table") / f"{1 - i}th.jpg")
+        for hidden in ("._sample_0.jpg", ".DS_Store", "Thumbs.db"):
+            (tmp_path / "samples" / hidden).write_bytes(b"\0\5\x16\7")
+        rows = [
+            {"file_name": f"{1 - i}th.jpg", "Caption": text} for i, text in enumerate(Coco.read(coco).captions[:20])
+        ]
+        write_json(tmp_path / "table" / "captions.json", rows)
+        told = {}
+        for folder in ("numbers", "samples", "names", "table"):
+            done = evaluate("--json", "--images", tmp_path / folder)
+            assert done.returncode == 0, done.stderr
+            told[folder] = json.loads(done.stdout)
+        assert all(one["points"][0]["metrics"] == told["numbers"]["points"][0]["metrics"] for one in told.values())
+        rules = {folder: one["manifest"]["image_order"] for folder, one in told.items()}
+        assert rules == {
+            "numbers": "the numbers in the file names, from 0",
+            "samples": "the numbers in the file names, from 0",
+            "names": "COCO's file names, in the annotation file's order",
+            "table": "the file names in the table of captions",
+        }
+
+    def test_16_bit_images_are_what_they_show(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        """The same gray images in 8 and 16 bits give the same figures; integers of no known white are bad images."""
+        for i, file in enumerate(Coco.read(coco).files[:20]):
+            with Image.open(file) as image:
+                gray = np.array(image.convert("L"))
+            Image.fromarray(gray).save(fill(tmp_path / "8") / f"{i}.png")
+            Image.fromarray(gray.astype(np.uint16) * 257).save(fill(tmp_path / "16") / f"{i}.png")
+        eight, sixteen = (evaluate("--json", "--images", tmp_path / bits) for bits in ("8", "16"))
+        figures = [json.loads(done.stdout)["points"][0]["metrics"] for done in (eight, sixteen)]
+        assert figures[0] == figures[1]
+        Image.fromarray(gray.astype(np.int32)).save(tmp_path / "16" / "19.tif")
+        (tmp_path / "16" / "19.png").unlink()
+        stopped = evaluate("--images", tmp_path / "16")
+        assert stopped.returncode == 1 and "19.tif is an image of 32-bit or signed integers" in stopped.stderr
+
+    def test_captions_from_a_table(self, evaluate, coco: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+        """COCO's captions out of a CSV with line breaks in them give the figures that COCO's own give."""
+        own, captions = json.loads(evaluate("--json").stdout), Coco.read(coco).captions[:20]
+        table = tmp_path / "list.csv"
+        table.write_text("id;caption\n" + "".join(f'{i};"{text}\n"\n' for i, text in enumerate(captions)))
+        done = evaluate("--json", "--captions", table, "--column", "caption")
+        assert (
+            done.returncode == 0 and "20 captions from" in done.stderr and "1 other column ignored (id)" in done.stderr
+        )
+        told = json.loads(done.stdout)
+        assert told["points"][0]["metrics"] == own["points"][0]["metrics"] and told["manifest"]["captions"] == str(
+            table
+        )
+        assert evaluate("--captions", table, "--column", "id").returncode == 0  # numbers as captions, asked for by name
+        for flags in (["--captions", table, "--column", "x"], ["--column", "caption"]):
+            refused = evaluate(*flags)
+            assert refused.returncode == 2 and "column" in refused.stderr
 
     def test_a_clip_folders_configuration_is_part_of_it(self, evaluate, clip_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         first = json.loads(evaluate("--json").stdout)

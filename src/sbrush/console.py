@@ -69,6 +69,11 @@ def is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 prompt", "2,751 prompts": a number with its noun, which takes an "s" in the plural."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def info(text: str = "") -> None:
     """Prints a message on stderr. If nobody can read it, as after a lost connection, the work goes on."""
     with _above_progress(sys.stderr), suppress(OSError, ValueError):

@@ -24,7 +24,6 @@ import open_clip
 import torch
 import typer
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -42,6 +41,7 @@ from sbrush.models.load import load_student
 from sbrush.models.model import Model
 from sbrush.sampling.generation import student_images
 from sbrush.sampling.images import to_image
+from sbrush.sampling.open_image import open_image
 from sbrush.stickers.world import random_caption, stream
 from sbrush.storage.shards import Shards
 
@@ -118,8 +118,8 @@ class _Files(torch.utils.data.Dataset[Tensor]):
         return len(self._files)
 
     def __getitem__(self, i: int) -> Tensor:
-        with Image.open(self._files[i]) as image:
-            return getattr(self._looker.prepare(image, scored=self._part == "clip"), self._part)
+        image = open_image(self._files[i])
+        return getattr(self._looker.prepare(image, scored=self._part == "clip"), self._part)
 
 
 def flops(student: Model, extractor: FeatureExtractor, texts: Sequence[str]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import typer
 from sbrush import console
 from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
 from sbrush.cli.dry_run import dry_run as dry_run_of
-from sbrush.cli.flags import DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student, no_prompts
+from sbrush.cli.flags import ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.training.folder import check_folder
 from sbrush.training.recipes import RECIPES, Recipe
@@ -51,7 +51,13 @@ class Precision(StrEnum):
 
 
 def distill(
-    prompts: Annotated[Path, typer.Argument(help="The prompts to train on: a text file with one prompt a line.")],
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help="The prompts to train on: text with one prompt a line, a CSV, TSV or JSON file, or - for the "
+            "standard input."
+        ),
+    ],
     teacher: TeacherFlag = None,
     out: Annotated[
         Path | None,
@@ -85,6 +91,7 @@ def distill(
         bool,
         typer.Option("--recipes", help="Print every recipe's settings side by side and stop.", rich_help_panel=PLAN),
     ] = False,
+    column: ColumnFlag = None,
     teacher_config: TeacherConfigFlag = None,
     init: Annotated[
         str | None,
@@ -235,7 +242,8 @@ def distill(
     validation_prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts for --validate-every; 64 of them are used. Default: the training prompts.",
+            help="Prompts for --validate-every, in any form that PROMPTS has; 64 of them are used. Default: the "
+            "training prompts.",
             rich_help_panel=RECORD,
         ),
     ] = None,
@@ -308,8 +316,6 @@ def distill(
     if recipes:
         print_recipes(chosen)
         return
-    if not prompts.is_file():  # before torch is imported
-        no_prompts(prompts)
     if not chosen.clip_weight and (clip_weights or tiny_vae):
         raise SbrushError(
             "--clip-weights and --tiny-vae are for the clamped CLIP loss, which is off",
@@ -322,14 +328,16 @@ def distill(
             "say how often: --validate-every 1000, or leave them out",
             code=2,
         )
-    out = out or Path("runs") / "".join(c if is_text(c) else "_" for c in prompts.stem)
+    from sbrush.prompts import read_prompts  # before torch is imported
+
+    texts = read_prompts(prompts, column)
+    checked = read_prompts(validation_prompts, column, required=False) if validation_prompts else None
+    out = out or Path("runs") / "".join(c if is_text(c) else "_" for c in texts.stem)
     if not dry_run:
         check_folder(out)
     info("loading torch and the models ...")
-    from sbrush.prompts import read_prompts
-
     request = RunRequest(
-        recipe=chosen, prompts=read_prompts(prompts), out=out, teacher=teacher,
+        recipe=chosen, prompts=texts, out=out, teacher=teacher,
         teacher_config=teacher_config, init=init, seed=seed, extend=extend, device=device,
         precision=cast("Any", precision.value),
         every=Intervals(
@@ -340,9 +348,7 @@ def distill(
             compile="inductor" if compile_ else None,
         ),
         alignment=AlignmentRequest(clip_weights, clip_model, tiny_vae),
-        validation=ValidationRequest(
-            read_prompts(validation_prompts) if validation_prompts else None, validation_clip
-        ),
+        validation=ValidationRequest(checked, validation_clip),
         trackers=[name.value for name in tracker or ()], text_cache=text_cache,
     )  # fmt: skip
     if dry_run:

@@ -60,6 +60,7 @@ def dry_run(request: RunRequest) -> None:
     """Prints what the run would need; the first process speaks for all."""
     from sbrush.device import launched, pick_device, trains_in_bf16
     from sbrush.models.tokenizers import truncated_prompts
+    from sbrush.sampling.files import note_unknown_words
     from sbrush.training.sharding import asked_for
 
     process, world = launched()
@@ -71,6 +72,7 @@ def dry_run(request: RunRequest) -> None:
     )  # fmt: skip
     teacher = _shapes(request)
     cost = _cost(request, teacher)
+    note_unknown_words(teacher, request.prompts.texts)
     number_format = "bfloat16" if trains_in_bf16(request.precision, request.device) else "float32"
     facts = {
         "teacher": request.teacher or "stickers (built in)",
@@ -82,6 +84,8 @@ def dry_run(request: RunRequest) -> None:
         "processes": f"{world}; memory is each one's",
         "run folder": request.out,
     }
+    if request.validation.prompts:
+        facts["validation prompts"] = request.validation.prompts.describe()
     for name, value in facts.items():
         console.out(f"{name}: {printable(value)}")
     for line in cost.lines(request.recipe, keep=request.every.keep):

@@ -12,6 +12,7 @@ from sbrush import console
 from sbrush.cli.flags import (
     MACHINE,
     REPORT,
+    ColumnFlag,
     DeviceFlag,
     JsonFlag,
     Precision,
@@ -37,7 +38,7 @@ EXAMPLE = "Example: sbrush eval --student runs/stickers --limit 200 --report run
 
 # Flags that mean nothing elsewhere are refused there, and not passed over.
 FOR_COCO = (
-    "coco_root", "protocol", "images", "sweep", "captions", "seed", "inception", "clip_weights", "clip_score",
+    "coco_root", "protocol", "images", "sweep", "captions", "column", "seed", "inception", "clip_weights", "clip_score",
     "hps_weights", "hps_version", "download", "max_unreadable", "max_fid", "work", "save_images",
 )  # fmt: skip
 NOT_FOR_COCO = ("diversity", "fresh")
@@ -147,15 +148,18 @@ def evaluate(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="File of captions, UTF-8, one a line, in place of the first annotation of each COCO image.",
+            help="Captions in place of the first annotation of each COCO image: text with one a line, a CSV, TSV or "
+            "JSON file, or - for the standard input.",
             rich_help_panel=COCO,
         ),
     ] = None,
+    column: ColumnFlag = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images that another tool generated, to be measured in place of a model: named by their "
-            "captions' numbers from 0 on, or with captions.txt, captions.csv or metadata.jsonl beside them.",
+            help="Folder of images that another tool generated, to be measured in place of a model: with their "
+            "captions' numbers from 0 on anywhere in their names, with COCO's own names, or with captions.txt, "
+            "captions.csv, metadata.jsonl or a text for each image beside them.",
             rich_help_panel=COCO,
         ),
     ] = None,
@@ -278,7 +282,7 @@ def evaluate(
             models,
             images,
             sweep,
-            CocoData(coco_root, protocol.value, captions, limit, seed, max_unreadable, download),
+            CocoData(coco_root, protocol.value, captions, column, limit, seed, max_unreadable, download),
             MetricWeights(inception, clip_weights, clip_score, hps_weights, version),
             CocoOutput(report, work, save_images),
             execution,

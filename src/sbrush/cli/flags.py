@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -115,13 +114,15 @@ StartFlag = Annotated[
 ]
 TeacherFlag = Annotated[str | None, teacher_option()]
 TeacherConfigFlag = Annotated[str | None, teacher_config_option()]
+ColumnFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--column",
+        help="Column of a table of prompts or captions, or key of JSON objects. Default: prompt, caption or text, in "
+        "any case.",
+        metavar="NAME",
+    ),
+]
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout, for other programs.", rich_help_panel=REPORT)
 ]
-
-
-def no_prompts(path: Path) -> None:
-    """Ends the command: `path` is not a prompt file."""
-    what = "is a folder, not a prompt file" if path.is_dir() else "does not exist"
-    hint = "a prompt file is UTF-8 text, one prompt a line; prompts/stickers.txt is one"
-    raise SbrushError(f"{path} {what}", hint, code=2)

@@ -14,13 +14,13 @@ from sbrush import console
 from sbrush.cli.flags import (
     MACHINE,
     REPORT,
+    ColumnFlag,
     DeviceFlag,
     JsonFlag,
     Precision,
     PrecisionFlag,
     StartFlag,
     StudentFlag,
-    no_prompts,
     teacher_config_option,
     teacher_option,
 )
@@ -50,8 +50,14 @@ def sample(
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", help="Text file with more prompts, one a line.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="More prompts: text with one prompt a line, a CSV, TSV or JSON file, or - for the standard input.",
+            metavar="FILE|-",
+        ),
     ] = None,
+    column: ColumnFlag = None,
     seed: Annotated[
         str,
         typer.Option(
@@ -123,7 +129,9 @@ def sample(
 
     Prints the path of each image as soon as it is written.
     """
-    texts = _read_prompts(prompts or [], prompts_file)
+    from sbrush.sampling.targets import Target
+
+    texts = _read_prompts(prompts or [], prompts_file, column)
     images = Images(texts, list(dict.fromkeys(parse_seeds(seed))))
     _check_comparison(context, compare)
     target = Target.parse(out)
@@ -163,13 +171,15 @@ def sample(
         info(_next(texts, student, compare))
 
 
-def _read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+def _read_prompts(prompts: list[str], file: Path | None, column: str | None) -> list[str]:
     """The prompts of the command line and of a file; SbrushError if there is none, or one is no text."""
     example = 'sbrush sample "a small red cat"'
     if not prompts and file is None:
         raise SbrushError("no prompt", f"{example}, or --prompts FILE", code=2)
-    if file is not None and not file.is_file():
-        no_prompts(file)
+    if column is not None and file is None:
+        raise SbrushError(
+            "--column is of a table of prompts, and there is none", "--prompts FILE, or leave it out", code=2
+        )
     texts = []
     for prompt in prompts:
         if not prompt.strip():
@@ -186,7 +196,9 @@ def _read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if file is not None:
         from sbrush.prompts import read_prompts
 
-        texts += read_prompts(file).texts
+        read = read_prompts(file, column)
+        info(read.describe())
+        texts += read.texts
     return texts
 
 

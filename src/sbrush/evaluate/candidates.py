@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from sbrush.console import info, printable
+from sbrush.console import count, info, printable
 from sbrush.device import Arithmetic, pick_arithmetic, pick_device
 from sbrush.evaluate.report import Report
 from sbrush.evaluate.request import StickersRequest
@@ -65,6 +65,6 @@ def teacher_candidate(
         drawn = teacher_images(model, prompts, seeds, steps=steps, guidance=guidance, batch=batch)
         return arithmetic.each(drawn, model.device.type)
 
-    name = f"teacher, {steps} step{'s' if steps > 1 else ''}"
+    name = f"teacher, {count(steps, 'step')}"
     key = f"{digest(model)} {arithmetic} {model.device.type}"
     return Candidate(name, images, steps=steps, guidance=guidance, cache_key=key)

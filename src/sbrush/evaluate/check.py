@@ -77,27 +77,17 @@ def _check_weights(weights: MetricWeights) -> None:
 def _check_data(request: CocoRequest) -> None:
     """The captions and the real images, as far as folders show."""
     data, rules = request.data, PROTOCOLS[request.data.protocol]
-    if data.captions is not None and (not data.captions.exists() or data.captions.is_dir()):
-        raise SbrushError(f"there is no file {printable(data.captions)}", "--captions takes a file", code=2)
-    if request.images is not None and not request.images.is_dir():
+    if data.column is not None and not data.captions and not request.images:
         raise SbrushError(
-            f"cannot read {printable(request.images)}: it is no folder", "--images takes a folder of images", code=2
+            "--column is of a table of captions, and there is none", "--captions FILE, or --images", code=2
         )
-    if rules.captions is None and not data.captions and not _captioned(request.images):
+    listed, gallery = request.listed, request.gallery
+    if rules.captions is None and not listed and not (gallery and gallery.captions):
         raise SbrushError(f"the {rules.name} protocol's captions are a list of its own", "--captions FILE", code=2)
     if data.limit is not None and data.limit <= NEIGHBOURS:
         raise SbrushError(f"{data.limit} images are too few to measure", f"--limit {NEIGHBOURS + 1} or more", code=2)
     if not data.download:
         Coco.check(data.root)
-
-
-def _captioned(images: Path | None) -> bool:
-    """Whether a folder of images has captions beside them. SbrushError if it cannot be read."""
-    if images is None:
-        return False
-    from sbrush.evaluate.coco.gallery import Gallery
-
-    return Gallery.read(images).captions is not None
 
 
 def _check_report(report: Path) -> None:

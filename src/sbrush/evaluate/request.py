@@ -6,9 +6,15 @@ Nothing is imported here, for `sbrush --help` reads it too. What cannot work is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sbrush.console import SbrushError, printable
+
+if TYPE_CHECKING:
+    from sbrush.evaluate.coco.gallery import Gallery
+    from sbrush.prompts.texts import Texts
 
 PER_CAPTION = 100  # images of each open caption, at most, unless asked for
 
@@ -58,6 +64,7 @@ class CocoData:
     root: Path = Path("coco")  # holds annotations/captions_val2014.json and val2014/
     protocol: str = "swiftbrush"  # of coco.protocols
     captions: Path | None = None  # another list than the protocol's
+    column: str | None = None  # of a table of captions; None: prompt, caption or text
     limit: int | None = None  # captions; None: the protocol's 30,000
     seed: int = 0
     max_unreadable: int = 0  # images that may be left out
@@ -95,6 +102,20 @@ class CocoRequest:
     weights: MetricWeights = MetricWeights()
     output: CocoOutput = CocoOutput()
     execution: Execution = Execution()
+
+    @cached_property
+    def listed(self) -> Texts | None:
+        """The captions of `data.captions`, read once: a pipe gives them once. SbrushError if they are none."""
+        from sbrush.evaluate.coco.gallery import read_captions
+
+        return read_captions(self.data.captions, self.data.column) if self.data.captions else None
+
+    @cached_property
+    def gallery(self) -> Gallery | None:
+        """The folder of images, with the captions that are given or lie beside them. SbrushError if they do not fit."""
+        from sbrush.evaluate.coco.gallery import Gallery
+
+        return Gallery.read(self.images, self.listed, self.data.column) if self.images else None
 
     @property
     def scales(self) -> list[float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from sbrush import console
-from sbrush.console import SbrushError, info, printable, progress
+from sbrush.console import SbrushError, count, info, printable, progress
 from sbrush.models.load import load_student
 from sbrush.models.model import Model
 from sbrush.models.tokenizers import note_truncated_prompts
@@ -68,6 +68,15 @@ class Saved:
     new: bool = True
 
 
+def note_unknown_words(model: Model, prompts: Iterable[str]) -> None:
+    """Tells of the words that no caption of the built-in world holds, if the model is of that world."""
+    if model.about.get("world") != "stickers":
+        return
+    if words := sorted({word for prompt in prompts for word in unknown_words(prompt)}):
+        more = f" and {count(len(words) - NAMED_WORDS, 'other')}" if len(words) > NAMED_WORDS else ""
+        info(f"note: the built-in world has never seen: {printable(', '.join(words[:NAMED_WORDS]))}{more}")
+
+
 def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
     """Draws each prompt with each seed; an item for each image as soon as it is written, in order.
 
@@ -90,11 +99,7 @@ def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
 def _load(request: SampleRequest) -> Artist:
     """Those who draw. Tells of prompts and of a student that will give other images than people expect."""
     student, dtype = _load_student(request)
-    if student.about.get("world") == "stickers":
-        strange = sorted({word for prompt in request.images.prompts for word in unknown_words(prompt)})
-        if strange:
-            more = f" and {len(strange) - NAMED_WORDS} others" if len(strange) > NAMED_WORDS else ""
-            info(f"note: the built-in world has never seen: {printable(', '.join(strange[:NAMED_WORDS]))}{more}")
+    note_unknown_words(student, request.images.prompts)
     note_truncated_prompts(student, request.images.prompts)
     compare = None
     if request.compare:

@@ -25,7 +25,8 @@ def make_config(
 ) -> dict[str, Any]:
     """What config.json holds. `clip`: the CLIP model of the clamped CLIP loss and its digest, if there is one."""
     prompts = request.prompts
-    spread = [prompts.texts[i * len(prompts) // GRID_PROMPTS] for i in range(min(GRID_PROMPTS, len(prompts)))]
+    shown = min(GRID_PROMPTS, len(prompts))
+    spread = [prompts.texts[i * len(prompts) // shown] for i in range(shown)]
     return {
         "format": FORMAT,
         "version": sbrush.__version__,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sbrush.console import count as counted
 from sbrush.models.load import load_shapes
 from sbrush.models.model import Model
 from sbrush.training.accounting import Held, conditioning_shapes, kernels
@@ -63,8 +64,8 @@ class Cost:
             *([f"{'disk for text embeddings':56} {self.text_cache / GIB:10.3f} GiB"] if self.text_cache else ()),
             "",
             f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP an image{clip}: {each / 1e12:.3g} TFLOP",
-            f"{recipe.steps} steps of {recipe.batch}: {images} images, {images * each / 1e15:.3g} PFLOP; "
-            f"{images * each / 3600e14:.3g} hours at 100 TFLOP/s",
+            f"{counted(recipe.steps, 'step')} of {recipe.batch}: {counted(images, 'image')}, "
+            f"{images * each / 1e15:.3g} PFLOP; {images * each / 3600e14:.3g} hours at 100 TFLOP/s",
         ]
 
 
@@ -137,7 +138,7 @@ def estimate(
         "student's Adam": moments * step.student // owners,
         "student's average": 0 if execution.ema_on_cpu else average // owners,
         **{f"{name}: weights, Adam": (4 + moments) * trained for name, trained in step.helpers.items()},
-        f"gradients and activations, {share} image{'s' if share > 1 else ''} at once": working,
+        f"gradients and activations, {counted(share, 'image')} at once": working,
     }
     # What is on its way to the average takes as much again.
     host = {"student's average": 2 * average // owners if execution.ema_on_cpu else 0}

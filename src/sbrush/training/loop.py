@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from sbrush.console import SbrushError, info, printable, progress
+from sbrush.console import SbrushError, count, info, printable, progress
 from sbrush.device import is_disconnected
 from sbrush.prompts import ShuffledPrompts
 from sbrush.storage import checkpoint
@@ -69,7 +69,7 @@ def _train(plan: Plan) -> bool:
             info("this run is complete and has its student; --extend N adds steps")
         return True
     if main:
-        what = f"{plan.prompts.describe()}; recipe {recipe.name}, {recipe.steps} steps of {recipe.batch}"
+        what = f"{plan.prompts.describe()}; recipe {recipe.name}, {count(recipe.steps, 'step')} of {recipe.batch}"
         info(f"{what}; writing to {printable(run.out)}")
     seed = run.config["seed"]
     # A sharded student runs, and is gathered, only when all processes call it together.

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
-from sbrush.console import SbrushError, printable
+from sbrush.console import SbrushError, info, printable
 from sbrush.device import trains_in_bf16
 from sbrush.models.export import check_exportable
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.models.tokenizers import note_truncated_prompts
 from sbrush.prompts import Prompts
+from sbrush.sampling.files import note_unknown_words
 from sbrush.training import sharding
 from sbrush.training.alignment import Alignment
 from sbrush.training.config import make_config
@@ -58,6 +59,7 @@ def prepare(request: RunRequest) -> Plan:
     check(recipe, teacher, execution, world=accelerator.num_processes, init=request.init)
     check_exportable(teacher)
     if accelerator.is_main_process:
+        note_unknown_words(teacher, request.prompts.texts)
         note_truncated_prompts(teacher, request.prompts.texts)
     init = load_student(request.init) if request.init else None
     if init:
@@ -71,6 +73,8 @@ def prepare(request: RunRequest) -> Plan:
     validation = None
     if request.every.validate and (accelerator.is_main_process or execution.shard):
         chosen = request.validation.prompts or request.prompts
+        if request.validation.prompts and accelerator.is_main_process:
+            info(f"validation: {chosen.describe()}")
         validation = Validation.load(chosen, teacher, request.validation.clip, device=where)
     run = Run.plan(request.out, config, recipe, request.every, extend=request.extend)
     cache = TextCache(request.text_cache, teacher, request.prompts) if request.text_cache else None

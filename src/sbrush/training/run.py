@@ -29,7 +29,7 @@ from diffusers import UNet2DConditionModel
 from filelock import Timeout
 from torch import Tensor
 
-from sbrush.console import SbrushError, info, printable, progress
+from sbrush.console import SbrushError, count, info, printable, progress
 from sbrush.models.card import about_student
 from sbrush.models.export import export_lora, export_student
 from sbrush.models.model import Model
@@ -79,7 +79,7 @@ class Run:
             return now
         if not now.complete:
             raise SbrushError(
-                f"the run in {printable(out)} has not finished its {now.recipe.steps} steps yet",
+                f"the run in {printable(out)} has not finished its {count(now.recipe.steps, 'step')} yet",
                 "give the same command without --extend first",
                 code=2,
             )

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sbrush.console import SbrushError, info, printable
+from sbrush.console import SbrushError, count, info, printable
 from sbrush.core import Conditioning
 from sbrush.device import send
 from sbrush.models.model import Model
@@ -52,7 +52,7 @@ class TextCache:
         if accelerator.is_main_process and (missing := self.shards.missing):
             size = missing * row_bytes(self._teacher.encode([""]))
             self.shards.folder.mkdir(parents=True, exist_ok=True)
-            info(f"text embeddings of {missing} prompts: {size_text(size)} in {printable(self.shards.folder)}")
+            info(f"text embeddings of {count(missing, 'prompt')}: {size_text(size)} in {printable(self.shards.folder)}")
             hint = "leave out --text-cache: prompts are then encoded at every step"
             check_room(self.shards.folder, size, "the text embeddings", hint)
         accelerator.wait_for_everyone()

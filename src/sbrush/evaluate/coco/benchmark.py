@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from PIL import Image
 
-from sbrush.console import SbrushError, info, printable
+from sbrush.console import SbrushError, count, info, printable
 from sbrush.device import pick_arithmetic, pick_device, process_group
 from sbrush.evaluate.cache import versions
 from sbrush.evaluate.coco.download import fetch_coco
 from sbrush.evaluate.coco.features import FeatureExtractor, UnreadableImages
-from sbrush.evaluate.coco.gallery import Gallery
+from sbrush.evaluate.coco.gallery import COCOS, Gallery
 from sbrush.evaluate.coco.measurement import Measurement, Subject, Workspace
-from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco, hash_of, read_captions
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco, hash_of
 from sbrush.evaluate.coco.published import BenchmarkReport, Measured
 from sbrush.evaluate.coco.subjects import Generator, locate_students
 from sbrush.evaluate.request import CocoData, CocoRequest, MetricWeights
@@ -30,8 +30,6 @@ from sbrush.metrics.clip import HPS_MODEL, ClipScorer
 from sbrush.metrics.conventions import NEIGHBOURS
 from sbrush.metrics.inception import Inception
 from sbrush.storage.files import user_cache
-
-COCOS = "COCO's own"  # captions
 
 
 class Inputs(NamedTuple):
@@ -70,7 +68,9 @@ def benchmark(request: CocoRequest) -> BenchmarkReport | None:
             subjects = iter([_files(request, inputs.gallery, len(inputs.captions), folder)])
         else:
             subjects = Generator(request, rules, where, arithmetic).subjects(students)
-        points, shown = _measure_all(measurement, subjects, group, f"{len(inputs.captions)} images under {rules.name}")
+        points, shown = _measure_all(
+            measurement, subjects, group, f"{count(len(inputs.captions), 'image')} under {rules.name}"
+        )
         if not group.is_main_process:
             return None
     manifest = {
@@ -90,30 +90,34 @@ def benchmark(request: CocoRequest) -> BenchmarkReport | None:
 def _read(request: CocoRequest) -> Inputs:
     """The captions and the files on both sides. SbrushError if their numbers do not fit."""
     data = request.data
-    gallery = Gallery.read(request.images) if request.images else None
+    listed, gallery = request.listed, request.gallery
     if data.download:
         fetch_coco(data.root)
     coco = Coco.read(data.root)
-    if data.captions:
-        captions, whose = read_captions(data.captions), str(data.captions)
-    elif gallery and gallery.captions:
-        captions, whose = gallery.captions, f"{gallery.source} beside the images"
-    else:
-        captions, whose = coco.captions, COCOS
+    if gallery and gallery.captions is None:
+        weights = request.weights
+        gallery = gallery.with_coco(coco, captioned=weights.clip_score or weights.hps is not None)
+    captions, whose = coco.captions, COCOS
+    if gallery and gallery.captions:
+        captions, whose = gallery.captions, gallery.source
+    elif listed:
+        captions, whose = listed.texts, listed.source
     wanted = data.limit or PROTOCOLS[data.protocol].images
     if wanted > len(captions):
         raise SbrushError(
-            f"{wanted} captions are asked for, and there are {len(captions)}",
+            f"{count(wanted, 'caption')} are asked for, and there are {len(captions):,}",
             f"--limit {len(captions)} at most",
             code=2,
         )
     if len(coco.files) <= NEIGHBOURS:
-        raise SbrushError(f"{len(coco.files)} real images are too few to measure", "--coco-root elsewhere", code=2)
+        raise SbrushError(
+            f"{count(len(coco.files), 'real image')} are too few to measure", "--coco-root elsewhere", code=2
+        )
     if gallery:
-        count = len(gallery.files)
-        if count < wanted or (count > wanted and data.limit is None):
+        found = len(gallery.files)
+        if found < wanted or (found > wanted and data.limit is None):
             raise SbrushError(
-                f"{printable(request.images)} has {count} images for {wanted} captions",
+                f"{printable(request.images)} has {count(found, 'image')} for {count(wanted, 'caption')}",
                 "--limit N for the first N",
                 code=2,
             )
@@ -130,11 +134,11 @@ def _load(
     return inception, clip, hps
 
 
-def _files(request: CocoRequest, gallery: Gallery, count: int, cache: Path) -> Subject:
+def _files(request: CocoRequest, gallery: Gallery, wanted: int, cache: Path) -> Subject:
     """A folder's images, known by their content."""
     assert request.images is not None
-    about = {"kind": "images", "sha256": gallery.digest(count, cache)}
-    return Subject(f"images of {request.images.name}", about, None, gallery.files[:count])
+    about = {"kind": "images", "sha256": gallery.digest(wanted, cache)}
+    return Subject(f"images of {request.images.name}", about, None, gallery.files[:wanted])
 
 
 def _measure_all(
@@ -160,6 +164,7 @@ def _describe(data: CocoData, inputs: Inputs, measurement: Measurement, point: M
     return {
         "protocol": asdict(rules) | {"captions": f"{COCOS}: {rules.captions}" if own else inputs.whose},
         "captions": inputs.whose,
+        **({"image_order": inputs.gallery.rule} if inputs.gallery else {}),
         "captions_sha256": hash_of(inputs.captions),
         "reference_sha256": hash_of(measurement.listing),
         **point.counts,

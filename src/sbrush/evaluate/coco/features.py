@@ -18,6 +18,7 @@ from sbrush.evaluate.coco.protocols import SIDE, Crop, Protocol
 from sbrush.metrics.clip import ClipScorer
 from sbrush.metrics.inception import Inception, clean_resize
 from sbrush.sampling.images import to_image
+from sbrush.sampling.open_image import UnreadableImage, open_image
 
 BATCH = 64  # images that the networks take at once; a shard has a whole number of them
 
@@ -107,25 +108,24 @@ class FeatureExtractor:
         opened = prefetch(lambda f: self._open(f, scored=captions is not None), (files[s : s + BATCH] for s in starts))
         for start, images in zip(starts, opened, strict=True):
             for file, image in zip(files[start : start + BATCH], images, strict=True):
-                if image is None:
-                    unreadable.note(file)
+                if isinstance(image, UnreadableImage):
+                    unreadable.note(file, image)
             rows = self.extract(
-                [image or gray for image in images],
+                [gray if isinstance(image, UnreadableImage) else image for image in images],
                 captions[start : start + BATCH] if captions is not None else None,
             )
-            wrong = torch.tensor([image is None for image in images])
+            wrong = torch.tensor([isinstance(image, UnreadableImage) for image in images])
             yield {
                 name: value.masked_fill(wrong.view(-1, *[1] * (value.dim() - 1)), torch.nan)
                 for name, value in rows.items()
             }
 
-    def _open(self, file: Path, *, scored: bool) -> Prepared | None:
-        """A file's image, prepared; None if it cannot be read whole."""
+    def _open(self, file: Path, *, scored: bool) -> Prepared | UnreadableImage:
+        """A file's image, prepared; the reason if it cannot be read."""
         try:
-            with Image.open(file) as image:
-                return self.prepare(image, scored=scored)
-        except Exception:  # Pillow's decoders raise what they like on damaged files
-            return None
+            return self.prepare(open_image(file), scored=scored)
+        except UnreadableImage as why:
+            return why
 
 
 class UnreadableImages:
@@ -134,10 +134,10 @@ class UnreadableImages:
     def __init__(self, most: int) -> None:
         self.most, self.count = most, 0
 
-    def note(self, file: Path) -> None:
+    def note(self, file: Path, why: UnreadableImage) -> None:
         """One more. SbrushError if it is one too many."""
         self.count += 1
-        problem = f"{printable(file)} is {'not an image' if file.is_file() else 'missing'}"
+        problem = f"{printable(file)} is {printable(why)}"
         info(f"note: {problem}")
         if self.count > self.most:
             raise SbrushError(

@@ -1,58 +1,143 @@
-"""A folder of images that another tool made: which order, which captions, which content."""
+"""A folder of images that another tool made: which files, in which order, with which captions, and by which rule.
+
+An image's caption is found by the first of these rules that applies; the report states which one it was:
+
+    --captions with file names   a table with a column file_name (or filename, file, image) beside the captions
+    --captions                   line i is the caption of the i-th image by the numbers in the names
+    a table beside the images    captions.* or metadata.* as CSV, TSV or JSON, as Hugging Face's imagefolder has it
+    captions.txt                 line i is the caption of the i-th image by the numbers in the names
+    a text beside each image     0001.txt is the caption of 0001.png
+    COCO's names                 COCO_val2014_000000391895.png, or its number: the caption of that image of COCO
+    numbers                      sample_17.png has COCO's caption 17, counted from 0
+
+The number is the one that differs from name to name, wherever it stands. What is ambiguous is refused: a number that is
+missing or there twice, two numbers that both differ, names of several patterns. File names are compared in Unicode's
+composed form. Hidden files are no images.
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sbrush.console import SbrushError, printable, progress
-from sbrush.evaluate.coco.protocols import hash_of
+from sbrush.console import SbrushError, count, info, printable, progress
+from sbrush.evaluate.coco.naming import ELSE, by_number, composed, list_folder, numbers_of
+from sbrush.evaluate.coco.protocols import Coco, hash_of
+from sbrush.prompts import read_texts
+from sbrush.prompts.texts import Texts
 from sbrush.storage.files import write_text
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-LINES = "captions.txt"  # line i is the caption of image i
-TABLES = ("captions.csv", "metadata.csv", "metadata.jsonl")  # file_name and text, as Hugging Face's imagefolder has it
+BESIDE = (
+    "captions.txt", "captions.csv", "captions.tsv", "captions.jsonl", "captions.json",
+    "metadata.csv", "metadata.tsv", "metadata.jsonl",
+)  # fmt: skip
+COCOS = "COCO's own"  # captions
+NAMED = 3  # files that a note names
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images in order and, where a file beside them has them, a caption for each."""
+    """Images in order, their captions where they are known, whose those are, and the rule that paired them."""
 
     files: list[Path]
     captions: list[str] | None = None
-    source: str | None = None  # the name of the captions' file
+    source: str = COCOS
+    rule: str = ""
 
     @classmethod
-    def read(cls, folder: Path) -> Gallery:
-        """The images of a folder in the order of their numbers, else of the table beside them, else of their names.
+    def read(cls, folder: Path, given: Texts | None = None, column: str | None = None) -> Gallery:
+        """The images of a folder, with the captions that are `given` or lie beside them; without, see `with_coco`.
 
-        A number is a caption's, counted from 0. SbrushError if numbers are missing, or captions do not fit.
+        `column`: of a table beside them. SbrushError if captions and images do not fit, or there is no telling.
+        """
+        files, others = list_folder(folder)
+        beside = [file for file in others if file.name in BESIDE]
+        if given is not None:
+            _note_ignored(folder, others)
+            return _captioned(files, folder, given, given.source)
+        if len(beside) > 1:
+            raise SbrushError(
+                f"{printable(folder)} has {' and '.join(f.name for f in beside)}", "leave one of them", code=2
+            )
+        if beside:
+            _note_ignored(folder, [file for file in others if file not in beside])
+            return _captioned(files, folder, read_captions(beside[0], column), f"{beside[0].name} beside the images")
+        if column is not None:
+            raise SbrushError(
+                f"--column is of a table of captions, and none lies in {printable(folder)}",
+                "leave it out, or --captions FILE",
+                code=2,
+            )
+        own = {composed(file.stem): file for file in others if file.suffix.lower() == ".txt"}
+        if any(composed(file.stem) in own for file in files):
+            _note_ignored(folder, [file for file in others if file not in own.values()])
+            captions = [_own_caption(file, own) for file in files]
+            return cls(files, captions, "text files beside the images", "a text file of each image's name")
+        _note_ignored(folder, others)
+        return cls(files)
+
+    def with_coco(self, coco: Coco, *, captioned: bool) -> Gallery:
+        """The same with COCO's captions, by file names or numbers.
+
+        Not `captioned`, no score depends on a caption, and names that tell nothing are no error.
         """
         try:
-            files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS and f.is_file())
-            beside = [folder / name for name in (LINES, *TABLES) if (folder / name).is_file()]
-            if len(beside) > 1:
-                raise SbrushError(
-                    f"{printable(folder)} has {' and '.join(f.name for f in beside)}", "leave one of them", code=2
-                )
-            if not beside:
-                return cls(_in_order(folder, files))
-            if beside[0].name == LINES:
-                lines = beside[0].read_text(encoding="utf-8").rstrip("\n").split("\n")
-                return cls(*_with_lines(folder, _in_order(folder, files), lines), LINES)
-            return cls(*_with_table(folder, files, _rows(beside[0])), beside[0].name)
-        except (OSError, UnicodeDecodeError) as problem:
+            return self._of_coco(coco)
+        except SbrushError:
+            if captioned:
+                raise
+            return replace(self, captions=coco.captions, rule="file names; no score depends on the captions")
+
+    def _of_coco(self, coco: Coco) -> Gallery:
+        known = {composed(file.stem): place for place, file in enumerate(coco.files)}
+        places = [known.get(composed(file.stem)) for file in self.files]
+        found = [place for place in places if place is not None]
+        if found and len(found) < len(places):
+            odd = self.files[places.index(None)]
             raise SbrushError(
-                f"cannot read {printable(folder)}", "--images takes a folder of images", code=2
-            ) from problem
+                f"{printable(odd.parent)} has names of COCO's images, and {printable(odd.name)}",
+                f"move it elsewhere; or {ELSE}",
+                code=2,
+            )
+        if found:
+            return self._at(coco, found, "COCO's file names, in the annotation file's order")
+        numbers = numbers_of(self.files)
+        if numbers is None:
+            raise SbrushError(
+                f"nothing tells which caption {printable(self.files[0].name)} is of",
+                f"number the images; or {ELSE}",
+                code=2,
+            )
+        ids = {int(part): place for place, file in enumerate(coco.files) for part in re.findall(r"\d+", file.stem)[-1:]}
+        if max(numbers, default=0) >= len(ids) and all(
+            number in ids for number in numbers
+        ):  # as no caption's number is
+            return self._at(
+                coco, [ids[number] for number in numbers], "COCO's image numbers, in the annotation file's order"
+            )
+        files = by_number(self.files, numbers)
+        return replace(self, files=files, captions=coco.captions, rule="the numbers in the file names, from 0")
+
+    def _at(self, coco: Coco, places: list[int], rule: str) -> Gallery:
+        """The images of COCO's at `places`, one for each file, in COCO's order."""
+        if twice := [place for place, times in Counter(places).items() if times > 1]:
+            name = printable(coco.files[twice[0]].stem)
+            raise SbrushError(f"two images are named for COCO's {name}", "move one of them elsewhere", code=2)
+        ordered = sorted(zip(places, self.files, strict=True))
+        first = [place for place, _ in ordered] == list(range(len(ordered)))
+        return Gallery(
+            [file for _, file in ordered],
+            [coco.captions[place] for place, _ in ordered],
+            COCOS if first else f"{COCOS}, of the images that the files are named for",
+            rule,
+        )
 
     def digest(self, count: int, cache: Path) -> str:
-        """SHA-256 of the first `count` images' bytes; remembered in `cache` by their paths, sizes and times."""
+        """SHA-256 of the first `count` images' bytes; cached in `cache` by their paths, sizes and times."""
         some = self.files[:count]
         times = [(file, file.stat()) for file in some]
         listed = hash_of(f"{f.absolute()} {s.st_size} {s.st_mtime_ns}" for f, s in times)
@@ -78,68 +163,85 @@ class Gallery:
         return whole
 
 
-def _in_order(folder: Path, files: list[Path]) -> list[Path]:
-    """By number, if names are numbers; all of them from 0 on, so that none stands for another's caption."""
-    numbered = [f for f in files if f.stem.isdecimal()]
-    if not numbered:
-        return files
-    if len(numbered) < len(files):
-        other = next(f for f in files if not f.stem.isdecimal())
+def read_captions(file: Path, column: str | None = None) -> Texts:
+    """Captions as `read_texts` finds them, stripped; line breaks within them stay.
+
+    SbrushError if there are none, or one is empty: the next would be another's. Empty lines at the end are none.
+    """
+    read = read_texts(file, column)
+    texts = [text.strip() for text in read]
+    while texts and not texts[-1] and read.unit == "line":
+        texts.pop()
+    if not texts or "" in texts:
+        place = f"{read.unit} {texts.index('') + 1} of " if texts else ""
+        raise SbrushError(f"{place}{printable(read.source)} is empty", "a caption for each image, in order", code=2)
+    info(f"{count(len(texts), 'caption')} from {printable(read.source)}{read.found and f', {read.found}'}")
+    return replace(read, texts=texts)
+
+
+def _captioned(files: list[Path], folder: Path, read: Texts, source: str) -> Gallery:
+    """Images with captions: by the names in a table that has them, else by the images' numbers or names."""
+    if read.files is not None:
+        return Gallery(_named(folder, files, read.files), read.texts, source, "the file names in the table of captions")
+    shown, where = printable(folder), printable(Path(read.source).name)
+    if read.unit == "row" and read.ignored:
         raise SbrushError(
-            f"{printable(folder)} has numbers for names, and {printable(other.name)}", "move it elsewhere", code=2
+            f"{where} has other columns than captions, and none of file names",
+            "call that column file_name; or leave the captions alone, in the images' order",
+            code=2,
         )
-    numbered.sort(key=lambda f: int(f.stem))
-    for number, file in enumerate(numbered):
-        if int(file.stem) != number:
-            raise SbrushError(
-                f"{printable(folder)} has no image {number}, or two of a number: {printable(file.name)} comes there",
-                "an image's number is its caption's, counted from 0; else put captions.txt or metadata.jsonl there",
-                code=2,
-            )
-    return numbered
-
-
-def _with_lines(folder: Path, files: list[Path], lines: list[str]) -> tuple[list[Path], list[str]]:
-    captions = [line.strip() for line in lines]
-    if len(captions) != len(files) or not all(captions):
+    numbers = numbers_of(files)
+    if numbers is None:
+        ordered, rule = files, f"the file names' alphabet; {read.unit} i of {where} is image i's"
+    else:
+        whole = len(files) == len(read)
+        ordered = by_number(files, numbers, starts=(0, 1) if whole else (0,))
+        rule = f"the numbers in the file names; {read.unit} i of {where} is the i-th image's"
+    if len(ordered) != len(read) and source.endswith("beside the images"):
         raise SbrushError(
-            f"{printable(folder / LINES)} has {sum(map(bool, captions))} captions for {len(files)} images",
+            f"{shown}/{where} has {count(len(read), 'caption')} for {count(len(files), 'image')}",
             "a caption a line, in the images' order, no empty lines",
             code=2,
         )
-    return files, captions
+    return Gallery(ordered, read.texts, source, rule)
 
 
-def _with_table(
-    folder: Path, files: list[Path], rows: Sequence[tuple[str, str]]
-) -> tuple[list[Path], list[str]]:  # fmt: skip
-    """The table's order; it must name each image once, and nothing else."""
-    named, here = Counter(name for name, _ in rows), {file.name for file in files}
-    odd = sorted({name for name, count in named.items() if count > 1} | (set(named) ^ here))
+def _named(folder: Path, files: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """The files in the order of a table's names; it must name each image once, and nothing else."""
+    here, wanted = (
+        [composed(file.name) for file in files],
+        [composed(name.strip().removeprefix("./")) for name in names],
+    )
+    odd = {name for every in (here, wanted) for name, times in Counter(every).items() if times > 1}
+    odd |= set(here) ^ set(wanted)
     if odd:
         raise SbrushError(
-            f"{printable(folder)}: the table of captions and the images differ, as in {printable(odd[0])}",
-            "it must name each image once",
+            f"{printable(folder)}: the table of captions and the images differ, as in {printable(min(odd))}",
+            "it must name each image once, and no other",
             code=2,
         )
-    return [folder / name for name, _ in rows], [text for _, text in rows]
+    place = dict(zip(here, files, strict=True))
+    return [place[name] for name in wanted]
 
 
-def _rows(table: Path) -> list[tuple[str, str]]:
-    """(file_name, text) of each line. SbrushError if it has other columns."""
-    with table.open(encoding="utf-8", newline="") as file:
-        try:
-            entries: Iterable[dict[str, str]]
-            entries = csv.DictReader(file) if table.suffix == ".csv" else (json.loads(line) for line in file)
-            rows = [(entry["file_name"], entry["text"].strip()) for entry in entries]
-            if not all(isinstance(name, str) and text for name, text in rows):
-                raise ValueError("an empty caption")
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as problem:
-            raise SbrushError(
-                f"{printable(table)} is no table of captions ({type(problem).__name__})",
-                "a file_name and its text, as columns or as JSON objects, one a line",
-                code=2,
-            ) from problem
-    return rows
+def _own_caption(image: Path, own: dict[str, Path]) -> str:
+    """The caption in the text file of an image's name."""
+    file = own.get(composed(image.stem))
+    if file is None:
+        raise SbrushError(
+            f"{printable(image)} has no caption {image.stem}.txt beside it, as others have", "all, or none", code=2
+        )
+    lines = [line.strip() for line in read_texts(file) if line.strip()]
+    if len(lines) != 1:
+        raise SbrushError(
+            f"{printable(file)} has {count(len(lines), 'line')}, and is a caption by its name",
+            "one line is a caption; move such files elsewhere if they are none",
+            code=2,
+        )
+    return lines[0]
+
+
+def _note_ignored(folder: Path, files: Sequence[Path]) -> None:
+    if files:
+        named = ", ".join(printable(file.name) for file in files[:NAMED]) + (", ..." if len(files) > NAMED else "")
+        info(f"note: not images, by their names, and passed over in {printable(folder)}: {named}")

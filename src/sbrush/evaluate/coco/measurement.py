@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from sbrush.console import SbrushError, info, printable
+from sbrush.console import count as counted
 from sbrush.evaluate.cache import PACKAGES, versions
 from sbrush.evaluate.coco.features import FeatureExtractor, UnreadableImages
 from sbrush.evaluate.coco.protocols import SIDE, Coco, hash_of
@@ -31,6 +32,7 @@ from sbrush.metrics.fid import INTERVAL, fid, fid_error
 from sbrush.metrics.kid import kid
 from sbrush.metrics.precision_recall import precision_recall
 from sbrush.sampling.images import save_png, to_image
+from sbrush.sampling.open_image import UnreadableImage, open_image
 from sbrush.storage.shards import Shards
 
 SHOWN, WORST = 24, 12  # images of the first captions, and of the lowest CLIP scores, that the report shows
@@ -161,7 +163,11 @@ class Measurement:
         wrong += [subject.files[i] for i in (~valid).nonzero().flatten().tolist()]
         count = {"images": int(valid.sum()), "reference_images": int(valid_real.sum()), "unreadable_images": len(wrong)}
         if len(wrong) > self.unreadable.most or min(count["images"], count["reference_images"]) <= NEIGHBOURS:
-            what = f"{printable(wrong[0])} and {len(wrong) - 1} others" if len(wrong) > 1 else printable(wrong[0])
+            what = (
+                f"{printable(wrong[0])} and {counted(len(wrong) - 1, 'other')}"
+                if len(wrong) > 1
+                else printable(wrong[0])
+            )
             raise SbrushError(f"{what} could not be read", "fetch them again, or see --max-unreadable")
         return count
 
@@ -226,9 +232,8 @@ def _at(items: Sequence[Any], blocks: Sequence[range]) -> list[Any]:
 def _open(file: Path) -> Image.Image:
     """A file's image; gray in the place of one that cannot be read, which has been named."""
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception:  # as in FeatureExtractor
+        return open_image(file)
+    except UnreadableImage:
         return Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
 
 

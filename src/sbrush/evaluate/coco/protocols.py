@@ -2,7 +2,8 @@
 
     captions    `images` order of captions_val2014.json; of each image its first annotation in file order
     reference   every image of val2014 that the file names (40,504), not 30,000 of them
-    both sides  centre square by the shorter edge, Pillow's Lanczos to 256, uint8; RGB, no turning by EXIF
+    both sides  centre square by the shorter edge, Pillow's Lanczos to 256, uint8; RGB, no turning by EXIF;
+                other modes as sampling/open_image.py reads them, transparency over white
     features    Inception pool3, after the protocol's resizing to 299; CLIP score on the same 256 pixels
 
 COCO's own layout is read as it is: ROOT/annotations/captions_val2014.json and ROOT/val2014/*.jpg. Nothing heavy is
@@ -45,7 +46,9 @@ class Protocol:
 
     images: int = 30_000
     prefix: str = CLIP_PREFIX
-    both_sides: str = f"RGB, not turned by EXIF; centre square by the shorter edge, Lanczos to {SIDE}, uint8"
+    both_sides: str = (
+        f"8-bit RGB over white, not turned by EXIF; centre square by the shorter edge, Lanczos to {SIDE}, uint8"
+    )
     reference: str = "all of val2014 that the annotation file names"
     inception: str = "pool3 of the network of 2015-12-05"
     neighbours: int = NEIGHBOURS  # of precision and recall
@@ -53,7 +56,7 @@ class Protocol:
 
     def feature_key(self) -> list[object]:
         """All of the protocol that an image file's Inception features depend on."""
-        return [2, SIDE, self.crop, self.resize]
+        return [3, SIDE, self.crop, self.resize]  # 3: images of any mode that open_image knows
 
 
 FIRST = "the first annotation of each of the first images"
@@ -129,20 +132,6 @@ class Coco:
         if strange := next((name for name in names if Path(name).name != name), None):
             raise SbrushError(f"{printable(annotations)} names {printable(strange)}", "it must name files of val2014/")
         return cls(captions, [folder / name for name in names])
-
-
-def read_captions(file: Path) -> list[str]:
-    """A caption a line, UTF-8; SbrushError if the file is none, or has an empty line: the next would be another's."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise SbrushError(f"cannot read {printable(file)} as UTF-8 text", "one caption a line", code=2) from problem
-    captions = [line.strip() for line in lines]
-    if "" in captions:
-        raise SbrushError(
-            f"line {captions.index('') + 1} of {printable(file)} is empty", "line i is the caption of image i", code=2
-        )
-    return captions
 
 
 def hash_of(lines: Iterable[object]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from sbrush.console import SbrushError, printable
+from sbrush.console import SbrushError, count, printable
 from sbrush.evaluate.coco.tradeoff import tradeoff
 from sbrush.evaluate.report import Groups, Images, few_images, page, table
 from sbrush.metrics.clip import MODEL
@@ -98,7 +98,7 @@ class BenchmarkReport:
         found = [(p.name, p.metrics["clip_score"], p.metrics["fid"]) for p in self.points]
         line = [(name, clip, fid) for name, clip, fid in found if clip is not None and fid is not None]
         rules = self.manifest["protocol"]["name"]
-        return tradeoff({"": line}, f"{self.points[0].counts['images']} images, {rules} protocol")
+        return tradeoff({"": line}, f"{count(self.points[0].counts['images'], 'image')}, {rules} protocol")
 
     def _content(self) -> tuple[list[str], Groups, dict[str, str], list[str]]:
         groups: Groups = [(f"measured: {point.name}", _rows(point.metrics)) for point in self.points]
@@ -113,14 +113,15 @@ class BenchmarkReport:
         notes = [PRECISION_AND_RECALL]
         if manifest["images"] != rules["images"]:
             notes.append(
-                f"{manifest['images']} images, not the {rules['name']} protocol's {rules['images']}: "
+                f"{count(manifest['images'], 'image')}, not the {rules['name']} protocol's {rules['images']}: "
                 "not comparable with anything published"
             )
         notes += few_images(manifest["images"], WIDTH)
         if any((point.metrics["kid"] or 0) < 0 for point in self.points):
             notes.append("KID is unbiased: below 0 it says that this many images show no difference")
-        if manifest["captions"] != "COCO's own":
-            notes.append("the captions are a list of the user's")
+        if (whose := manifest["captions"]) != "COCO's own":
+            theirs = whose.startswith("COCO's own")
+            notes.append(f"the captions are {whose}" if theirs else "the captions are a list of the user's")
         if not manifest["inception_sha256"].startswith(DIGEST):
             notes.append(
                 f"Inception's weights are not {NAME}, on which FID is defined: not comparable with anything published"

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sbrush.sampling.open_image import open_image
+
 LONGEST = 48  # letters of a point's name; a path's end says most
 
 
@@ -34,5 +36,4 @@ def tradeoff(lines: Mapping[str, Sequence[tuple[str, float, float]]], title: str
         axes.legend(frameon=False)
     drawn = io.BytesIO()
     FigureCanvasAgg(figure).print_png(drawn)
-    with Image.open(drawn) as image:
-        return image.convert("RGB")
+    return open_image(drawn)
