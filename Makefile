@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs distill sample eval mutate kill fuzz memory full-size ablations bench bench-eval teach wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations bench bench-eval teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -35,8 +35,12 @@ demo: $(READY)  ## distil, sample and evaluate on the built-in world; at most 12
 	@echo "          $(RUN)/report.html       the figures"
 	@echo "Next:     $(BIN)/sbrush sample \"a big teal bird\" --seed 1-8 --student $(RUN)"
 
-test: $(READY)  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+test: $(READY)  ## the test suite; FILE=tests/test_core.py for one file
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(FILE),$(FILE),-n auto --dist worksteal)
+
+test-all: $(READY)  ## the suite and what only a long run can show: full-size networks, 24 GiB, an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m slow
 
 lint: $(READY)  ## ruff, mypy and the arrows between rooms
 	$(BIN)/ruff check .
