@@ -20,11 +20,8 @@ import typer
 
 import sbrush
 from sbrush import console
-from sbrush.cli.distill import distill
-from sbrush.cli.eval import EXAMPLE as EVAL_EXAMPLE
-from sbrush.cli.eval import evaluate
-from sbrush.cli.merge import merge
-from sbrush.cli.sample import EXAMPLE, sample
+from sbrush.cli import distill, merge, sample
+from sbrush.cli import eval as evaluation
 from sbrush.console import Interrupted, SbrushError, info, printable
 from sbrush.storage.files import os_error
 
@@ -52,10 +49,10 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 could not be done, 2 the command makes no sense, 130 interrupted.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("distill")(distill)
-app.command("sample", epilog=EXAMPLE)(sample)
-app.command("eval", epilog=EVAL_EXAMPLE)(evaluate)
-app.command("merge")(merge)
+app.command("distill", epilog=distill.EXAMPLE)(distill.distill)
+app.command("sample", epilog=sample.EXAMPLE)(sample.sample)
+app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
+app.command("merge", epilog=merge.EXAMPLE)(merge.merge)
 
 
 @app.callback(invoke_without_command=True)

@@ -13,7 +13,7 @@ import typer
 from sbrush import console
 from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
 from sbrush.cli.dry_run import dry_run as dry_run_of
-from sbrush.cli.flags import ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
+from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.training.folder import check_folder
 from sbrush.training.recipes import RECIPES, Recipe
@@ -25,13 +25,10 @@ from sbrush.training.request import (
     ValidationRequest,
 )
 
-PLAN, SETTINGS, MEMORY, SPEED = "Before you start", "Training settings", "Fit a smaller GPU", "Device and speed"
+PLAN, SETTINGS, MEMORY = "Before you start", "Training settings", "Fit a smaller GPU"
 RECORD, CLIP, ABLATION = "What a run records", "CLIP loss (SwiftBrush v2)", "The paper's ablations"
 RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
-EXAMPLE = (
-    "Example: sbrush distill prompts/stickers.txt --steps 500 --out runs/first   "
-    "(the built-in teacher, on a CPU in about four minutes)"
-)
+EXAMPLE = "Example: sbrush distill prompts/stickers.txt --steps 500 --out runs/first"
 
 
 class Tracker(StrEnum):
@@ -197,7 +194,7 @@ def distill(
         Precision,
         typer.Option(
             help="Number format of matrix products; auto is bfloat16 where the hardware has it.",
-            rich_help_panel=SPEED,
+            rich_help_panel=MACHINE,
         ),
     ] = Precision.auto,
     compile_: Annotated[
@@ -205,7 +202,7 @@ def distill(
         typer.Option(
             "--compile",
             help="Compile the networks with torch.compile: minutes at the start, faster steps after.",
-            rich_help_panel=SPEED,
+            rich_help_panel=MACHINE,
         ),
     ] = False,
     log_every: Annotated[

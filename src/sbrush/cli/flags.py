@@ -13,7 +13,11 @@ from typer.models import OptionInfo
 from sbrush.console import SbrushError, printable
 from sbrush.models.source import check_source
 
-MACHINE, REPORT, ELSEWHERE = "Machine", "Output", "Students that other programs have trained"  # panels of --help
+MACHINE, REPORT, ELSEWHERE = (
+    "Device and speed",
+    "Output",
+    "Students that other programs have trained",
+)  # panels of --help
 
 
 class Precision(StrEnum):

@@ -12,6 +12,8 @@ from sbrush.cli.flags import check_student
 from sbrush.console import info, printable
 from sbrush.storage.files import check_new
 
+EXAMPLE = "Example: sbrush merge runs/seed-0 runs/seed-1 -o runs/merged"
+
 
 def merge(
     one: Annotated[
