@@ -40,8 +40,6 @@ def merge(
     Each weight of the new student is the mean of the two students' weights
     (SwiftBrush v2). Merge two runs that differ in their seed, for example,
     or a full student and a LoRA student. The two students stay as they are.
-
-    Example: sbrush merge runs/seed-0 runs/seed-1 -o runs/merged
     """
     check_new(out)
     info("loading torch and the students ...")
