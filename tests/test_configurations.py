@@ -17,7 +17,7 @@ from sbrush.models import configurations as tables
 from sbrush.models.export import export_student
 from sbrush.models.load import load_shapes, load_student, load_teacher
 from sbrush.models.model import Model
-from sbrush.models.schedule import scheduler_class
+from sbrush.models.schedule import read_scheduler, scheduler_class
 from sbrush.models.sdxl import ModelXL
 from sbrush.sampling.generation import student_images, teacher_images
 
@@ -174,6 +174,21 @@ def test_a_scheduler_whose_own_default_is_not_accepted_is_refused_by_name(tmp_pa
         load_teacher(str(folder))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", [{"trained_betas": [0.001] * 700}, {"rescale_betas_zero_snr": True}, {}])
+def test_the_noise_schedule_is_that_of_every_class_that_is_accepted(change):
+    for name in (name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")):
+        kind = scheduler_class({"_class_name": name})
+        if kind is None or name.startswith("CogVideoX") or not change.keys() <= fields(kind):
+            continue
+        if name == "RePaintScheduler" and change:  # which cannot read its own configuration from a file
+            continue
+        config = {"_class_name": name, "num_train_timesteps": len(change.get("trained_betas", range(1000)))} | change
+        ours, theirs = read_scheduler(config, "it"), kind.from_config(config)
+        # Some take 2^-24 for the zero at the end.
+        assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, atol=1e-7), name
+
+
 def test_the_schedulers_class_is_the_indexs_as_in_diffusers(tmp_path, tiny_teacher):
     folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler", timestep_spacing="trailing")
@@ -325,6 +340,23 @@ def test_the_mean_and_deviation_of_latents_change_an_sdxl_image(tmp_path, tiny_x
     latents = torch.randn(2, 4, 16, 16)
     one, other = (load_teacher(str(path)).decode(latents).float() for path in (tiny_xl, folder))
     assert (one - other).abs().max() > 5
+
+
+def test_the_clamped_clip_loss_decodes_as_images_are_decoded(tmp_path, tiny_xl, clip_folder):
+    from sbrush.metrics.clip import ClipScorer
+    from sbrush.training.alignment import Alignment
+    from sbrush.training.request import AlignmentRequest
+
+    folder = shutil.copytree(tiny_xl, tmp_path / "teacher")
+    mean, std = [0.3, -0.2, 0.1, 0.5], [0.5, 2.0, 1.0, 3.0]
+    edit(folder / "vae" / "config.json", latents_mean=mean, latents_std=std)
+    teacher, x0 = load_teacher(str(folder)), torch.randn(2, 4, 16, 16)
+    latents = x0 * torch.tensor(std).view(1, 4, 1, 1) / 0.18215 + torch.tensor(mean).view(1, 4, 1, 1)
+    with torch.no_grad():
+        images = (teacher.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        expected = ClipScorer.load(clip_folder).cosines(images, ["a cat", "a dog"])
+        ours = Alignment.load(teacher, AlignmentRequest(clip_folder), device="cpu").cosines(x0, ["a cat", "a dog"])
+    assert torch.allclose(ours, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("upcast", "dtype"), [(True, torch.float32), (False, torch.float16)])
