@@ -54,6 +54,7 @@ def test_names_are_distinct_short_and_in_the_prompts_order(prompts):
 def test_a_name_tells_place_prompt_and_seed():
     assert Images(["a cat", "A cat"], [3]).name(1) == "0002-a-cat-seed3.png"
     assert Images([str(i) for i in range(12_345)], [0]).name(6) == "00007-6-seed0.png"
+    assert len(os.fsencode(Images(["\U00020000" * 300], [10**18 - 1]).name(0))) <= 120
     assert slug("../../etc/passwd") == "etc-passwd" and slug("?!") == "prompt"
     assert slug("e\u0301te\u0301") == slug("\u00e9t\u00e9") == "\u00e9t\u00e9"  # one form of Unicode's two
 
