@@ -277,7 +277,9 @@ def test_one_png_on_stdout_and_nothing_else(tmp_path, tiny_teacher, monkeypatch)
 
 def test_json_lists_every_image(tmp_path, tiny_teacher):
     options = ["--seed", "1,2,2", "--student", tiny_teacher, "--json"]
-    many = json.loads(sbrush("sample", "a cat", "a \u732b", *options, "-o", tmp_path / "o").stdout)
+    done = sbrush("sample", "a cat", "a \u732b", *options, "-o", tmp_path / "o")
+    many = json.loads(done.stdout)
+    assert "a seed that is given twice is drawn once" in done.stderr
     assert [(x["prompt"], x["seed"]) for x in many] == [(p, s) for p in ("a cat", "a \u732b") for s in (1, 2)]
     assert all(read_record(Path(x["path"]))["seed"] == x["seed"] for x in many)
     grid = json.loads(sbrush("sample", "a cat", *options, "-o", tmp_path / "grid.png").stdout)
