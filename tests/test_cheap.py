@@ -25,6 +25,8 @@ CASES = {
         (["a cat", "--seed", "8-1"], "not a range of seeds"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["a cat", "--prompts", "."], "folder"),
+        (["--prompts", "latin.txt"], "not UTF-8"),
+        (["--prompts", "empty.txt"], "holds no prompt"),
         (["a cat", "-o", "x.jpg"], "images are PNG"),
         (["a cat", "-o", "p.txt"], "is a file, and no .png"),
         (["a cat", "-o", "folder.png"], "is a folder"),
@@ -46,6 +48,8 @@ CASES = {
     ],
     "distill": [
         (["missing.txt"], "missing.txt"),
+        (["latin.txt"], "not UTF-8"),
+        (["empty.txt"], "holds no prompt"),
         (["p.txt", "--teacher", "nowhere"], "no model folder nowhere"),
         (["p.txt", "--teacher", "notes"], "is no Stable Diffusion model"),
         (["p.txt", "--teacher", "x.ckpt"], "is a pickle"),
@@ -67,6 +71,8 @@ CASES = {
 
 def test_what_is_plainly_wrong_is_refused_before_anything_heavy_is_imported(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n")
+    (tmp_path / "latin.txt").write_bytes(b"ein K\xe4tzchen\n")
+    (tmp_path / "empty.txt").write_text("\n\n")
     for folder in ("folder.png", "notes", "started/checkpoints", "full"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "notes" / "a.txt").write_text("mine")

@@ -12,6 +12,8 @@ from conftest import sbrush
 from sbrush import console
 from sbrush.console import SbrushError, progress
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
 
 class Terminal(io.StringIO):
     """What shows what is written to it."""
@@ -158,12 +160,24 @@ def test_full_disks_behind_stdout_and_stderr(arguments):
 
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "sbrush", *arguments]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=BUFFERED)
         if arguments != ["sample"]:
             assert done.returncode == 1 and "No space left on device" in done.stderr
         assert len(done.stderr.splitlines()) == 2, done.stderr  # and not Python's own complaint at its end
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, timeout=60)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True, timeout=60, env=BUFFERED)
         assert done.returncode == (2 if arguments == ["sample"] else 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_libraries_have_printed_does_not_fail_at_the_very_end():
+    import subprocess
+
+    program = "from sbrush import console; print('x'); console.settle_streams()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=BUFFERED
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_shell_completion():

@@ -110,7 +110,7 @@ def test_every_benchmark_line_is_one_that_it_takes():
 
 def test_flags_named_in_the_text_exist():
     program = typer.main.get_command(app)
-    known = {"--help", "--version"}
+    known = {"--help", "--version", "--install-completion", "--show-completion"}
     for one in program.commands.values():
         for parameter in one.params:
             known |= {*parameter.opts, *parameter.secondary_opts}

@@ -70,6 +70,8 @@ def test_distill_with_names_that_are_no_text(tmp_path, tiny_teacher, monkeypatch
         Path(os.fsdecode(b"caf\xe9")).mkdir(exist_ok=True)
         refused = sbrush("distill", prompts, flag, os.fsdecode(b"caf\xe9"))
         assert refused.returncode == 2 and "error: the name caf\\xe9 is not UTF-8" in refused.stderr
+    refused = sbrush("merge", "runs/pr_", "runs/pr_", "-o", os.fsdecode(b"m\xe9"))
+    assert refused.returncode == 2 and "error: the name m\\xe9 is not UTF-8" in refused.stderr
 
 
 @pytest.mark.parametrize("command", [["--help"], ["eval", "--help"], ["sample", "\u732b", "--device", "\u732b"]])

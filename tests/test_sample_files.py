@@ -54,6 +54,7 @@ def test_names_are_distinct_short_and_in_the_prompts_order(prompts):
 def test_a_name_tells_place_prompt_and_seed():
     assert Images(["a cat", "A cat"], [3]).name(1) == "0002-a-cat-seed3.png"
     assert Images([str(i) for i in range(12_345)], [0]).name(6) == "00007-6-seed0.png"
+    assert len(os.fsencode(Images(["\U00020000" * 300], [10**18 - 1]).name(0))) <= 120
     assert slug("../../etc/passwd") == "etc-passwd" and slug("?!") == "prompt"
     assert slug("e\u0301te\u0301") == slug("\u00e9t\u00e9") == "\u00e9t\u00e9"  # one form of Unicode's two
 
@@ -276,7 +277,9 @@ def test_one_png_on_stdout_and_nothing_else(tmp_path, tiny_teacher, monkeypatch)
 
 def test_json_lists_every_image(tmp_path, tiny_teacher):
     options = ["--seed", "1,2,2", "--student", tiny_teacher, "--json"]
-    many = json.loads(sbrush("sample", "a cat", "a \u732b", *options, "-o", tmp_path / "o").stdout)
+    done = sbrush("sample", "a cat", "a \u732b", *options, "-o", tmp_path / "o")
+    many = json.loads(done.stdout)
+    assert "a seed that is given twice is drawn once" in done.stderr
     assert [(x["prompt"], x["seed"]) for x in many] == [(p, s) for p in ("a cat", "a \u732b") for s in (1, 2)]
     assert all(read_record(Path(x["path"]))["seed"] == x["seed"] for x in many)
     grid = json.loads(sbrush("sample", "a cat", *options, "-o", tmp_path / "grid.png").stdout)

@@ -129,10 +129,11 @@ def sample(
 
     Prints the path of each image as soon as it is written.
     """
-    from sbrush.sampling.targets import Target
-
     texts = _read_prompts(prompts or [], prompts_file, column)
-    images = Images(texts, list(dict.fromkeys(parse_seeds(seed))))
+    seeds = parse_seeds(seed)
+    images = Images(texts, list(dict.fromkeys(seeds)))
+    if len(images.seeds) < len(seeds):
+        info("note: a seed that is given twice is drawn once")
     _check_comparison(context, compare)
     target = Target.parse(out)
     _check_stdout(target, json_)

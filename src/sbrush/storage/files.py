@@ -84,6 +84,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def check_new(folder: Path) -> None:
     """SbrushError if something is at `folder` already, or nothing can be written there."""
+    check_name(folder)
     if folder.exists() or folder.is_symlink():
         raise SbrushError(f"{printable(folder)} is there already", "name a new folder with -o", code=2)
     above = next(parent for parent in folder.absolute().parents if parent.exists())
