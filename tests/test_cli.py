@@ -130,7 +130,7 @@ def test_a_dry_run_plans_for_a_card_that_is_elsewhere(tiny_teacher, prompt_file)
     plan = ("distill", prompt_file, "--teacher", tiny_teacher, "--dry-run", "--ema-on-cpu", "--device")
     card, here = sbrush(*plan, "cuda"), sbrush(*plan, "cpu")
     assert "device: cuda, bfloat16" in card.stdout and "student's weights, bfloat16 copy" in card.stdout
-    assert card.returncode == here.returncode == 0 and card.stdout != here.stdout
+    assert card.returncode == here.returncode == 0 and "hours at" in card.stdout and "hours" not in here.stdout
     assert_refused(sbrush(*plan, "warp"), "no such device")
 
 

@@ -88,7 +88,7 @@ def dry_run(request: RunRequest) -> None:
         facts["validation prompts"] = request.validation.prompts.describe()
     for name, value in facts.items():
         console.out(f"{name}: {printable(value)}")
-    for line in cost.lines(request.recipe, keep=request.every.keep):
+    for line in cost.lines(request.recipe, request.device, keep=request.every.keep):
         console.out(line)
 
 

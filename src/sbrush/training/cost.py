@@ -44,9 +44,15 @@ class Cost:
         """Bytes on the device when most is held."""
         return sum(self.memory.values())
 
-    def lines(self, recipe: Recipe, *, keep: int = 2) -> list[str]:
-        """The cost as people read it; `keep`: of checkpoints."""
+    def lines(self, recipe: Recipe, device: str, *, keep: int = 2) -> list[str]:
+        """The cost as people read it; `keep`: how many checkpoints stay.
+
+        Hours are derived for a GPU alone: small networks are far from a CPU's rate of matrix products.
+        """
+        hours = "its speed on this CPU shows after ten steps"
         images, each = recipe.steps * recipe.batch, self.forwards * self.flops + self.alignment_flops
+        if device.startswith("cuda"):
+            hours = f"{images * each / 3600e14:.3g} hours at 100 TFLOP/s (an H200 sustained 200, docs/results.md)"
         clip = f" and {self.alignment_flops / 1e12:.3g} for the CLIP loss" if self.alignment_flops else ""
         return [
             "",
@@ -65,7 +71,7 @@ class Cost:
             "",
             f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP an image{clip}: {each / 1e12:.3g} TFLOP",
             f"{counted(recipe.steps, 'step')} of {recipe.batch}: {counted(images, 'image')}, "
-            f"{images * each / 1e15:.3g} PFLOP; {images * each / 3600e14:.3g} hours at 100 TFLOP/s",
+            f"{images * each / 1e15:.3g} PFLOP; {hours}",
         ]
 
 
