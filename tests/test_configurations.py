@@ -160,6 +160,51 @@ def test_what_would_be_passed_over_is_refused_by_name(tmp_path, request, tiny, f
         assert "damaged" not in refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("tiny", "file", "change", "said"),
+    [
+        (
+            "tiny_teacher",
+            "scheduler/scheduler_config.json",
+            {"trained_betas": [0.001] * 700},
+            "700 steps, its scheduler",
+        ),
+        ("tiny_xl", "vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean and latents_std without the other"),
+        ("tiny_xl", "vae/config.json", {"latents_mean": [0.1] * 3, "latents_std": [1.0] * 4}, "3 means or deviations"),
+        ("tiny_teacher", "vae/config.json", {"scaling_factor": None}, "scaling factor of None"),
+        ("tiny_teacher", "unet/config.json", {"sample_size": None}, "of what size its latents are"),
+        (
+            "tiny_teacher",
+            "tokenizer/tokenizer_config.json",
+            {"fast_tokenizer_files": ["tokenizer.4.json"]},
+            "tokenizer",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_and_not_called_damaged(tmp_path, request, tiny, file, change, said):
+    folder = shutil.copytree(request.getfixturevalue(tiny), tmp_path / "teacher")
+    edit(folder / file, **change)
+    with pytest.raises(SbrushError, match=said) as refused:
+        load_teacher(str(folder))
+    assert "half copied" not in refused.value.hint and refused.value.code == 2
+
+
+def test_a_students_scheduler_that_leaves_noise_is_refused_and_a_teachers_is_replaced(tmp_path, tiny_teacher):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    edit(folder / "scheduler" / "scheduler_config.json", final_sigmas_type="sigma_min")
+    assert load_teacher(str(folder))
+    with pytest.raises(SbrushError, match="final_sigmas_type"):
+        load_student(str(folder))
+
+
+def test_a_width_of_text_for_each_block_is_accepted_if_all_are_the_text_encoders(tmp_path, tiny_teacher):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    edit(folder / "unet" / "config.json", cross_attention_dim=[16, 16])
+    ours, theirs = (next(student_images(load_student(str(f)), ["a cat"], [1])) for f in (folder, tiny_teacher))
+    assert torch.equal(ours, theirs)
+
+
 def test_a_field_that_is_not_known_but_null_turns_nothing_on(tmp_path, tiny_teacher):
     folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     edit(folder / "unet" / "config.json", a_field_of_tomorrow=None)
