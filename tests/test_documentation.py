@@ -99,7 +99,8 @@ def test_every_benchmark_line_is_one_that_it_takes():
     lines += re.findall(r"python -m (sbrush\.benchmarks.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert len(lines) > 5
     for line in lines:
-        words = re.sub(r"\$\(if \$\(SIZE\),(.*)\)$", r"\1", line.strip()).replace("$(SIZE)", "sd21").split()
+        line = re.sub(r"\$\(if \$\(SIZE\),(.*)\)$", r"\1", line.strip()).replace("$(SIZE)", "sd21")
+        words = shlex.split(line)
         program = typer.Typer()
         program.command()(importlib.import_module(words[0]).main)
         try:
