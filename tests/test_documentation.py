@@ -116,7 +116,7 @@ def test_flags_named_in_the_text_exist():
         for parameter in one.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
     others = {
-        "--turns", "--minutes", "--size", "--cards", "--no-compile", "--clip", "--quick",  # benchmarks, tests
+        "--turns", "--minutes", "--size", "--cards", "--no-compile", "--clip", "--quick", "--only",  # benchmarks, tests
         "--num_processes", "--nproc_per_node", "--index-url",  # accelerate, torchrun, pip
     }  # fmt: skip
     for page in TODAY:
