@@ -99,7 +99,8 @@ def test_every_benchmark_line_is_one_that_it_takes():
     lines += re.findall(r"python -m (sbrush\.benchmarks.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert len(lines) > 5
     for line in lines:
-        words = re.sub(r"\$\(if \$\(SIZE\),(.*)\)$", r"\1", line.strip()).replace("$(SIZE)", "sd21").split()
+        line = re.sub(r"\$\(if \$\(SIZE\),(.*)\)$", r"\1", line.strip()).replace("$(SIZE)", "sd21")
+        words = shlex.split(line)
         program = typer.Typer()
         program.command()(importlib.import_module(words[0]).main)
         try:
@@ -115,7 +116,7 @@ def test_flags_named_in_the_text_exist():
         for parameter in one.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
     others = {
-        "--turns", "--minutes", "--size", "--cards", "--no-compile", "--clip", "--quick",  # benchmarks, tests
+        "--turns", "--minutes", "--size", "--cards", "--no-compile", "--clip", "--quick", "--only",  # benchmarks, tests
         "--num_processes", "--nproc_per_node", "--index-url",  # accelerate, torchrun, pip
     }  # fmt: skip
     for page in TODAY:
