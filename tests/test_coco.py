@@ -338,11 +338,11 @@ class TestShards:
         assert asked[5:] == [200]
 
     def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(_: object, file: Path) -> None:
+        def full(file: Path, _: object) -> None:
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("sbrush.storage.shards.save_file", full)
+        monkeypatch.setattr("sbrush.storage.shards.save_tensors", full)
         with pytest.raises(SbrushError, match="No space left") as stopped:
             Shards(tmp_path, 4).fill("test", lambda _: [{"features": torch.zeros(4, 2)}])
         assert "goes on" in stopped.value.hint and not list(tmp_path.iterdir())
@@ -643,17 +643,17 @@ class TestCommand:
             (["--protocol", "gigagan"], "a list of its own"),
             (["--limit", 25], "there are 24"),
             (["--limit", 20, "--images", "."], "images for 20 captions"),
-            (["--teacher", "x", "--student", "y"], "several things"),
+            (["--teacher", "a/x", "--student", "a/y"], "several things"),
             (["--coco-root", "nowhere"], "COCO is not there"),
-            (["--teacher", "x", "--start-timestep", 9], "is the student's"),
-            (["--sweep", "1,2", "--student", "y"], "several things"),
+            (["--teacher", "a/x", "--start-timestep", 9], "is the student's"),
+            (["--sweep", "1,2", "--student", "a/y"], "several things"),
             (["--hps-weights", "x"], "which version"),
-            (["--sweep", "1,two", "--teacher", "x"], "no list of guidance scales"),
+            (["--sweep", "1,two", "--teacher", "a/x"], "no list of guidance scales"),
             (["--sweep", "a,b", "--no-clip-score"], "--clip-weights is for the CLIP score"),
             (["--sweep", "nowhere,b"], "no model folder nowhere"),
             (["--guidance", 3], "--guidance is a teacher's"),
-            (["--steps", 3, "--student", "y"], "--steps is a teacher's"),
-            (["--sweep", "1,2", "--guidance", 3, "--teacher", "x"], "is what --sweep goes through"),
+            (["--steps", 3, "--student", "a/y"], "--steps is a teacher's"),
+            (["--sweep", "1,2", "--guidance", 3, "--teacher", "a/x"], "is what --sweep goes through"),
             (["--fresh"], "--fresh is for the built-in world"),
             (["--images", ".", "--save-images", "x"], "are there already"),
         ],
