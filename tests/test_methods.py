@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from conftest import sbrush
 from sbrush import core
+from sbrush.cli.dry_run import compare_with_free_memory
 from sbrush.console import SbrushError
 from sbrush.models.load import load_student
 from sbrush.noise import StepNoise
@@ -147,3 +148,12 @@ def test_out_of_memory_names_what_makes_the_run_smaller(tmp_path, tiny_teacher, 
         distill(plan)
     hint = refused.value.hint
     assert "--micro-batches 4" in hint and "--student-lora 256" in hint and "checkpoints is kept" in hint
+
+
+def test_a_run_larger_than_the_free_memory_is_noted_before_it_starts(tiny_teacher, tmp_path, monkeypatch, capsys):
+    asked = dataclasses.replace(request(tiny_teacher, tmp_path / "run"), recipe=RECIPES["swiftbrush"], device="cuda")
+    for free, noted in ((2**10, True), (2**40, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
+        compare_with_free_memory(asked)
+        said = capsys.readouterr().err
+        assert ("GiB free; these make it smaller: --ema-on-cpu" in said) == noted
