@@ -14,12 +14,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sbrush.console import SbrushError
 from sbrush.models import configurations as tables
-from sbrush.models.export import export_student
 from sbrush.models.load import load_shapes, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.models.schedule import read_scheduler, scheduler_class
 from sbrush.models.sdxl import ModelXL
 from sbrush.sampling.generation import student_images, teacher_images
+from test_models import exported
 
 PARTS = {
     "unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
@@ -371,8 +371,7 @@ def test_a_folder_drawn_at_random_gives_the_image_of_diffusers_own_pipeline(tmp_
         assert (ours[0] - expected).abs().max() <= 1, changes
         # And as a student that was exported from it, in one step.
         teacher = load_teacher(str(folder))
-        about = {"teacher": "t", "reparameterised": True, "recipe": {"name": "x"}}
-        export_student(tmp_path / "student", teacher, teacher.unet, about=about, card="")
+        exported(teacher, tmp_path / "student")
         expected = theirs(tmp_path / "student", kind, steps=1, guidance=1)
         (ours,) = student_images(load_student(str(tmp_path / "student")), ["a red cat"], [5])
         assert (ours[0] - expected).abs().max() <= 1, changes
@@ -427,5 +426,5 @@ def test_a_unet_from_before_diffusers_0_9_draws_the_size_of_its_pipeline(tmp_pat
     for load in (load_teacher, load_shapes):
         assert load(str(folder)).latent_shape == (4, drawn, drawn)
     teacher = load_teacher(str(folder))
-    export_student(tmp_path / "student", teacher, teacher.unet, about={}, card="")
+    exported(teacher, tmp_path / "student")
     assert load_student(str(tmp_path / "student")).latent_shape == (4, drawn, drawn)

@@ -10,11 +10,11 @@ from transformers import CLIPTextModel
 
 from conftest import build_tiny_teacher, sbrush
 from sbrush.console import SbrushError
-from sbrush.models.export import export_student
 from sbrush.models.hub import fetch
 from sbrush.models.load import digest, load_shapes, load_student, load_teacher
 from sbrush.models.parts import TOKENIZER, part_files
 from sbrush.sampling.generation import student_images
+from test_models import exported
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n"
 UNET = "diffusion_pytorch_model"
@@ -48,7 +48,7 @@ def test_what_is_not_read_belongs_to_no_model_and_is_not_exported(tmp_path, tiny
     litter(folder)
     teacher = load_teacher(str(folder))
     assert digest(teacher) == clean and load_shapes(str(folder))
-    export_student(tmp_path / "student", teacher, teacher.unet, about={}, card="")
+    exported(teacher, tmp_path / "student")
     assert files(tmp_path / "student") == sorted([*files(tiny_teacher), "README.md", "sbrush.json"])
     ours, theirs = (next(student_images(load_student(str(f)), ["a cat"], [1])) for f in (folder, tiny_teacher))
     assert torch.equal(ours, theirs)
@@ -88,7 +88,7 @@ def test_weights_in_several_files_are_read_hashed_and_exported(tmp_path, tiny_te
     assert len(pieces) > 1 and set(pieces) < set(part_files(folder, part))
     teacher = load_teacher(str(folder))
     before = digest(teacher)
-    export_student(tmp_path / "student", teacher, teacher.unet, about={}, card="")
+    exported(teacher, tmp_path / "student")
     ours, theirs = (
         next(student_images(load_student(str(f)), ["a cat"], [1])) for f in (tmp_path / "student", tiny_teacher)
     )

@@ -14,10 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from conftest import sbrush
 from ldm import whole_file
 from sbrush.console import SbrushError
-from sbrush.models.export import export_student
 from sbrush.models.load import load_shapes, load_student, load_teacher
 from sbrush.models.tokenizers import check_tokenizers, truncated_prompts
 from sbrush.sampling.generation import student_images
+from test_models import exported
 
 
 def edit(file, **changes):
@@ -132,7 +132,7 @@ def test_so_is_that_of_a_single_files_configuration_and_of_a_student(tmp_path, t
         with pytest.raises(SbrushError, match="tokenizer"):
             load(str(file), config=str(folder))
     teacher = load_teacher(str(tiny_teacher))
-    export_student(tmp_path / "student", teacher, teacher.unet, about={}, card="")
+    exported(teacher, tmp_path / "student")
     damage(tmp_path / "student" / "tokenizer")
     with pytest.raises(SbrushError, match="tokenizer"):
         load_student(str(tmp_path / "student"))
@@ -245,18 +245,19 @@ def test_every_command_states_how_many_prompts_are_cut_off(tmp_path, tiny_teache
 
 
 def test_evaluations_report_how_many_captions_a_model_cuts_off(tmp_path, tiny_teacher, monkeypatch):
+    from sbrush.device import Arithmetic
     from sbrush.evaluate import candidates
-    from sbrush.evaluate.coco.benchmark import _subject
+    from sbrush.evaluate.coco.protocols import PROTOCOLS
+    from sbrush.evaluate.coco.subjects import Generator
     from sbrush.evaluate.report import Report
+    from sbrush.evaluate.request import CocoRequest, Models, StickersRequest
 
     texts = ["a cat", "a small red cat on a blue background " * 3]
     monkeypatch.setattr(candidates, "evaluate_stickers", lambda *_, **__: Report([], {}))
     monkeypatch.setattr(candidates, "pairs", lambda n: [(SimpleNamespace(text=text), 0) for text in texts])
-    asked = {"n": 2, "per_caption": 2, "steps": 1, "guidance": None, "fresh": False, "batch": 1, "device": "cpu"}
-    result = candidates.evaluate(
-        student=str(tiny_teacher), teacher=None, report=tmp_path / "report.html", dtype=torch.float32, **asked
-    )
+    tiny = str(tiny_teacher)
+    result = candidates.evaluate(StickersRequest(Models(student=tiny), report=tmp_path / "report.html"))
     assert result.json()["protocol"]["truncated_prompts"] == "1"
-    for student, teacher in ((str(tiny_teacher), None), (None, str(tiny_teacher))):
-        subject = _subject(student, None, teacher, None, 1, None, 1, "cpu", torch.float32)
+    for models in (Models(student=tiny), Models(teacher=tiny)):
+        (subject,) = Generator(CocoRequest(models), PROTOCOLS["swiftbrush"], "cpu", Arithmetic()).subjects([])
         assert subject.truncated(texts) == 1
