@@ -183,7 +183,6 @@ def test_what_libraries_have_printed_does_not_fail_at_the_very_end():
 def test_shell_completion():
     done = sbrush(COMP_WORDS="sbrush sample --prec", COMP_CWORD="2", _SBRUSH_COMPLETE="complete_bash")
     assert done.stdout.split() == ["--precision"], done.stderr
-    assert "sbrush" in sbrush("--show-completion", "bash").stdout
 
 
 def test_without_a_command_there_is_help_and_no_empty_error():

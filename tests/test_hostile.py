@@ -191,7 +191,7 @@ def test_two_runs_in_one_folder_the_second_is_refused(tmp_path, tiny_teacher):
             [sys.executable, "-c", code, Path(__file__).parent, tiny_teacher, tmp_path / "run"],
             capture_output=True, text=True,
         )  # fmt: skip
-        assert "another run is at work" in other.stdout, other.stderr
+        assert "another run is using" in other.stdout, other.stderr
     assert distill(plan(tiny_teacher, tmp_path / "run"))  # free again
 
 
@@ -281,7 +281,7 @@ def test_a_run_of_another_format_gets_a_message_that_helps(tmp_path, tiny_teache
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
     with pytest.raises(SbrushError, match="format 99, this version writes 1") as refused:
         plan(tiny_teacher, out).run.claim()
-    assert "version that began it" in refused.value.hint
+    assert "version that started it" in refused.value.hint
 
 
 @given(
