@@ -642,7 +642,7 @@ class TestCommand:
         [
             (["--protocol", "gigagan"], "a list of its own"),
             (["--limit", 25], "there are 24"),
-            (["--limit", 20, "--images", "."], "images for 20 captions"),
+            (["--limit", 20, "--images", "."], "has no images"),
             (["--teacher", "a/x", "--student", "a/y"], "several things"),
             (["--coco-root", "nowhere"], "COCO is not there"),
             (["--teacher", "a/x", "--start-timestep", 9], "is the student's"),

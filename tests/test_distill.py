@@ -383,8 +383,8 @@ def test_an_init_that_means_something_else_by_noise_words_or_output_is_refused(t
         (tiny_xl, early, "another architecture"),  # as many channels, other conditioning
         (v, early, "predicts v_prediction, the teacher epsilon"),
         (linear, early, "another noise schedule"),
-        (tmp_path / "late", early, "takes its step at timestep 700, this run would at 999"),
-        (tiny_teacher, late, "takes its step at timestep 999, this run would at 700"),
+        (tmp_path / "late", early, "takes its step at timestep 700, this run at 999"),
+        (tiny_teacher, late, "takes its step at timestep 999, this run at 700"),
         (tmp_path / "late", dataclasses.replace(late, reparameterised=False), "not a student without"),
     ):
         with pytest.raises(SbrushError, match=complaint):
