@@ -667,6 +667,14 @@ class TestCommand:
         assert isinstance(done.exception, SbrushError) and done.exception.code == 2, done.output
         assert says in str(done.exception) and done.exception.hint
 
+    def test_images_and_captions_are_of_one_number(self, coco: Path, tmp_path: Path) -> None:
+        for i in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+        flags = "--coco-root", coco, "--images", tmp_path, "--limit", 20, "--no-clip-score"
+        done = CliRunner().invoke(app, ["eval", "--coco-30k", *map(str, flags)])
+        assert isinstance(done.exception, SbrushError) and done.exception.code == 2, done.output
+        assert "3 images for 20 captions" in str(done.exception)
+
     def test_a_corrupt_image(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         root = make_coco(tmp_path / "coco")
         (root / "val2014" / "COCO_val2014_000000000005.jpg").write_bytes(b"\xff\xd8 no image")
