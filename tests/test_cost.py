@@ -1,10 +1,12 @@
 """What a run will take, told beforehand, against what it takes."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,3 +188,12 @@ def test_the_clamped_clip_loss_is_counted(tiny_teacher, clip_folder):
     activations = [[v for k, v in told.memory.items() if "activations" in k] for told in (without, with_loss)]
     # Of four images of 32 x 32 the decoder keeps at least eight channels in float32, a few times.
     assert activations[1][0] - activations[0][0] > 3 * 4 * 8 * 32 * 32 * 4
+
+
+def test_a_unet_without_a_mid_block_is_split_and_counted_too(tmp_path, tiny_teacher):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, folder)
+    own = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config({**own, "mid_block_type": None}).save_pretrained(folder / "unet")
+    shared = estimate(str(folder), SMALL, ExecutionOptions(shard=True), Machine(world=2))
+    assert shared.memory["student's weights, a gathered block"] > 0

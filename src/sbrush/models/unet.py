@@ -56,6 +56,12 @@ def add_lora(
     return lora_parameters(unet, role)
 
 
+def blocks_of(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """A UNet's down, mid and up blocks, in order; some UNets have no mid block."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    return [block for block in blocks if block is not None]
+
+
 def lora_parameters(unet: nn.Module, role: Role) -> dict[str, nn.Parameter]:
     """The parameters of one role's LoRA, by name."""
     return {name: p for name, p in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{role}\.", name)}

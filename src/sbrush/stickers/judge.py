@@ -11,10 +11,11 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -161,14 +162,19 @@ def _check(images: Tensor) -> None:
         raise ValueError(f"images must be uint8 [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], not {images.dtype} {shape}")
 
 
-if __name__ == "__main__":  # how often the shipped judge, and the check on pixels, are right on unseen renders
+def main(
+    renders: Annotated[
+        int, typer.Option(help="Unseen renders to judge, rounded up to a multiple of 250.", min=1)
+    ] = 10_000,
+) -> None:
+    """Print how often the shipped judge, and the check on pixels, are right on unseen renders."""
     from torchvision.transforms.functional import pil_to_tensor
 
     from sbrush.console import out
     from sbrush.stickers.draw import draw
     from sbrush.stickers.world import random_sticker, stream
 
-    total, judge = 10_000, Judge.load()
+    total, judge = -(-renders // 250) * 250, Judge.load()
     right = dict.fromkeys([*ATTRIBUTES, "colour by pixels", "background by pixels"], 0)
     for first in range(0, total, 250):
         stickers = [random_sticker(stream("judge-10k", i), held_out=True) for i in range(first, first + 250)]
@@ -181,3 +187,7 @@ if __name__ == "__main__":  # how often the shipped judge, and the check on pixe
             right[name] += int((values == torch.tensor(true)).sum())
     for name, count in right.items():
         out(f"{name}: right on {count} of {total}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

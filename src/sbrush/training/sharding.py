@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sbrush.models.unet import blocks_of
+
 
 def asked_for() -> bool:
     """Whether accelerate's configuration asks for FSDP; removes it, so that accelerate runs data parallelism."""
@@ -30,7 +32,7 @@ def shard(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
     A block's weights are gathered on a device only while that block runs.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+    for block in blocks_of(unet):
         fully_shard(block, mesh=mesh)
     fully_shard(unet, mesh=mesh)
 

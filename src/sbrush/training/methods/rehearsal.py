@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbrush.models.model import Model
-from sbrush.models.unet import STUDENT_TARGETS, add_lora, attend_explicitly, set_role
+from sbrush.models.unet import STUDENT_TARGETS, add_lora, attend_explicitly, blocks_of, set_role
 from sbrush.training.accounting import Held, conditioning_shapes, kernels
 from sbrush.training.alignment import Alignment
 from sbrush.training.methods.method import Machine, Rehearsal
@@ -98,8 +98,7 @@ def _share_gradients(student: nn.Module, owners: int) -> None:
 
 
 def _largest_block(unet: UNet2DConditionModel) -> int:
-    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks_of(unet))
 
 
 def _play(
