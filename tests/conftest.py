@@ -127,6 +127,12 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def without_accelerate_state() -> None:
+    """No test finds the precision and device that another asked accelerate for, whatever their order."""
+    forget_accelerate()
+
+
 START: list[str] = []  # what stands between python and -m sbrush: another launcher
 
 
