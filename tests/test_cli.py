@@ -146,7 +146,8 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_eval_json_is_clean(tmp_path):
-    done = sbrush("eval", "--limit", 100, "--diversity", 10, "--steps", 2, "--report", tmp_path / "r.html", "--json",
+    done = sbrush("eval", "--limit", 100, "--diversity", 10, "--teacher-steps", 2,
+                  "--report", tmp_path / "r.html", "--json",
                   XDG_CACHE_HOME=str(tmp_path / "cache"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "r.json").read_text())

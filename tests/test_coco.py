@@ -611,7 +611,7 @@ class TestCommand:
 
     def test_a_sweep_and_two_processes(self, evaluate, tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
         """Two guidance scales; then the second one by two processes from nothing: the same metrics exactly."""
-        report, flags = tmp_path / "sweep.html", ["--teacher", tiny_teacher, "--steps", 2, "--json"]
+        report, flags = tmp_path / "sweep.html", ["--teacher", tiny_teacher, "--teacher-steps", 2, "--json"]
         done = evaluate(*flags, "--sweep", "1,5", "--report", report)
         assert done.returncode == 0, done.stderr
         one, five = json.loads(done.stdout)["points"]
@@ -622,7 +622,7 @@ class TestCommand:
 
         monkeypatch.setattr("conftest.START", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
         work = tmp_path / "work"
-        two = evaluate(*flags, "--guidance", 5, "--device", "cpu", "--work", work)
+        two = evaluate(*flags, "--teacher-guidance", 5, "--device", "cpu", "--work", work)
         assert two.returncode == 0, two.stderr
         assert json.loads(two.stdout)["points"] == [five]
         assert two.stderr.count("measuring") == 1  # one of them talks
@@ -651,9 +651,9 @@ class TestCommand:
             (["--sweep", "1,two", "--teacher", "a/x"], "no list of guidance scales"),
             (["--sweep", "a,b", "--no-clip-score"], "--clip-weights is for the CLIP score"),
             (["--sweep", "nowhere,b"], "no model folder nowhere"),
-            (["--guidance", 3], "--guidance is a teacher's"),
-            (["--steps", 3, "--student", "a/y"], "--steps is a teacher's"),
-            (["--sweep", "1,2", "--guidance", 3, "--teacher", "a/x"], "is what --sweep goes through"),
+            (["--teacher-guidance", 3], "--teacher-guidance is a teacher's"),
+            (["--teacher-steps", 3, "--student", "a/y"], "--teacher-steps is a teacher's"),
+            (["--sweep", "1,2", "--teacher-guidance", 3, "--teacher", "a/x"], "is what --sweep goes through"),
             (["--fresh"], "--fresh is for the built-in world"),
             (["--images", ".", "--save-images", "x"], "are there already"),
         ],

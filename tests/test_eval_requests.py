@@ -32,8 +32,8 @@ def test_defaults_are_those_for_which_metrics_are_shipped(tmp_path: Path, monkey
     """Of the built-in teacher; and they are this teacher's, for it still draws the images that came with them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     request, teacher, judge = StickersRequest(), load_teacher(), Judge.load()
-    scale = guidance_scale_of(teacher, request.models.guidance)
-    for steps in (request.models.steps, 1):
+    scale = guidance_scale_of(teacher, request.models.teacher_guidance)
+    for steps in (request.models.teacher_steps, 1):
         candidate = teacher_candidate(teacher, steps, scale)
         place = cache_place(candidate, judge, request.limit, request.diversity)
         assert place is not None
@@ -48,7 +48,7 @@ def test_defaults_are_those_for_which_metrics_are_shipped(tmp_path: Path, monkey
             assert (image.float() - there.float()).abs().mean() < 1
     for limit, per_caption in ((200, 20), (2000, 100)):  # those of --limit 200 and --limit 2000
         assert StickersRequest(limit=limit).diversity == per_caption
-        for steps in (request.models.steps, 1):
+        for steps in (request.models.teacher_steps, 1):
             place = cache_place(teacher_candidate(teacher, steps, scale), judge, limit, per_caption)
             assert place is not None and place.load(limit, per_caption) is not None
     assert not list(tmp_path.iterdir())

@@ -143,7 +143,8 @@ def test_eval(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     with FailingDisk(folder, 0, errno.ENOSPC):  # neither what it caches nor its report can be written
-        done = sbrush("eval", "--limit", 100, "--diversity", 10, "--steps", 1, "--report", folder / "report.html",
+        done = sbrush("eval", "--limit", 100, "--diversity", 10, "--teacher-steps", 1,
+                      "--report", folder / "report.html",
                       XDG_CACHE_HOME=str(folder / "cache"))  # fmt: skip
     assert_ended_well(done, folder, "eval")
     assert done.returncode == 1 and os.strerror(errno.ENOSPC) in done.stderr

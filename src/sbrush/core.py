@@ -21,12 +21,16 @@ One update of the student theta, then one of the LoRA teacher psi:
     gap = vsd_gap(guided eps_phi, guided eps_psi at x_t = add_noise(x0))    no gradient through the teachers
     theta follows vsd_loss(x0, gap)                                         and pair_loss, clamped_clip_loss, if asked
     psi follows lora_loss(eps_psi at x_t' = add_noise(x0.detach()), noise, t')
+
+A student of several steps stands on a ladder of timesteps, rungs[0] being its start. A training step takes one rung:
+student_input goes down to it without gradient, and what it returns stands in the equations above for z, the rung for T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -117,6 +121,34 @@ def student_x0(
     `reparameterised` (the paper's ablation) the UNet's output is the image itself. Float32 [B, C, H, W].
     """
     return to_x0(output, z, t, schedule, prediction) if reparameterised else output.float()
+
+
+def student_input(
+    denoise: Denoiser,
+    z: Tensor,
+    fresh: Sequence[Tensor] | None,
+    rungs: Sequence[int],
+    cond: Conditioning,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+) -> Tensor:
+    """What a student of several steps sees at the last of `rungs`: backward simulation (DMD2, arXiv 2405.14867).
+
+    At rungs[0] that is z. From each rung to the next:
+
+        x0 = f_theta(x, y) at t,    x = alpha_t' x0 + sigma_t' eps at the next t'
+
+    `fresh`: eps of each step down, [B, C, H, W], one fewer than `rungs`; None keeps the noise that the student itself
+    predicts, which is DDIM. One rung returns z. Float32 [B, C, H, W]; training calls it without gradient.
+    """
+    x = z
+    for step, (t, following) in enumerate(pairwise(rungs)):
+        here, there = (torch.full((len(x),), rung, device=x.device) for rung in (t, following))
+        output = denoise(x, here, cond)
+        x0 = to_x0(output, x, here, schedule, prediction)
+        noise = to_epsilon(output, x, here, schedule, prediction) if fresh is None else fresh[step]
+        x = add_noise(x0, noise, there, schedule)
+    return x
 
 
 def guide(eps_cond: Tensor, eps_null: Tensor, scale: float | Tensor) -> Tensor:

@@ -28,7 +28,17 @@ def _number(*key: int | str) -> int:
 
 def image_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal [seeds, *shape]; what diffusers draws from torch.Generator().manual_seed(seed)."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return step_noises(seeds, shape, 1)[0]
+
+
+def step_noises(seeds: Iterable[int], shape: tuple[int, ...], steps: int) -> list[Tensor]:
+    """The noise of each of `steps` sampling steps, standard normal [seeds, *shape]: image_noise, then what follows it.
+
+    That of a step depends on the seed and the step alone. diffusers' LCMScheduler draws the same from one generator
+    for each image.
+    """
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.stack([torch.randn(shape, generator=draw) for draw in draws]) for _ in range(steps)]
 
 
 class StepNoise:
@@ -51,6 +61,10 @@ class StepNoise:
     def uniform(self, low: float, high: float) -> float:
         """One draw from low .. high for the whole global batch."""
         return low + (high - low) * self._whole.random()
+
+    def index(self, count: int) -> int:
+        """One draw from 0 .. count - 1 for the whole global batch."""
+        return self._whole.randrange(count)
 
     def chance(self, probability: float) -> bool:
         """One draw for the whole global batch."""

@@ -17,6 +17,7 @@ from sbrush.cli.flags import (
     JsonFlag,
     Precision,
     StartFlag,
+    StepsFlag,
     StudentFlag,
     teacher_config_option,
     teacher_option,
@@ -42,7 +43,11 @@ FOR_COCO = (
     "hps_weights", "hps_version", "download", "max_unreadable", "max_fid", "work", "save_images",
 )  # fmt: skip
 NOT_FOR_COCO = ("diversity", "fresh")
-FOR_A_TEACHER = ("steps", "guidance", "teacher_config")  # on COCO; on the built-in world there always is one
+FOR_A_TEACHER = (
+    "teacher_steps",
+    "teacher_guidance",
+    "teacher_config",
+)  # on COCO
 
 
 class Protocol(StrEnum):
@@ -68,6 +73,7 @@ class HpsVersion(StrEnum):
 def evaluate(
     context: typer.Context,
     student: StudentFlag = None,
+    steps: StepsFlag = None,
     start_timestep: StartFlag = None,
     limit: Annotated[
         int | None,
@@ -89,11 +95,11 @@ def evaluate(
         teacher_option(TEACHER, default="the built-in teacher; with --coco-30k none, one in place of a student"),
     ] = None,
     teacher_config: Annotated[str | None, teacher_config_option(TEACHER)] = None,
-    steps: Annotated[
+    teacher_steps: Annotated[
         int,
         typer.Option(help="Number of DDIM steps that the teacher takes.", min=1, max=1000, rich_help_panel=TEACHER),
-    ] = Models.steps,
-    guidance: Annotated[
+    ] = Models.teacher_steps,
+    teacher_guidance: Annotated[
         float | None,
         typer.Option(
             help="Guidance scale of the teacher; 1 is none. Default: the one that its folder names, else 7.5.",
@@ -274,7 +280,7 @@ def evaluate(
 ) -> None:
     """Measure a student, its teacher and real images: FID, CLIP score, accuracy, diversity."""
     _check_given(context, coco=coco_30k, teacher=teacher is not None, sweep=sweep is not None, clip_score=clip_score)
-    models = Models(student, start_timestep, teacher, teacher_config, steps, guidance)
+    models = Models(student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance)
     execution = Execution(device, precision.value, batch)
     if coco_30k:
         version = hps_version.value if hps_version else None
@@ -336,7 +342,7 @@ def _check_given(context: typer.Context, *, coco: bool, teacher: bool, sweep: bo
     if not teacher:
         refuse(FOR_A_TEACHER, "is a teacher's, and none is measured", "leave it out, or name it: --teacher ID")
     if sweep:
-        refuse(("guidance",), "is what --sweep goes through", "leave out one of them")
+        refuse(("teacher_guidance",), "is what --sweep goes through", "leave out one of them")
     if not clip_score:
         refuse(("clip_weights",), "is for the CLIP score", "leave it out, or --no-clip-score")
 

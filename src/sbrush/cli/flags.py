@@ -106,6 +106,17 @@ StudentFlag = Annotated[
         callback=check_student,
     ),
 ]
+StepsFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        help="Steps in which the student draws an image: 1, or up to as many as it can take. Default: as many as it "
+        "was trained for, which --student-steps of sbrush distill sets.",
+        min=1,
+        max=1000,
+        show_default=False,
+    ),
+]
 StartFlag = Annotated[
     int | None,
     typer.Option(

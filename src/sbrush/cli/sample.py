@@ -20,6 +20,7 @@ from sbrush.cli.flags import (
     Precision,
     PrecisionFlag,
     StartFlag,
+    StepsFlag,
     StudentFlag,
     teacher_config_option,
     teacher_option,
@@ -67,6 +68,7 @@ def sample(
         ),
     ] = "0",
     student: StudentFlag = None,
+    steps: StepsFlag = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -125,7 +127,7 @@ def sample(
     device: DeviceFlag = "auto",
     precision: PrecisionFlag = Precision.auto,
 ) -> None:
-    """Draw images in one step.
+    """Draw images in one step, or in a few with a student that was trained for it.
 
     Prints the path of each image as soon as it is written.
     """
@@ -146,7 +148,7 @@ def sample(
 
     where = pick_device(device)
     request = SampleRequest(
-        images, target, student=student, start_timestep=start_timestep, compare=compare, teacher=teacher,
+        images, target, student=student, steps=steps, start_timestep=start_timestep, compare=compare, teacher=teacher,
         teacher_config=teacher_config, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
         metadata=metadata, overwrite=overwrite, batch=batch, device=where,
         dtype=pick_dtype(precision.value, where, "sample"),

@@ -28,14 +28,16 @@ def evaluate(request: StickersRequest) -> Report:
     dtype = arithmetic.dtype
     one = load_student(models.student, start_timestep=models.start_timestep, device=device, dtype=dtype)
     many = load_teacher(models.teacher, config=models.teacher_config, device=device, dtype=dtype)
-    scale = guidance_scale_of(many, models.guidance)
+    scale = guidance_scale_of(many, models.teacher_guidance)
     info(
         f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, "
         f"{request.limit} held-out pairs, {request.diversity} images of each of diversity's captions"
     )
     candidates = [
-        student_candidate(f"student, {describe_steps(one)}", one, batch=batch, arithmetic=arithmetic),
-        teacher_candidate(many, models.steps, scale, batch=batch, arithmetic=arithmetic),
+        student_candidate(
+            f"student, {describe_steps(one, models.steps)}", one, models.steps, batch=batch, arithmetic=arithmetic
+        ),
+        teacher_candidate(many, models.teacher_steps, scale, batch=batch, arithmetic=arithmetic),
         teacher_candidate(many, 1, scale, batch=batch, arithmetic=arithmetic),
     ]
     result = evaluate_stickers(
@@ -47,13 +49,15 @@ def evaluate(request: StickersRequest) -> Report:
     return result
 
 
-def student_candidate(name: str, model: Model, *, batch: int = 64, arithmetic: Arithmetic = FLOAT32) -> Candidate:
-    """A student to be measured; nothing of it is cached, for students change."""
+def student_candidate(
+    name: str, model: Model, steps: int | None = None, *, batch: int = 64, arithmetic: Arithmetic = FLOAT32
+) -> Candidate:
+    """A student to be measured in `steps` steps (None: as it was trained); nothing is cached, for students change."""
 
     def images(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
-        return arithmetic.each(student_images(model, prompts, seeds, batch=batch), model.device.type)
+        return arithmetic.each(student_images(model, prompts, seeds, steps=steps, batch=batch), model.device.type)
 
-    return Candidate(name, images, steps=1)
+    return Candidate(name, images, steps=len(model.rungs(steps)))
 
 
 def teacher_candidate(

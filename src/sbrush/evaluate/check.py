@@ -42,6 +42,10 @@ def _check_subject(request: CocoRequest) -> None:
         raise SbrushError("several things to measure", hint, code=2)
     if models.start_timestep is not None and (models.teacher or request.images):
         raise SbrushError("--start-timestep is the student's", "leave it out, or give --student", code=2)
+    if models.steps is not None and (models.teacher or request.images):
+        raise SbrushError(
+            "--steps is the student's, and none is measured", "leave it out, or --teacher-steps for a teacher's", code=2
+        )
     if sweep and not request.weights.clip_score:
         raise SbrushError("a sweep is FID against CLIP score", "leave out --no-clip-score", code=2)
     if sweep and request.output.images is not None:

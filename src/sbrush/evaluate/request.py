@@ -24,11 +24,12 @@ class Models:
     """Which student, and which teacher in how many steps. None: the built-in ones."""
 
     student: str | None = None  # folder, a run's --out, or Hub id
+    steps: int | None = None  # the student's; None: as many as it was trained for
     start_timestep: int | None = None  # where the student starts; None: its schedule's end
     teacher: str | None = None  # folder, Hub id or .safetensors
     teacher_config: str | None = None  # of a .safetensors teacher
-    steps: int = 25  # the teacher's
-    guidance: float | None = None  # the teacher's; None: the scale that its folder names, else 7.5
+    teacher_steps: int = 25
+    teacher_guidance: float | None = None  # None: the scale that its folder names, else 7.5
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def about_student(
         "teacher": config["teacher"],
         **({"teacher_sha256": config["teacher_sha256"]} if "teacher_sha256" in config else {}),
         "reparameterised": recipe["reparameterised"],
+        "steps": config["sampling"]["steps"],
         "recipe": dict(recipe),
         "seed": config["seed"],
         "prompts": config["prompts"],

@@ -1,17 +1,16 @@
-"""Students out. A student folder is a teacher's folder with a one-step scheduler, a model card and `sbrush.json`:
+"""Students out. A student folder is a teacher's folder with a scheduler of its own, a model card and `sbrush.json`:
 
 StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=1, guidance_scale=1)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -23,7 +22,6 @@ from sbrush.models.comfyui import WORKFLOW, obstacle, workflow
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
 from sbrush.models.parts import part_files, read_json, refuse_pointer
-from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.single_file import published_name
 from sbrush.models.unet import Role
 from sbrush.storage.files import atomic_folder, atomic_write, write_json, write_text
@@ -60,16 +58,16 @@ def export_lora(
     role: Role,
     *,
     about: dict[str, Any],
-    t_init: int | None = None,
+    scheduler: SchedulerMixin,
 ) -> None:
     """Writes a role's LoRA twice, its scale inside it: as diffusers' load_lora_weights takes it, and as ComfyUI does.
 
     ComfyUI and sd-scripts know attention layers by kohya's names alone, lora_unet_..._to_q.lora_down.weight. What the
-    LoRA needs besides is written too: its one-step scheduler, a model card, a workflow for ComfyUI.
+    LoRA needs besides is written too: its scheduler, a model card, a workflow for ComfyUI.
     """
     from peft.tuners.lora import LoraLayer
 
-    student = _student(teacher, about, t_init)
+    student = teacher.as_student(scheduler, about)
     tensors: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer) and role in module.r:
@@ -80,7 +78,7 @@ def export_lora(
     for name, content in {"pytorch_lora_weights": tensors, "comfyui": convert_state_dict_to_kohya(tensors)}.items():
         with atomic_write(folder / f"{name}.safetensors") as partial:
             save_tensors(partial, content, {"format": "pt"})
-    write_text(folder / "scheduler" / "scheduler_config.json", student.scheduler.to_json_string())
+    write_text(folder / "scheduler" / "scheduler_config.json", scheduler.to_json_string())
     if obstacle(student) is None:
         write_json(folder / WORKFLOW, workflow(student, lora=True))
     write_text(folder / "README.md", lora_card(student))
@@ -92,31 +90,26 @@ def export_student(
     unet: UNet2DConditionModel,
     *,
     about: dict[str, Any],
-    t_init: int | None = None,
+    scheduler: SchedulerMixin,
 ) -> None:
     """Writes a student folder, complete or not at all; an older one at the same place is replaced.
 
-    `about`: what sbrush.json and the model card say of it, see about_student. `t_init`: the timestep at which the
-    student takes its noise for x_t; None is T. OSError as any writing may raise it.
+    `about`: what sbrush.json and the model card say of it, see about_student. `scheduler`: the one that takes its
+    step or steps, see ladder.Sampling. OSError as any writing may raise it.
     """
-    student = _student(teacher, about, t_init)
+    student = teacher.as_student(scheduler, about)
     with atomic_folder(folder) as partial:
         for part, file in _copied(teacher):
             (partial / part).mkdir(exist_ok=True)
             _copy(part, file, partial / part / file.name)
         # Always one file: ComfyUI loads no other, and SDXL's would become two.
         unet.save_pretrained(partial / "unet", max_shard_size="100GB")
-        student.scheduler.save_pretrained(partial / "scheduler")
-        write_json(partial / "model_index.json", teacher.student_index())
+        scheduler.save_pretrained(partial / "scheduler")
+        write_json(partial / "model_index.json", teacher.student_index(type(scheduler).__name__))
         write_json(partial / "sbrush.json", {"format": FORMAT, **about})
         if obstacle(student) is None:
             write_json(partial / WORKFLOW, workflow(student))
         write_text(partial / "README.md", model_card(student))
-
-
-def _student(teacher: Model, about: dict[str, Any], t_init: int | None) -> Model:
-    """The student as its card describes it; of its networks only the configuration is looked at."""
-    return dataclasses.replace(teacher, about=about, scheduler=one_step_scheduler(teacher.scheduler, t_init))
 
 
 def _copied(teacher: Model) -> Iterator[tuple[str, Path]]:

@@ -23,15 +23,17 @@ from sbrush.models.checks import (
     untrained_network,
 )
 from sbrush.models.configurations import ONE_STEP, TABLES
+from sbrush.models.ladder import Ladder
 from sbrush.models.model import Model
 from sbrush.models.parts import check_part, digest_of_parts, read_json
 from sbrush.models.places import BUILT_IN_TEACHER, FAMILIES, find_teacher, locate_student, resolve
-from sbrush.models.schedule import noise_scale, read_scheduler
+from sbrush.models.schedule import noise_scale, read_scheduler, scheduler_class
 from sbrush.models.single_file import Entry, convert, known_configuration, read_header
 from sbrush.models.snapshot import Snapshot
 from sbrush.models.source import is_single_file
 
 FORMAT = 1  # of sbrush.json
+MOST_STEPS = 1000  # of a student
 BUILT_IN = Path(__file__).parent.parent / "stickers" / "weights"
 KINDS = {
     "CLIPTokenizer": CLIPTokenizer,
@@ -90,7 +92,7 @@ def load_student(
             f"take 1 to {len(model.schedule) - 1}",
             code=2,
         )
-    return dataclasses.replace(model, start_timestep=start_timestep, noise_scale=1.0)
+    return dataclasses.replace(model, start_timestep=start_timestep, noise_scale=1.0, ladder=None)
 
 
 def _note_many_steps(model: Model) -> None:
@@ -194,6 +196,7 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, stu
         model = family(
             name=name, folders=folders, about=about, index=index, **(parts | {"scheduler": scheduler}),
             noise_scale=noise_scale(config) if student else 1.0,
+            ladder=Ladder.read(scheduler_class(config).from_config(config), _steps(about)) if student else None,
         )  # fmt: skip
         check_fit(model)
     except SbrushError:
@@ -217,6 +220,12 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, stu
     for network in model.networks:
         network.to(device).requires_grad_(False).eval()
     return model
+
+
+def _steps(about: dict[str, Any]) -> int | None:
+    """The number of steps that a sbrush.json names, if it is one."""
+    steps = about.get("steps")
+    return steps if type(steps) is int and 1 <= steps <= MOST_STEPS else None
 
 
 def _check(folders: dict[str, Path], index: dict[str, Any], family: type[Model], name: str, *, weights: bool) -> None:

@@ -31,13 +31,13 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
     weights, others = dict(first.unet.named_parameters()), dict(second.unet.named_parameters())
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
         raise SbrushError("the two students are of different architectures", "merge students of one teacher", code=2)
-    same = ("reparameterised", "world")
-    if first.scheduler.config != second.scheduler.config or any(
+    same = ("reparameterised", "world", "steps")
+    if first.sampler.config != second.sampler.config or any(
         first.about.get(key) != second.about.get(key) for key in same
     ):
         raise SbrushError(
             "the two students turn noise into images in different ways",
-            "merge students with one t_init, prediction and parameterisation",
+            "merge students with one t_init, number of steps, prediction and parameterisation",
             code=2,
         )
     for name, weight in weights.items():
@@ -51,4 +51,4 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
         | {key: model.about[key] for key in STATED if key in model.about}
         for name, model, part in ((one, first, share), (two, second, 1 - share))
     ]
-    export_student(out, first, first.unet, about=about)
+    export_student(out, first, first.unet, about=about, scheduler=first.sampler)

@@ -9,17 +9,20 @@ v prediction sigma_t-weighted mix of x0 = x - s u and eps = x + (1 - s) u (tests
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
+from sbrush.console import SbrushError
 from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
+from sbrush.models.ladder import Ladder
+from sbrush.models.schedule import as_ddim
 from sbrush.models.tokenizers import tokenize
 
 # Pixels decoded at once, two images of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
@@ -33,7 +36,7 @@ class Model:
 
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
     each part was read from, `sources` which other files its weights come from. A student's one step is at
-    `start_timestep` (None: T), where x_t is `noise_scale` z.
+    `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`.
     """
 
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
@@ -63,11 +66,37 @@ class Model:
     sources: dict[str, Path] = field(default_factory=dict)
     start_timestep: int | None = None
     noise_scale: float = 1.0
+    ladder: Ladder | None = None
+
+    def as_student(self, scheduler: SchedulerMixin, about: dict[str, Any]) -> Self:
+        """This model as a student that is sampled with `scheduler`; `about` is its sbrush.json."""
+        ladder = Ladder.read(scheduler, about.get("steps"))
+        return replace(self, about=about, scheduler=as_ddim(scheduler), ladder=ladder)
+
+    @property
+    def sampler(self) -> SchedulerMixin:
+        """The scheduler with which plain diffusers draws this student's images."""
+        return self.ladder.scheduler if self.ladder else self.scheduler
+
+    def rungs(self, steps: int | None = None) -> tuple[int, ...]:
+        """The timesteps of a student's steps from noise on. `steps` None: as many as it was trained for.
+
+        SbrushError if it cannot take so many.
+        """
+        if self.ladder:
+            return self.ladder.rungs(steps)
+        if steps not in (None, 1):
+            raise SbrushError(
+                f"this student takes 1 step, not {steps}",
+                "leave out --steps, or train one of several: sbrush distill --student-steps 4",
+                code=2,
+            )
+        return (len(self.scheduler.alphas_cumprod) - 1 if self.start_timestep is None else self.start_timestep,)
 
     @classmethod
-    def student_index(cls) -> dict[str, Any]:
-        """The model_index.json of a student."""
-        parts = {part: list(kind) for part, kind in cls.parts.items()}
+    def student_index(cls, scheduler: str = "DDIMScheduler") -> dict[str, Any]:
+        """The model_index.json of a student that has a `scheduler` of that class."""
+        parts = {part: list(kind) for part, kind in cls.parts.items()} | {"scheduler": ["diffusers", scheduler]}
         return {"_class_name": cls.pipeline, "_diffusers_version": "0.35.0", **dict(sorted((parts | cls.none).items()))}
 
     @property

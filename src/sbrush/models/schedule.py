@@ -66,6 +66,13 @@ def one_step_scheduler(teacher: DDIMScheduler, t_init: int | None = None) -> DDI
     )
 
 
+def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
+    """DDIM on the noise schedule of a student's scheduler: its alphas, and what its UNet predicts."""
+    if isinstance(scheduler, DDIMScheduler):
+        return scheduler
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+
+
 def scheduler_class(config: dict[str, Any]) -> Any:
     """The scheduler's class, None if it is none that has betas."""
     name = str(config.get("_class_name", "DDIMScheduler"))

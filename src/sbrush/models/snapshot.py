@@ -11,9 +11,9 @@ import torch
 
 from sbrush.console import SbrushError, printable
 from sbrush.models.card import about_student
+from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.models.parts import read_json
-from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import STUDENT_TARGETS, add_lora, merge_lora
 from sbrush.storage import checkpoint
 
@@ -24,6 +24,7 @@ class Snapshot:
 
     saved: checkpoint.Checkpoint
     recipe: dict[str, Any]
+    sampling: Sampling
     config: dict[str, Any]
 
     @classmethod
@@ -37,12 +38,13 @@ class Snapshot:
             for key, kinds in (("ema", int | float), ("student_rank", int), ("t_init", int | None)):
                 if not isinstance(recipe[key], kinds):
                     raise ValueError(f"its {key} cannot be {recipe[key]!r}")
-            for key, kind in (("teacher", str), ("teacher_sha256", str), ("seed", int), ("prompts", dict)):
+            needed = {"teacher": str, "teacher_sha256": str, "seed": int, "prompts": dict, "sampling": dict}
+            for key, kind in needed.items():
                 if not isinstance(config[key], kind):
                     raise ValueError(f"its {key} is none")
             if not isinstance(config.get("teacher_config"), str | None):
                 raise ValueError("its teacher_config is none")
-            return cls(checkpoint.read(folder), recipe, config)
+            return cls(checkpoint.read(folder), recipe, Sampling(**config["sampling"]), config)
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise SbrushError(
                 f"cannot read the checkpoint {shown}: {printable(problem)}",
@@ -70,10 +72,11 @@ class Snapshot:
             parameter.copy_(tensors[name])
         if rank:
             unet = merge_lora(unet, "student", teacher.unet)
+        scheduler = self.sampling.scheduler(teacher.scheduler, self.recipe["t_init"])
+        about = about_student(self.config, self.recipe, teacher) | {"after_step": self.saved.step}
         return dataclasses.replace(
-            teacher, name=f"{self.saved.folder.parent.parent.name} after step {self.saved.step}", unet=unet,
-            scheduler=one_step_scheduler(teacher.scheduler, self.recipe["t_init"]),
-            about=about_student(self.config, self.recipe, teacher) | {"after_step": self.saved.step},
+            teacher.as_student(scheduler, about), unet=unet,
+            name=f"{self.saved.folder.parent.parent.name} after step {self.saved.step}",
             sources={"config.json": self.saved.folder.parent.parent / "config.json",
                      f"{part}.safetensors": self.saved.folder / f"{part}.safetensors"},
         )  # fmt: skip

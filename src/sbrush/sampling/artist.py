@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sbrush
-from sbrush.console import SbrushError
+from sbrush.console import SbrushError, count
 from sbrush.models.load import load_teacher
 from sbrush.models.model import Model
 from sbrush.models.places import teacher_of
@@ -56,17 +56,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Artist:
-    """A student, and with `compare` its teacher. `precision`: the number format of the networks, "float32" ..."""
+    """A student, and with `compare` its teacher. `precision`: the number format of the networks, "float32" ...
+
+    `steps`: the student's; None: as many as it was trained for.
+    """
 
     student: Model
     precision: str
     compare: Comparison | None = None
     start_timestep: int | None = None
+    steps: int | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of those who draw, for a grid."""
-        return ("student, 1 step", f"teacher, {self.compare.steps} steps") if self.compare else ("student, 1 step",)
+        student = f"student, {count(self.taken, 'step')}"
+        return (student, f"teacher, {count(self.compare.steps, 'step')}") if self.compare else (student,)
+
+    @cached_property
+    def taken(self) -> int:
+        """How many steps the student takes."""
+        return len(self.student.rungs(self.steps))
 
     @cached_property
     def drawn_by(self) -> dict[str, Any]:
@@ -76,6 +86,7 @@ class Artist:
             "weights": fingerprint(self.student),
             "precision": self.precision,
             "start_timestep": self.start_timestep,
+            "steps": self.taken,
             "teacher_weights": fingerprint(compare.teacher) if compare else None,
             "teacher_steps": compare.steps if compare else None,
             "teacher_guidance": compare.guidance if compare else None,
@@ -85,14 +96,18 @@ class Artist:
         """What an image's file says of how it was drawn."""
         height, width = self.student.image_size
         about = {
-            "prompt": prompt, "seed": seed, "steps": 1, "guidance": 1, "sampler": "SwiftBrush one step",
+            "prompt": prompt, "seed": seed, "steps": self.taken, "guidance": 1, "sampler": self._sampler,
             "size": f"{width}x{height}", "model": self.student.name, "version": sbrush.__version__,
         }  # fmt: skip
         return about | {key: value for key, value in self.drawn_by.items() if value is not None} | more
 
+    @property
+    def _sampler(self) -> str:
+        return f"sbrush, {type(self.student.sampler).__name__}"
+
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int) -> Iterator[tuple[Tensor, ...]]:
         """The student's image, uint8 [3, H, W], of each prompt with its seed; with a teacher, its image behind it."""
-        drawn = [student_images(self.student, prompts, seeds, batch=batch)]
+        drawn = [student_images(self.student, prompts, seeds, steps=self.steps, batch=batch)]
         if compare := self.compare:
             drawn.append(
                 teacher_images(
@@ -106,7 +121,9 @@ class Artist:
 def fingerprint(model: Model) -> str:
     """16 hex digits that tell models apart: a hash over values of every tensor, and over how a step is taken."""
     schedule = sorted((key, value) for key, value in model.scheduler.config.items() if not key.startswith("_"))
-    step = (model.start_timestep, model.noise_scale, model.about.get("reparameterised", True))
+    step: tuple[object, ...] = (model.start_timestep, model.noise_scale, model.about.get("reparameterised", True))
+    if model.ladder:
+        step += (type(model.sampler).__name__, model.sampler.config.get("original_inference_steps"))
     whole = hashlib.sha256(repr((schedule, step)).encode())
     for network in model.networks:
         for tensor in network.state_dict().values():

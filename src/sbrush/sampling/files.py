@@ -45,6 +45,7 @@ class SampleRequest:
     images: Images
     target: Target
     student: str | None = None
+    steps: int | None = None
     start_timestep: int | None = None
     compare: bool = False
     teacher: str | None = None
@@ -99,6 +100,7 @@ def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
 def _load(request: SampleRequest) -> Artist:
     """Those who draw. Tells of prompts and of a student that will give other images than people expect."""
     student, dtype = _load_student(request)
+    student.rungs(request.steps)  # or SbrushError
     note_unknown_words(student, request.images.prompts)
     note_truncated_prompts(student, request.images.prompts)
     compare = None
@@ -107,7 +109,7 @@ def _load(request: SampleRequest) -> Artist:
             student, request.teacher, config=request.teacher_config, steps=request.teacher_steps,
             guidance=request.teacher_guidance, dtype=dtype,
         )  # fmt: skip
-    return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep)
+    return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep, request.steps)
 
 
 def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:

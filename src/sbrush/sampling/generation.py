@@ -1,4 +1,4 @@
-"""Student to images in one step; the teacher's many steps for comparison."""
+"""Student to images in one step or a few; the teacher's many steps for comparison."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from sbrush.console import SbrushError, printable
-from sbrush.core import Conditioning, Denoiser, guide, student_x0, with_null
+from sbrush.console import SbrushError, count, printable
+from sbrush.core import Conditioning, Denoiser, guide, student_input, student_x0, with_null
 from sbrush.models.model import Model
-from sbrush.noise import image_noise
+from sbrush.noise import image_noise, step_noises
 
 
 class Overflow(SbrushError):
@@ -25,27 +25,39 @@ class Overflow(SbrushError):
 
 
 def student_images(
-    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 32, truncate: bool = False
+    student: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    batch: int = 32,
+    truncate: bool = False,
 ) -> Iterator[Tensor]:
     """One image for each pair of prompt and seed, in order, as uint8 [b, 3, H, W] on the CPU.
 
-    An image depends on its prompt and seed alone, and on what shares its batch only by rounding. `truncate`: see
-    Model.decode. Raises Overflow.
+    An image depends on its prompt and seed alone, and on what shares its batch only by rounding. `steps`: of the
+    student; None: as many as it was trained for. `truncate`: see Model.decode. Raises Overflow, or SbrushError if the
+    student does not take so many steps.
     """
-    return _decoded(student, student_latents(student, prompts, seeds, batch=batch), truncate)
+    return _decoded(student, student_latents(student, prompts, seeds, steps=steps, batch=batch), truncate)
 
 
 @torch.inference_mode()
 def student_latents(
-    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, batch: int = 32
+    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int | None = None, batch: int = 32
 ) -> Iterator[Tensor]:
     """The same before decoding: x0, float32 [b, C, H, W] on the student's device."""
     reparameterised = student.about.get("reparameterised", True)
+    rungs, schedule, prediction = student.rungs(steps), student.schedule, student.prediction
+    fresh = len(rungs) - 1 if student.ladder and student.ladder.fresh else 0
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
-        z = student.noise_scale * image_noise(some_seeds, student.latent_shape).to(student.device)
-        t = student.schedule.start(len(z), student.start_timestep)
-        output = student.denoise(z, t, _embed(student, some_prompts))
-        yield student_x0(output, z, t, student.schedule, student.prediction, reparameterised=reparameterised)
+        cond = _embed(student, some_prompts)
+        noises = [noise.to(student.device) for noise in step_noises(some_seeds, student.latent_shape, 1 + fresh)]
+        z = student.noise_scale * noises[0]
+        x = student_input(student.denoise, z, noises[1:] if fresh else None, rungs, cond, schedule, prediction)
+        t = schedule.start(len(z), rungs[-1])
+        output = student.denoise(x, t, cond)
+        yield student_x0(output, x, t, schedule, prediction, reparameterised=reparameterised)
 
 
 def teacher_images(
@@ -106,9 +118,10 @@ def guidance_scale_of(teacher: Model, guidance: float | None) -> float:
     return guidance if guidance is not None else float(teacher.about.get("guidance", 7.5))
 
 
-def describe_steps(student: Model) -> str:
+def describe_steps(student: Model, steps: int | None = None) -> str:
     """How many steps a student takes, as reports say it."""
-    return "1 step" if student.start_timestep is None else f"1 step at t = {student.start_timestep}"
+    taken = count(len(student.rungs(steps)), "step")
+    return taken if student.start_timestep is None else f"{taken} at t = {student.start_timestep}"
 
 
 def _decoded(model: Model, latents: Iterator[Tensor], truncate: bool) -> Iterator[Tensor]:

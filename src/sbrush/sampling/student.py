@@ -55,20 +55,32 @@ class Student:
         self.model = model
 
     @overload
-    def __call__(self, prompts: str, seed: int = 0, *, batch: int = 32) -> Image.Image: ...
+    def __call__(self, prompts: str, seed: int = 0, *, steps: int | None = None, batch: int = 32) -> Image.Image: ...
 
     @overload
     def __call__(
-        self, prompts: list[str] | tuple[str, ...], seed: int | Sequence[int] = 0, *, batch: int = 32
+        self,
+        prompts: list[str] | tuple[str, ...],
+        seed: int | Sequence[int] = 0,
+        *,
+        steps: int | None = None,
+        batch: int = 32,
     ) -> list[Image.Image]: ...
 
     @overload
-    def __call__(self, prompts: str, seed: Sequence[int], *, batch: int = 32) -> list[Image.Image]: ...
+    def __call__(
+        self, prompts: str, seed: Sequence[int], *, steps: int | None = None, batch: int = 32
+    ) -> list[Image.Image]: ...
 
     def __call__(
-        self, prompts: str | list[str] | tuple[str, ...], seed: int | Sequence[int] = 0, *, batch: int = 32
+        self,
+        prompts: str | list[str] | tuple[str, ...],
+        seed: int | Sequence[int] = 0,
+        *,
+        steps: int | None = None,
+        batch: int = 32,
     ) -> Image.Image | list[Image.Image]:
-        """Draws one image for each pair of prompt and seed, in one step each.
+        """Draws one image for each pair of prompt and seed.
 
         The images are those of `sbrush sample` with the same prompt, seed, device and precision. An image depends on
         its prompt and seed alone, and on what shares its batch only by rounding.
@@ -77,13 +89,15 @@ class Student:
             prompts: One prompt or a list of them.
             seed: One seed from 0 on, or a list of them. One seed serves every prompt, one prompt every seed; two lists
                 of one length are taken in pairs.
+            steps: Steps of the student. None: as many as it was trained for.
             batch: Images that the networks draw at once. Fewer take less memory.
 
         Returns:
             An RGB image for one prompt and one seed; a list of images, in order, if either is a list.
 
         Raises:
-            SbrushError: A prompt is empty, a seed is no whole number from 0 on, or the two lists differ in length.
+            SbrushError: A prompt is empty, a seed is no whole number from 0 on, the two lists differ in length, or
+                the student does not take so many steps.
         """
         single = isinstance(prompts, str) and not isinstance(seed, Sequence)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -94,7 +108,8 @@ class Student:
         elif len(texts) == 1:
             texts = texts * len(seeds)
         images = [
-            to_image(image) for image in chain.from_iterable(student_images(self.model, texts, seeds, batch=batch))
+            to_image(image)
+            for image in chain.from_iterable(student_images(self.model, texts, seeds, steps=steps, batch=batch))
         ]
         return images[0] if single else images
 

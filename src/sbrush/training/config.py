@@ -9,6 +9,7 @@ from typing import Any
 
 import sbrush
 from sbrush.console import SbrushError, printable
+from sbrush.models.ladder import Sampling
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import RunRequest
 
@@ -21,7 +22,13 @@ LATER = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is n
 
 
 def make_config(
-    request: RunRequest, *, teacher_sha256: str, init_sha256: str | None, clip: str | None, bf16: bool
+    request: RunRequest,
+    *,
+    sampling: Sampling,
+    teacher_sha256: str,
+    init_sha256: str | None,
+    clip: str | None,
+    bf16: bool,
 ) -> dict[str, Any]:
     """What config.json holds. `clip`: the CLIP model of the clamped CLIP loss and its digest, if there is one."""
     prompts = request.prompts
@@ -41,6 +48,7 @@ def make_config(
         "seed": request.seed,
         "bf16": bf16,
         "recipe": dataclasses.asdict(request.recipe),
+        "sampling": dataclasses.asdict(sampling),
         "grid_prompts": spread,
     }
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from sbrush.console import SbrushError
 from sbrush.models.checks import read_network
+from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
-from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import STUDENT_TARGETS, add_lora, attend_explicitly, merge_lora, set_role
 from sbrush.storage import checkpoint
 from sbrush.training import optimizer, sharding
@@ -75,6 +75,16 @@ class Networks:
         """The layout in which a UNet is fastest on a kind of device ("cpu", "cuda"), as measured (docs/results.md)."""
         return torch.channels_last if device == "cpu" else torch.contiguous_format
 
+    @classmethod
+    def sampling(cls, recipe: Recipe) -> Sampling:
+        """The student's steps, with fresh noise between them."""
+        return Sampling(recipe.student_steps)
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The scheduler that the student is exported with."""
+        return self.sampling(self.recipe).scheduler(self.teacher.scheduler, self.recipe.t_init)
+
     def add_helpers(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         """Adds adapters to the teacher's UNet that are trained beside the student: name -> (parameters, LR)."""
         return {}
@@ -125,11 +135,11 @@ class Networks:
     def average(self) -> Iterator[Model]:
         """The student as it would be exported now (the average), as a model, for as long as the context lasts."""
         set_role(self.student, "student")
-        cut = one_step_scheduler(self.teacher.scheduler, self.recipe.t_init)
-        about = {"reparameterised": self.recipe.reparameterised}
+        about = {"reparameterised": self.recipe.reparameterised, "steps": self.sampling(self.recipe).steps}
+        student = self.teacher.as_student(self.scheduler, about)
         # A sample grid's batches are of other sizes than a step's, and not worth graphs of their own.
         with self.ema.inside(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            yield replace(self.teacher, unet=self.student, about=about, scheduler=cut)
+            yield replace(student, unet=self.student)
 
     def exported(self) -> UNet2DConditionModel:
         """The average as a plain UNet in float32; call it within `average`. A LoRA is merged into its teacher."""

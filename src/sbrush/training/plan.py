@@ -67,7 +67,8 @@ def prepare(request: RunRequest) -> Plan:
     where = str(accelerator.device)
     alignment = Alignment.load(teacher, request.alignment, device=where) if recipe.clip_weight else None
     config = make_config(
-        request, teacher_sha256=digest(teacher), init_sha256=digest(init) if init else None,
+        request, sampling=METHODS[recipe.method].sampling(recipe), teacher_sha256=digest(teacher),
+        init_sha256=digest(init) if init else None,
         clip=alignment.name if alignment else None, bf16=bf16,
     )  # fmt: skip
     validation = None
@@ -131,10 +132,24 @@ def _check_init(recipe: Recipe, teacher: Model, name: str, init: Model) -> None:
             f"{'give' if recipe.reparameterised else 'leave out'} --no-reparameterisation",
             code=2,
         )
+    _check_ladder(recipe, teacher, name, init)
     starts, start = length - 1, len(teacher.schedule) - 1 if recipe.t_init is None else recipe.t_init
     if starts != start:
         raise SbrushError(
             f"--init {name} takes its step at timestep {starts}, this run at {start}",
             f"--set t_init={starts}" if starts < len(teacher.schedule) - 1 else "--set t_init=null",
+            code=2,
+        )
+
+
+def _check_ladder(recipe: Recipe, teacher: Model, name: str, init: Model) -> None:
+    """SbrushError if a student of several steps stands on timesteps that this run's student has not, or the reverse."""
+    scheduler = METHODS[recipe.method].sampling(recipe).scheduler(teacher.scheduler, recipe.t_init)
+    own = teacher.as_student(scheduler, {"steps": recipe.student_steps}).rungs()
+    if init.ladder and len(own) > 1 and not (set(init.rungs()) <= set(own) or set(own) <= set(init.rungs())):
+        raise SbrushError(
+            f"--init {name} stands on the timesteps {', '.join(map(str, init.rungs()))}, "
+            f"this run's student on {', '.join(map(str, own))}",
+            "start from a student of one step, or of as many steps as --student-steps",
             code=2,
         )

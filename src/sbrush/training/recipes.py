@@ -52,6 +52,7 @@ class Recipe:
     clip: float  # gradient norm
     reparameterised: bool = True  # False: the paper's ablation
     method: str = "vsd"  # what trains the student: a key of training.methods.METHODS
+    student_steps: int = 1  # steps in which the student is to draw an image
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
@@ -75,7 +76,7 @@ class Recipe:
                 raise ValueError(f"{name} cannot be {value!r}")
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} cannot be {value!r}")
-        for name in ("steps", "batch", "lora_rank", "lora_updates", "pair_steps"):
+        for name in ("steps", "batch", "student_steps", "lora_rank", "lora_updates", "pair_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1")
         for name in ("cooldown", "null_chance", "pair_share", "lora_lr_end", "ema", "beta2"):
@@ -85,6 +86,10 @@ class Recipe:
             raise ValueError("timesteps and warmup count from 0, t_init from 1, and t_low is at most t_high")
         if self.pairs and self.batch % self.pairs:
             raise ValueError("pairs divides batch")
+        if self.student_steps > 1 and self.pairs:
+            raise ValueError("pairs tie noise to the image of one step: they go with student_steps=1")
+        if self.student_steps > 1 and not self.reparameterised:
+            raise ValueError("a student without re-parameterisation takes one step: it has no noise to go on with")
         if self.guidance_to is not None and self.guidance_to < self.guidance:
             raise ValueError("guidance_to is at least guidance")
         if self.shared_forward and (self.guide_lora or self.gap == "sds"):

@@ -32,6 +32,7 @@ from torch import Tensor
 from sbrush.console import SbrushError, count, info, printable, progress
 from sbrush.models.card import about_student
 from sbrush.models.export import export_lora, export_student
+from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.models.unet import set_role
 from sbrush.sampling import images
@@ -214,9 +215,10 @@ class Run:
     ) -> None:
         """Writes `student/` with `unet`, and of a LoRA student, within `trained`, `student-lora/` too."""
         about = about_student(self.config, dataclasses.asdict(self.recipe), teacher, init)
+        scheduler = Sampling(**self.config["sampling"]).scheduler(teacher.scheduler, self.recipe.t_init)
         if self.recipe.student_rank:
-            export_lora(self.out / "student-lora", teacher, trained, "student", about=about, t_init=self.recipe.t_init)
-        export_student(self.student, teacher, unet, about=about, t_init=self.recipe.t_init)
+            export_lora(self.out / "student-lora", teacher, trained, "student", about=about, scheduler=scheduler)
+        export_student(self.student, teacher, unet, about=about, scheduler=scheduler)
 
     def _grid(self) -> tuple[list[str], list[int]]:
         """Prompts and seeds of the sample grids: a column a prompt, a row a seed."""

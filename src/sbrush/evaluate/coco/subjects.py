@@ -53,23 +53,26 @@ class Generator:
             for name in names:
                 yield self._student(name)
         elif self.request.sweep is None:
-            yield self._teacher(models.guidance)
+            yield self._teacher(models.teacher_guidance)
         else:
             for scale in self.request.scales:
                 yield self._teacher(scale)
 
     def _student(self, name: str | None) -> Subject:
-        start = self.request.models.start_timestep
+        start, steps = self.request.models.start_timestep, self.request.models.steps
         one = load_student(name, start_timestep=start, device=self.device, dtype=self.arithmetic.dtype)
-        about = {"kind": "student", "sha256": digest(one), "steps": 1, "guidance": 1}
+        about = {"kind": "student", "sha256": digest(one), "steps": len(one.rungs(steps)), "guidance": 1}
         about |= {"start_timestep": one.start_timestep, "noise_scale": one.noise_scale}
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
-            drawn = student_images(one, texts, seeds, batch=self._batch, truncate=self._truncate)
+            drawn = student_images(one, texts, seeds, steps=steps, batch=self._batch, truncate=self._truncate)
             return self.arithmetic.each(drawn, self.device)
 
         return Subject(
-            f"{one.name}, {describe_steps(one)}", about | self._how, images, truncated=partial(truncated_prompts, one)
+            f"{one.name}, {describe_steps(one, steps)}",
+            about | self._how,
+            images,
+            truncated=partial(truncated_prompts, one),
         )
 
     def _teacher(self, guidance: float | None) -> Subject:
@@ -77,7 +80,7 @@ class Generator:
         many = load_teacher(
             models.teacher, config=models.teacher_config, device=self.device, dtype=self.arithmetic.dtype
         )
-        steps, scale = models.steps, guidance_scale_of(many, guidance)
+        steps, scale = models.teacher_steps, guidance_scale_of(many, guidance)
         about = {"kind": "teacher", "sha256": digest(many), "steps": steps, "guidance": scale}
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:

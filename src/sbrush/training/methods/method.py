@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sbrush.console import SbrushError
+from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.prompts import ShuffledPrompts
 from sbrush.storage.checkpoint import Checkpoint
@@ -85,6 +86,11 @@ class Method(ABC):
     @abstractmethod
     def summary(self, entry: Mapping[str, float | None]) -> str:
         """A log entry in a few words, for the progress line."""
+
+    @classmethod
+    @abstractmethod
+    def sampling(cls, recipe: Recipe) -> Sampling:
+        """How the student is to be sampled: decides the scheduler that is exported with it."""
 
     @classmethod
     @abstractmethod

@@ -93,6 +93,7 @@ class VSD(Networks, Method):
             for _, encoder in teacher.text_parts:
                 encoder.cpu()
         self.schedule, self.prediction = teacher.schedule, teacher.prediction
+        self._rungs = teacher.as_student(self.scheduler, {"steps": recipe.student_steps}).rungs()
 
     def add_helpers(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         """The LoRA teacher: an adapter on the teacher's own frozen UNet."""
@@ -115,7 +116,7 @@ class VSD(Networks, Method):
 
     @classmethod
     def check(cls, recipe: Recipe, teacher: Model) -> None:
-        """SbrushError if the recipe's timesteps or weights do not go with the teacher's schedule."""
+        """SbrushError if the recipe's timesteps, steps or weights do not go with the teacher's schedule."""
         T = len(teacher.schedule) - 1
         if recipe.t_init is not None and recipe.t_init > T:
             raise SbrushError(
@@ -123,6 +124,7 @@ class VSD(Networks, Method):
             )
         if recipe.t_high > T:
             raise SbrushError(f"t_high {recipe.t_high} is beyond the teacher's last timestep, {T}", "lower it", code=2)
+        cls.sampling(recipe).scheduler(teacher.scheduler, recipe.t_init)  # or SbrushError
         if recipe.lora_weight != "alpha" and teacher.scheduler.alphas_cumprod[-1] == 0:
             raise SbrushError(
                 f"the teacher's schedule ends in pure noise, where lora_weight {recipe.lora_weight} has no value",
@@ -200,10 +202,9 @@ class VSD(Networks, Method):
         else:
             cond = self.teacher.encode(texts)
         z = draw.normal(self.teacher.latent_shape)
-        t_init = schedule.start(len(z), recipe.t_init)
-
         set_role(self.student, "student")
-        output = self.teacher.predict(self._student, self._laid_out(z), t_init, cond)
+        z, t_init = self._go_down(z, draw, cond)
+        output = self._as_student(z, t_init, cond)
         x0 = core.student_x0(
             output.float(), z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised
         )
@@ -247,6 +248,19 @@ class VSD(Networks, Method):
             "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
         }  # fmt: skip
         return MicroBatch(draw, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
+
+    @torch.no_grad()
+    def _go_down(self, z: Tensor, draw: StepNoise, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """What the student sees at this step's rung of its ladder, and the rung's timestep for each sample."""
+        rungs = self._rungs
+        if len(rungs) > 1:
+            rungs = rungs[: draw.index(len(rungs)) + 1]
+            fresh = [draw.normal(self.teacher.latent_shape) for _ in rungs[1:]]
+            z = core.student_input(self._as_student, z, fresh, rungs, cond, self.schedule, self.prediction)
+        return z, self.schedule.start(len(z), rungs[-1])
+
+    def _as_student(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.teacher.predict(self._student, self._laid_out(x_t), t, conditioning)
 
     def _lora_loss(self, micro: MicroBatch) -> Tensor:
         """The LoRA teacher's loss on the same images, with fresh noise."""
