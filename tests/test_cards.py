@@ -15,6 +15,7 @@ from ldm import whole_file
 from sbrush.models import card
 from sbrush.models.checks import read_network
 from sbrush.models.export import export_lora, export_student
+from sbrush.models.ladder import Sampling
 from sbrush.models.load import BUILT_IN, load_student, load_teacher
 from sbrush.models.merge import merge
 from sbrush.models.scheduler_swap import SCHEDULERS
@@ -51,7 +52,7 @@ def write(source, out, *, t_init=None, lora=False, seed=1, teacher_config=None, 
     teacher = load_teacher(source, config=teacher_config)
     about = ABOUT | {"teacher": source or "stickers (built in)"} | about
     about |= {"teacher_config": teacher_config} if teacher_config else {}
-    unet = teacher.unet
+    unet, scheduler = teacher.unet, Sampling(about.get("steps", 1)).scheduler(teacher.scheduler, t_init)
     if lora:
         parameters = add_lora(unet, "student", rank=2, alpha=4, targets=STUDENT_TARGETS, seed=seed)
     else:
@@ -60,10 +61,10 @@ def write(source, out, *, t_init=None, lora=False, seed=1, teacher_config=None, 
     for parameter in parameters.values():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
     if lora:
-        export_lora(out / "student-lora", teacher, unet, "student", about=about, t_init=t_init)
+        export_lora(out / "student-lora", teacher, unet, "student", about=about, scheduler=scheduler)
         plain = read_network(type(unet), teacher.folders["unet"] / "unet", torch_dtype=torch.float32)
         unet = merge_lora(unet, "student", plain)
-    export_student(out / "student", teacher, unet, about=about, t_init=t_init)
+    export_student(out / "student", teacher, unet, about=about, scheduler=scheduler)
     return out
 
 

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from conftest import build_tiny_teacher
 from sbrush.benchmarks.full_size import UNETS
-from sbrush.models import comfyui, export
+from sbrush.models import comfyui, export, ladder
 from sbrush.models.card import lora_card, model_card
 from sbrush.models.load import load_teacher
 from sbrush.models.schedule import one_step_scheduler
@@ -220,8 +220,9 @@ def test_both_folders_ship_the_workflow(tmp_path, monkeypatch):
     monkeypatch.setattr(comfyui, "LAYERS", 1)
     add_lora(student.unet, "student", rank=2, alpha=2, targets=STUDENT_TARGETS, seed=0)
     teacher = load_teacher(str(tmp_path / "teacher"))
-    export.export_lora(tmp_path / "lora", teacher, student.unet, "student", about=ABOUT, t_init=625)
-    export.export_student(tmp_path / "student", teacher, teacher.unet, about=ABOUT, t_init=625)
+    cut = ladder.Sampling().scheduler(teacher.scheduler, 625)
+    export.export_lora(tmp_path / "lora", teacher, student.unet, "student", about=ABOUT, scheduler=cut)
+    export.export_student(tmp_path / "student", teacher, teacher.unet, about=ABOUT, scheduler=cut)
     for folder, lora in (("lora", True), ("student", False)):
         shipped = json.loads((tmp_path / folder / comfyui.WORKFLOW).read_text())
         exported = dataclasses.replace(teacher, scheduler=one_step_scheduler(teacher.scheduler, 625))

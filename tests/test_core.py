@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers.training_utils import compute_snr
 from torch.distributions import MultivariateNormal, kl_divergence
 
@@ -20,6 +20,7 @@ from sbrush.core import (
     guide,
     guided_epsilon,
     lora_loss,
+    student_input,
     student_x0,
     to_epsilon,
     to_x0,
@@ -357,6 +358,39 @@ def train_linear_student(gap_of):
         vsd_loss(x0, gap_of(TARGET.epsilon(x_t, t), student.epsilon(x_t, t), noise, t)).backward()
         optimizer.step()
     return Gaussian(mean.detach(), (factor @ factor.T).detach())
+
+
+@both_predictions
+def test_the_steps_of_a_student_are_diffusers_lcm_and_ddim_steps(prediction):
+    """student_input and the last step, against LCMScheduler with the same noise, and against DDIM without any."""
+    z, *fresh = normal(4, 5, 4, 8, 8, seed=31)
+
+    def network(x_t, t, cond):
+        return torch.sin(3 * x_t + 0.01 * t.view(-1, 1, 1, 1).float())
+
+    kinds = {"prediction_type": prediction, "clip_sample": False, "set_alpha_to_one": True, **BETAS}
+    lcm = LCMScheduler(original_inference_steps=4, **kinds)
+    ddim = DDIMScheduler(timestep_spacing="trailing", **kinds)
+    for scheduler, noises in ((lcm, fresh), (ddim, None)):
+        scheduler.set_timesteps(4)
+        rungs = [int(t) for t in scheduler.timesteps]
+        assert rungs == [999, 749, 499, 249]
+        x, drawn = z, iter(fresh)
+        for t in rungs:
+            stepped = scheduler.step(network(x, torch.tensor([t]), {}), t, x, return_dict=False)[0]
+            if scheduler is lcm and t != rungs[-1]:
+                # LCMScheduler draws its noise itself: put ours in its place.
+                x0 = to_x0(network(x, torch.tensor([t]), {}), x, torch.tensor([t]), SCHEDULE, prediction)
+                stepped = add_noise(x0, next(drawn), torch.tensor([rungs[rungs.index(t) + 1]]), SCHEDULE)
+            x = stepped
+        seen = student_input(network, z, noises, rungs, {}, SCHEDULE, prediction)
+        last = torch.full((5,), rungs[-1])
+        close(student_x0(network(seen, last, {}), seen, last, SCHEDULE, prediction), x, rtol=1e-3, atol=1e-3)
+
+
+def test_one_rung_is_the_noise_itself():
+    z = normal(3, 4, 2, 2, seed=32)
+    assert student_input(None, z, (), (999,), {}, SCHEDULE, "epsilon") is z
 
 
 @pytest.mark.parametrize("kind", ["vsd", "dmd"])

@@ -27,7 +27,8 @@ SMALL = dataclasses.replace(
 )
 SHARED = dataclasses.replace(SMALL, guide_lora=False, shared_forward=True, lora_updates=2, pairs=2, pair_steps=1)
 LORA = dataclasses.replace(SMALL, student_rank=3)
-variants = pytest.mark.parametrize("recipe", [SMALL, SHARED, LORA, dataclasses.replace(SHARED, student_rank=3)])
+FEW = dataclasses.replace(SMALL, guide_lora=False, student_steps=4)
+variants = pytest.mark.parametrize("recipe", [SMALL, SHARED, LORA, dataclasses.replace(SHARED, student_rank=3), FEW])
 
 
 def distiller(teacher, recipe, **execution):
@@ -108,7 +109,7 @@ def run(teacher, out, recipe=SMALL, **options):
     return out / "student"
 
 
-@pytest.mark.parametrize("recipe", [SMALL, LORA, dataclasses.replace(SHARED, optimizer="adam8bit")])
+@pytest.mark.parametrize("recipe", [SMALL, LORA, FEW, dataclasses.replace(SHARED, optimizer="adam8bit")])
 def test_a_run_of_any_kind_goes_on_from_its_checkpoint_exactly(tmp_path, tiny_teacher, recipe):
     whole = run(tiny_teacher, tmp_path / "whole", recipe)
     run(tiny_teacher, tmp_path / "part", recipe)
@@ -123,7 +124,13 @@ def test_a_run_of_any_kind_goes_on_from_its_checkpoint_exactly(tmp_path, tiny_te
 
 
 @pytest.mark.parametrize(
-    "recipe", [SMALL, dataclasses.replace(LORA, t_init=700), dataclasses.replace(SMALL, ema=0.0, reparameterised=False)]
+    "recipe",
+    [
+        SMALL,
+        FEW,
+        dataclasses.replace(LORA, t_init=700, student_steps=2),
+        dataclasses.replace(SMALL, ema=0.0, reparameterised=False),
+    ],
 )
 def test_a_checkpoint_is_the_student_of_its_step(tmp_path, tiny_teacher, recipe):
     run(tiny_teacher, tmp_path / "run", recipe, every=Intervals(log=1, grid=0, checkpoint=2, keep=3))

@@ -14,6 +14,7 @@ from conftest import build_tiny_teacher, build_tiny_xl, sbrush
 from ldm import whole_file
 from sbrush.console import SbrushError
 from sbrush.models.export import check_exportable, export_lora, export_student
+from sbrush.models.ladder import Sampling
 from sbrush.models.load import load_teacher
 from sbrush.models.merge import merge
 from sbrush.models.unet import STUDENT_TARGETS, add_lora
@@ -29,7 +30,9 @@ LORA = "pytorch_lora_weights.safetensors"
 
 def export(source, folder, **options):
     teacher = load_teacher(str(source))
-    export_student(folder, teacher, teacher.unet, about=ABOUT, **options)
+    export_student(
+        folder, teacher, teacher.unet, about=ABOUT, scheduler=Sampling().scheduler(teacher.scheduler), **options
+    )
     return folder
 
 
@@ -99,7 +102,14 @@ def test_a_unets_weights_are_exported_as_they_are_and_in_one_file(tmp_path, tiny
 def test_a_lora_student_changes_no_layer_that_sd_scripts_passes_over(tmp_path, request, kind):
     teacher = load_teacher(str(request.getfixturevalue(kind)))
     add_lora(teacher.unet, "student", rank=2, alpha=4, targets=STUDENT_TARGETS, seed=0)
-    export_lora(tmp_path / "lora", teacher, teacher.unet, "student", about=ABOUT)
+    export_lora(
+        tmp_path / "lora",
+        teacher,
+        teacher.unet,
+        "student",
+        about=ABOUT,
+        scheduler=Sampling().scheduler(teacher.scheduler),
+    )
     modules = dict(teacher.unet.named_modules())
     applied = {"Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"}
     layers = {name.rsplit(".", 2)[0].removeprefix("unet.") for name in names(tmp_path / "lora" / LORA)}

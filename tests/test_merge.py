@@ -8,6 +8,7 @@ import torch
 from conftest import build_tiny_teacher, process, sbrush
 from sbrush.console import SbrushError
 from sbrush.models.export import export_student
+from sbrush.models.ladder import Sampling
 from sbrush.models.load import load_student, load_teacher
 from sbrush.models.merge import merge
 
@@ -22,7 +23,9 @@ def student(teacher, folder, seed, t_init=None, **about):
     torch.manual_seed(seed)
     for parameter in model.unet.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    export_student(folder, model, model.unet, about=ABOUT | about, t_init=t_init)
+    export_student(
+        folder, model, model.unet, about=ABOUT | about, scheduler=Sampling().scheduler(model.scheduler, t_init)
+    )
     return str(folder)
 
 

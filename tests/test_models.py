@@ -13,6 +13,7 @@ from conftest import build_tiny_teacher
 from sbrush.console import SbrushError
 from sbrush.models.card import about_student, lora_card, model_card
 from sbrush.models.export import export_student
+from sbrush.models.ladder import Sampling
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.unet import add_lora, attend_explicitly, lora_parameters, set_role
 from sbrush.sampling import generation
@@ -25,7 +26,9 @@ ABOUT = {
 
 
 def exported(teacher, folder, t_init=None):
-    export_student(folder, teacher, teacher.unet, about=ABOUT, t_init=t_init)
+    export_student(
+        folder, teacher, teacher.unet, about=ABOUT, scheduler=Sampling().scheduler(teacher.scheduler, t_init)
+    )
     return folder
 
 
@@ -95,7 +98,13 @@ def test_a_card_states_the_licence_of_all_that_a_student_was_made_of(tiny_teache
     own = {"license": "other", "license_name": "sai-nc", "license_link": "https://x.y", "safety_checker": True}
     guide, init = (dataclasses.replace(teacher, about=about) for about in (own, {"license": "cc-by-nc-4.0"}))
     recipe = dataclasses.asdict(RECIPES["swiftbrush"])
-    config = {"teacher": "t", "seed": 0, "prompts": {"count": 1, "sha256": "0"}, "init": "runs/first"}
+    config = {
+        "teacher": "t",
+        "seed": 0,
+        "sampling": {"steps": 1},
+        "prompts": {"count": 1, "sha256": "0"},
+        "init": "runs/first",
+    }
     alone = dataclasses.replace(guide, about=about_student(config, recipe, guide))
     card = model_card(alone)
     assert 'license: "other"\nlicense_name: "sai-nc"\nlicense_link: "https://x.y"' in card

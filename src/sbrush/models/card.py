@@ -18,7 +18,7 @@ STATED = ("license", "license_name", "license_link", "safety_checker")  # what o
 BUILT_IN_TEACHER = "stickers (built in)"
 SHIPPED = """\
 unet = UNet2DConditionModel.from_pretrained(BUILT_IN / "student" / "unet")
-scheduler = DDIMScheduler.from_pretrained(BUILT_IN / "student" / "scheduler")
+scheduler = {scheduler}.from_pretrained(BUILT_IN / "student" / "scheduler")
 pipe = DiffusionPipeline.from_pretrained(BUILT_IN / "teacher", unet=unet, scheduler=scheduler)
 pipe.to(torch.float32)
 """  # how diffusers loads the shipped student
@@ -50,16 +50,16 @@ def about_student(
 def model_card(student: Model) -> str:
     """The student's README.md: front matter that the Hub reads, a snippet that runs, how it was made.
 
-    `student` has its own one-step scheduler and says in `about` what sbrush.json is to say.
+    `student` has its own scheduler and says in `about` what sbrush.json is to say.
     """
-    about = student.about
+    about, own = student.about, type(student.sampler).__name__
     whole = len(set(student.folders.values())) == 1  # the shipped student's other parts are the built-in teacher's
     imports = {"DiffusionPipeline"} | _imports(about)
     option = " --student path/to/this/folder" if whole else ""
     first, load, holds = "", 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n', ""
     if not whole:
-        imports |= {"DDIMScheduler", "UNet2DConditionModel"}
-        first, load = "from sbrush.models.load import BUILT_IN\n", SHIPPED
+        imports |= {own, "UNet2DConditionModel"}
+        first, load = "from sbrush.models.load import BUILT_IN\n", SHIPPED.replace("{scheduler}", own)
         holds = "\n- It consists of UNet and scheduler. Its other parts are those of its teacher."
     merged = "".join(f"| {what} | {_plain(text)} |\n" for what, text in _origins(about))
     settings = "\n".join(f"| {key} | {_plain(str(value))} |" for key, value in about["recipe"].items())
@@ -68,9 +68,9 @@ def model_card(student: Model) -> str:
     if "safety_checker" in about:
         checker = "came with a safety checker" if about["safety_checker"] else "came without a safety checker"
     return f"""{_front(about)}
-# A one-step student of {_plain(about["teacher"])}
+# A {_kind(about)} student of {_plain(about["teacher"])}
 
-It draws an image of a prompt in a single step. sbrush {about["version"]} distilled it with
+It draws an image of a prompt in {_steps(about)}. sbrush {about["version"]} distilled it with
 [SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation), from {_count(about)} and no images.
 
 - Licence of what it was made of: {_plain("; ".join(sorted(_licences(about))))}. This student is a derivative of it.
@@ -84,7 +84,7 @@ from diffusers import {", ".join(sorted(imports))}
 {first}
 {load}{_sampling(about)}```
 
-{_same(option)}.
+{_same(student, option)}.
 
 {_schedulers(student)}
 
@@ -108,7 +108,8 @@ None are recorded here. `sbrush eval{option}` measures them and names its protoc
 def lora_card(student: Model) -> str:
     """The README.md of a student's LoRA alone, see model_card: what it is for, and what it needs besides."""
     about = student.about
-    imports = {"DDIMScheduler", "DiffusionPipeline"} | _imports(about)
+    own = type(student.sampler).__name__
+    imports = {own, "DiffusionPipeline"} | _imports(about)
     load = f"DiffusionPipeline.from_pretrained({_quoted(about['teacher'])})"
     first = ""
     if about["teacher"] == BUILT_IN_TEACHER:
@@ -119,13 +120,13 @@ def lora_card(student: Model) -> str:
         imports = imports - {"DiffusionPipeline"} | {student.pipeline}
         load = f"{student.pipeline}.from_single_file({_quoted(about['teacher'])}{config})"
     return f"""{_front(about, "lora")}
-# The LoRA of a one-step student of {_plain(about["teacher"])}
+# The LoRA of a {_kind(about)} student of {_plain(about["teacher"])}
 
-It turns its teacher into a student that draws an image of a prompt in a single step. sbrush {about["version"]}
+It turns its teacher into a student that draws an image of a prompt in {_steps(about)}. sbrush {about["version"]}
 distilled it with [SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation), from {_count(about)}
 and no images.
 
-- It works in one step and no other number, at strength 1 and without guidance.
+- It works in {_able(student)}, at strength 1 and without guidance.
 - It needs the scheduler in `scheduler/` of this folder. With the teacher's own scheduler it draws noise.
 - Licence of the teacher, of which it is a derivative: {_plain(_licence(about))}.
 
@@ -137,11 +138,11 @@ from diffusers import {", ".join(sorted(imports))}
 {first}
 pipe = {load}
 pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-pipe.scheduler = DDIMScheduler.from_pretrained("path/to/this/folder", subfolder="scheduler")
+pipe.scheduler = {own}.from_pretrained("path/to/this/folder", subfolder="scheduler")
 pipe.to(torch.float32)  # a teacher in half precision does not go together with a LoRA in float32
 {_sampling(about)}```
 
-{_same(" --student path/to/student")}, the folder of the merged student that was written beside this one.
+{_same(student, " --student path/to/student")}, the folder of the merged student that was written beside this one.
 
 {_schedulers(student)}
 
@@ -177,7 +178,7 @@ def _sampling(about: Mapping[str, Any]) -> str:
         lines = "# The output of this student's UNet is the image itself.\n"
         lines += 'pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")\n'
     return f"""{lines}generator = torch.Generator().manual_seed(0)
-image = pipe("a cat", num_inference_steps=1, guidance_scale=1, generator=generator).images[0]
+image = pipe("a cat", num_inference_steps={about.get("steps", 1)}, guidance_scale=1, generator=generator).images[0]
 image.save("cat.png")
 """
 
@@ -187,14 +188,37 @@ def _imports(about: Mapping[str, Any]) -> set[str]:
     return set() if about.get("reparameterised", True) else {"DDIMScheduler"}
 
 
-def _same(options: str) -> str:
+def _kind(about: Mapping[str, Any]) -> str:
+    return "one-step" if about.get("steps", 1) == 1 else f"{about['steps']}-step"
+
+
+def _steps(about: Mapping[str, Any]) -> str:
+    return "a single step" if about.get("steps", 1) == 1 else f"{about['steps']} steps"
+
+
+def _able(student: Model) -> str:
+    """How many steps a student takes, as the rest of a sentence."""
+    if not student.ladder:
+        return "one step and no other number"
+    choices = student.ladder.choices
+    return f"{choices[0]} to {choices[-1]} steps" if len(choices) > 1 else f"{choices[0]} steps and no other number"
+
+
+def _same(student: Model, options: str) -> str:
     """What draws the same image as the snippet: `sbrush sample` with these options besides."""
-    return f"""Keep to one step and no guidance (`guidance_scale=1`): it was trained for that and nothing else.
+    keep = f"Keep to {_able(student)}, without guidance (`guidance_scale=1`): it was trained for that and nothing else."
+    if student.ladder and len(student.ladder.choices) > 1:
+        options += f" --steps {student.ladder.trained}"
+    return f"""{keep}
 sbrush draws the same image: `sbrush sample "a cat" --seed 0{options}`"""
 
 
 def _schedulers(student: Model) -> str:
     """Which of diffusers' schedulers may take the place of the student's own."""
+    if student.ladder:
+        *others, last = map(str, student.rungs())
+        return f"""The scheduler in this folder, `{type(student.sampler).__name__}`, takes the steps at the timesteps
+{", ".join(others)} and {last}. Other schedulers draw another image."""
     own = student.scheduler
     if not student.about.get("reparameterised", True):
         own = type(own).from_config(own.config, prediction_type="sample")

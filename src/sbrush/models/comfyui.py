@@ -4,6 +4,9 @@ ComfyUI counts noise in sigma_t / alpha_t, here `s`: x = x0 + s eps, of which th
 student sees unit noise z at its timestep, so that x = sqrt(1 + s^2) z. At the end of ComfyUI's schedule KSampler scales
 noise in just this way; before the end it takes s z, which is too little. There AddNoise adds noise at the sigma
 sqrt(1 + s^2), and SamplerCustom takes the step from s to 0 without adding any.
+
+A student of several steps from the end of the schedule on takes them with the sampler lcm, which noises each image
+anew, at the timesteps of the scheduler simple: T, T - 1000 / N ... Its first noise is ours, those between are not.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbrush.console import count
 from sbrush.models.model import Model
 
 WORKFLOW = "comfyui-workflow.json"
@@ -54,8 +58,13 @@ def obstacle(student: Model) -> str | None:
     """
     if not student.about.get("reparameterised", True):
         return "its output is the image itself"
-    if _step(student) is None:
+    step = _step(student)
+    if step is None:
         return "its noise schedule is not Stable Diffusion's own"
+    if student.ladder and not student.ladder.fresh:
+        return "none of its samplers keeps the student's noise from one of these timesteps to the next"
+    if student.ladder and step.sigmas:
+        return "its several steps start before the end of the noise schedule"
     unet = student.unet.config
     depth = len(unet.block_out_channels)
 
@@ -87,8 +96,8 @@ def workflow(student: Model, *, lora: bool = False) -> dict[str, Any]:
     drawn: dict[str, Any] = {"model": ["10", 0], "cfg": 1.0, "positive": ["11", 0], "negative": ["12", 0]}
     if step.sigmas is None:
         nodes["20"] = _node(
-            "KSampler", **drawn, seed=0, steps=1, sampler_name="euler", scheduler="simple", denoise=1.0,
-            latent_image=["13", 0],
+            "KSampler", **drawn, seed=0, steps=student.ladder.trained if student.ladder else 1,
+            sampler_name=_sampler(student), scheduler="simple", denoise=1.0, latent_image=["13", 0],
         )  # fmt: skip
     else:
         nodes |= {
@@ -124,12 +133,18 @@ def instructions(student: Model, *, lora: bool = False) -> str:
         rows += f"| the teacher, as a single `.safetensors` checkpoint | `models/{TEACHER}` |\n"
     node = f"`ModelSamplingDiscrete` with sampling `{step.prediction}`" + (" and zsnr on" if step.zsnr else "")
     if step.sigmas is None:
-        how = "`KSampler` with sampler `euler`, scheduler `simple`, 1 step, cfg 1 and denoise 1"
+        steps = count(student.ladder.trained if student.ladder else 1, "step")
+        how = f"`KSampler` with sampler `{_sampler(student)}`, scheduler `simple`, {steps}, cfg 1 and denoise 1"
     else:
         how = (
             f"`AddNoise` on an empty latent at sigma {step.sigmas[0]:.6f}, then `SamplerCustom` with add_noise off, "
             f"sampler `euler`, cfg 1 and the sigmas {step.sigmas[1]:.6f} and 0.\n`KSampler` cannot take this step: it "
             "scales the noise in another way, and draws another image"
+        )
+    same = "The same seed gives the same image as above, but for rounding"
+    if student.ladder:
+        same = (
+            "Of several steps, the same seed gives another image than above: ComfyUI draws the later noise differently"
         )
     return f"""`{WORKFLOW}` draws with this student by ComfyUI's own nodes.
 Copy the files below, then drop it on ComfyUI's window.
@@ -138,8 +153,13 @@ Copy the files below, then drop it on ComfyUI's window.
 |---|---|
 {rows}
 To build a workflow of your own, take {node}, then {how}.
-The same seed gives the same image as above, but for rounding. ComfyUI reads parentheses in a prompt as emphasis.
+{same}. ComfyUI reads parentheses in a prompt as emphasis.
 """
+
+
+def _sampler(student: Model) -> str:
+    """ComfyUI's name of it."""
+    return "lcm" if student.ladder else "euler"
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:
