@@ -29,7 +29,8 @@ def read_scheduler(config: dict[str, Any], name: str, table: Table = SCHEDULER) 
     fields = inspect.signature(DDIMScheduler).parameters
     own = {key: p.default for key, p in inspect.signature(kind).parameters.items() if key in fields}
     ours = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
-    return DDIMScheduler.from_config({**own, **config, "_class_name": "DDIMScheduler"}, **ours)
+    known = {key: value for key, value in config.items() if key in fields}  # diffusers warns of any other
+    return DDIMScheduler.from_config({**own, **known}, **ours)
 
 
 def noise_scale(config: dict[str, Any]) -> float:
@@ -70,7 +71,9 @@ def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
     """DDIM on the noise schedule of a student's scheduler: its alphas, and what its UNet predicts."""
     if isinstance(scheduler, DDIMScheduler):
         return scheduler
-    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    fields = inspect.signature(DDIMScheduler).parameters
+    own = {key: value for key, value in scheduler.config.items() if key in fields}
+    return DDIMScheduler.from_config(own | {"timestep_spacing": "trailing", "set_alpha_to_one": True})
 
 
 def scheduler_class(config: dict[str, Any]) -> Any:
