@@ -53,6 +53,7 @@ class Recipe:
     reparameterised: bool = True  # False: the paper's ablation
     method: str = "vsd"  # what trains the student: a key of training.methods.METHODS
     student_steps: int = 1  # steps in which the student is to draw an image
+    tell_rung: bool = False  # whether the LoRA teacher is told which of them its images come from, see methods/vsd.py
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line

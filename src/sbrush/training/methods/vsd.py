@@ -25,7 +25,7 @@ from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
 from sbrush.training.methods.method import Machine, Method, Rehearsal, split_batch
 from sbrush.training.methods.rehearsal import rehearse
-from sbrush.training.networks import Networks
+from sbrush.training.networks import Networks, average_gradients
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
 from sbrush.training.text_cache import TextCache
@@ -36,6 +36,7 @@ class MicroBatch:
     """A micro-batch, from the prompts to both teachers' noise predictions on the student's images."""
 
     draw: StepNoise
+    rung: int  # of the student's ladder, from 0
     cond: Conditioning
     x0: Tensor  # [b, C, H, W] float32, detached, as are all but lora_loss
     noise: Tensor
@@ -102,7 +103,22 @@ class VSD(Networks, Method):
             self.teacher.unet, "lora_teacher", rank=recipe.lora_rank, alpha=recipe.lora_alpha,
             targets=recipe.lora_targets, seed=self.seed,
         )  # fmt: skip
+        self._rung_tokens = None
+        if recipe.tell_rung and recipe.student_steps > 1:
+            # Without it, one score stands for what the student draws at all its rungs: that the whole is right then
+            # leaves each rung free to lack what another has too much of (tests/test_few_steps.py, on Gaussians).
+            width = self.teacher.unet.config.cross_attention_dim
+            self._rung_tokens = nn.Parameter(torch.zeros(recipe.student_steps, width, device=self.accelerator.device))
+            lora["rung_tokens"] = self._rung_tokens
         return {"lora": (lora, recipe.lora_lr)}
+
+    def _told(self, conditioning: Conditioning, rung: int) -> Conditioning:
+        """A conditioning for the LoRA teacher: its first token, alike in all prompts, tells the rung if it is to."""
+        if self._rung_tokens is None:
+            return conditioning
+        first, rest = conditioning["tokens"].split((1, conditioning["tokens"].shape[1] - 1), dim=1)
+        told = (first + self._rung_tokens[rung]).to(first.dtype)
+        return {**conditioning, "tokens": torch.cat([told, rest], dim=1)}
 
     def summary(self, entry: Mapping[str, float | None]) -> str:
         """A log entry in a few words, for the progress line."""
@@ -166,6 +182,7 @@ class VSD(Networks, Method):
                     with self._gradients_wait(last=micro is micro_batches[-1]):
                         lora_losses.append(self._lora_loss(micro))
                         self._backward(lora_losses[-1], "lora_teacher")
+            self._average_rung_tokens()
             lora_grad = self.apply(self.lora_optimizer, self.lora)
 
         whole = {
@@ -203,7 +220,8 @@ class VSD(Networks, Method):
             cond = self.teacher.encode(texts)
         z = draw.normal(self.teacher.latent_shape)
         set_role(self.student, "student")
-        z, t_init = self._go_down(z, draw, cond)
+        rung = draw.index(len(self._rungs)) if len(self._rungs) > 1 else 0
+        z, t_init = self._go_down(z, rung, draw, cond)
         output = self._as_student(z, t_init, cond)
         x0 = core.student_x0(
             output.float(), z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised
@@ -216,16 +234,17 @@ class VSD(Networks, Method):
             scale = draw.uniform(recipe.guidance, recipe.guidance_to)
         if recipe.guidance_high is not None:
             scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
-        eps_teacher = self._score("teacher", x_t, t, cond, scale)
+        eps_teacher = self._score("teacher", x_t, t, (cond, self._null), scale)
         lora_loss = None
         if recipe.gap == "sds":
             eps_lora = noise
         elif recipe.shared_forward:
-            eps_lora = self._lora_epsilon(x_t, t, cond)
+            eps_lora = self._lora_epsilon(x_t, t, self._told(cond, rung))
             lora_loss = core.lora_loss(eps_lora, noise, t, schedule, weight=recipe.lora_weight)
             eps_lora = eps_lora.detach()
         else:
-            eps_lora = self._score("lora_teacher", x_t, t, cond, scale if recipe.guide_lora else 1.0)
+            told, null = self._told(cond, rung), self._told(self._null, rung)
+            eps_lora = self._score("lora_teacher", x_t, t, (told, null), scale if recipe.guide_lora else 1.0)
         if recipe.gap == "dmd":
             gap = core.dmd_gap(eps_teacher, eps_lora, noise)
         else:
@@ -247,16 +266,21 @@ class VSD(Networks, Method):
         metrics = {
             "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
         }  # fmt: skip
-        return MicroBatch(draw, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss)
+        return MicroBatch(
+            draw, rung, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss
+        )
+
+    def _average_rung_tokens(self) -> None:
+        """Makes their gradient that of all processes: they are no part of the module that accelerate has wrapped."""
+        if self._rung_tokens is not None and self.accelerator.num_processes > 1 and not self.recipe.student_rank:
+            average_gradients([self._rung_tokens], self.accelerator)
 
     @torch.no_grad()
-    def _go_down(self, z: Tensor, draw: StepNoise, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """What the student sees at this step's rung of its ladder, and the rung's timestep for each sample."""
-        rungs = self._rungs
-        if len(rungs) > 1:
-            rungs = rungs[: draw.index(len(rungs)) + 1]
-            fresh = [draw.normal(self.teacher.latent_shape) for _ in rungs[1:]]
-            z = core.student_input(self._as_student, z, fresh, rungs, cond, self.schedule, self.prediction)
+    def _go_down(self, z: Tensor, rung: int, draw: StepNoise, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """What the student sees at a rung of its ladder, and the rung's timestep for each sample."""
+        rungs = self._rungs[: rung + 1]
+        fresh = [draw.normal(self.teacher.latent_shape) for _ in rungs[1:]]
+        z = core.student_input(self._as_student, z, fresh, rungs, cond, self.schedule, self.prediction)
         return z, self.schedule.start(len(z), rungs[-1])
 
     def _as_student(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -269,6 +293,7 @@ class VSD(Networks, Method):
         conditioning = micro.cond
         if micro.draw.chance(self.recipe.null_chance):
             conditioning = {name: value.expand_as(conditioning[name]) for name, value in self._null.items()}
+        conditioning = self._told(conditioning, micro.rung)
         eps = self._lora_epsilon(core.add_noise(micro.x0, noise, t, self.schedule), t, conditioning)
         return core.lora_loss(eps, noise, t, self.schedule, weight=self.recipe.lora_weight)
 
@@ -279,14 +304,14 @@ class VSD(Networks, Method):
         return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
 
     @torch.no_grad()
-    def _score(self, role: Role, x_t: Tensor, t: Tensor, cond: Conditioning, scale: float | Tensor) -> Tensor:
-        """The noise prediction of the teacher or of the LoRA teacher, guided."""
+    def _score(
+        self, role: Role, x_t: Tensor, t: Tensor, prompts: tuple[Conditioning, Conditioning], scale: float | Tensor
+    ) -> Tensor:
+        """The noise prediction of the teacher or of the LoRA teacher, guided: from no prompt's towards the prompts'."""
         set_role(self.teacher.unet, role)
+        cond, null = prompts
         with self.accelerator.autocast():
-            return self._guided(x_t, t, cond, scale)
-
-    def _guided(self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: float | Tensor) -> Tensor:
-        return core.guided_epsilon(self._denoise, x_t, t, cond, self._null, scale, self.schedule, self.prediction)
+            return core.guided_epsilon(self._denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
 
     @torch.no_grad()
     def _teacher_images(self, z: Tensor, cond: Conditioning) -> Tensor:
