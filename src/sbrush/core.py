@@ -131,6 +131,7 @@ def student_input(
     cond: Conditioning,
     schedule: NoiseSchedule,
     prediction: Prediction,
+    known: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What a student of several steps sees at the last of `rungs`: backward simulation (DMD2, arXiv 2405.14867).
 
@@ -139,7 +140,8 @@ def student_input(
         x0 = f_theta(x, y) at t,    x = alpha_t' x0 + sigma_t' eps at the next t'
 
     `fresh`: eps of each step down, [B, C, H, W], one fewer than `rungs`; None keeps the noise that the student itself
-    predicts, which is DDIM. One rung returns z. Float32 [B, C, H, W]; training calls it without gradient.
+    predicts, which is DDIM. `known` puts in each x0 what is known of the image, such as what lies outside a mask. One
+    rung returns z. Float32 [B, C, H, W]; training calls it without gradient.
     """
     x = z
     for step, (t, following) in enumerate(pairwise(rungs)):
@@ -147,7 +149,7 @@ def student_input(
         output = denoise(x, here, cond)
         x0 = to_x0(output, x, here, schedule, prediction)
         noise = to_epsilon(output, x, here, schedule, prediction) if fresh is None else fresh[step]
-        x = add_noise(x0, noise, there, schedule)
+        x = add_noise(known(x0) if known else x0, noise, there, schedule)
     return x
 
 

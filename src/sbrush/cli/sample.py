@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,7 +29,12 @@ from sbrush.cli.seeds import parse_seeds
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.sampling.targets import Images, Target, find_records
 
+if TYPE_CHECKING:
+    from sbrush.sampling.edit_request import EditRequest
+
 COMPARE = "Comparison with the teacher"
+EDIT = "Starting from an image (students of several steps)"
+STRENGTH = 0.6
 EXAMPLE = 'Example: sbrush sample "a small red cat" "a big blue fish" --seed 1-8 -o animals.png'
 FOR_COMPARISON = ("teacher", "teacher_config", "teacher_steps", "teacher_guidance")
 
@@ -69,6 +74,30 @@ def sample(
     ] = "0",
     student: StudentFlag = None,
     steps: StepsFlag = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="Image to start from, such as a photo or a sketch. Its middle is cut to the student's size.",
+            metavar="FILE",
+            rich_help_panel=EDIT,
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of --image is drawn anew: above 0, and up to 1, which leaves nothing of it. The student "
+            f"starts at the nearest of its steps. Default: {STRENGTH}.",
+            rich_help_panel=EDIT,
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Gray image of the size of --image: white where it is drawn anew, black where it stays as it is.",
+            metavar="FILE",
+            rich_help_panel=EDIT,
+        ),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -137,6 +166,7 @@ def sample(
     if len(images.seeds) < len(seeds):
         info("note: a seed that is given twice is drawn once")
     _check_comparison(context, compare)
+    edit = _read_edit(image, strength, mask, compare=compare)
     target = Target.parse(out)
     _check_stdout(target, json_)
     target.check(len(images), compare=compare)
@@ -148,9 +178,9 @@ def sample(
 
     where = pick_device(device)
     request = SampleRequest(
-        images, target, student=student, steps=steps, start_timestep=start_timestep, compare=compare, teacher=teacher,
-        teacher_config=teacher_config, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
-        metadata=metadata, overwrite=overwrite, batch=batch, device=where,
+        images, target, student=student, steps=steps, start_timestep=start_timestep, edit=edit, compare=compare,
+        teacher=teacher, teacher_config=teacher_config, teacher_steps=teacher_steps,
+        teacher_guidance=teacher_guidance, metadata=metadata, overwrite=overwrite, batch=batch, device=where,
         dtype=pick_dtype(precision.value, where, "sample"),
     )  # fmt: skip
     listed: list[dict[str, Any]] = []
@@ -214,6 +244,20 @@ def _check_comparison(context: typer.Context, compare: bool) -> None:
             "add --compare, or leave it out: a student draws in one step and without guidance",
             code=2,
         )
+
+
+def _read_edit(image: Path | None, strength: float | None, mask: Path | None, *, compare: bool) -> EditRequest | None:
+    """The image to start from, if there is one; SbrushError if it is none, or its flags contradict each other."""
+    if image is None:
+        if strength is not None or mask is not None:
+            flag = "--mask" if strength is None else "--strength"
+            raise SbrushError(f"{flag} is for an image to start from", "add --image FILE, or leave it out", code=2)
+        return None
+    if compare:
+        raise SbrushError("--compare draws without an image to start from", "leave out --compare or --image", code=2)
+    from sbrush.sampling.edit_request import EditRequest
+
+    return EditRequest.read(image, STRENGTH if strength is None else strength, mask)
 
 
 def _check_stdout(target: Target, json_: bool) -> None:

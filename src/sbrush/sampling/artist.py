@@ -16,6 +16,7 @@ from sbrush.console import SbrushError, count
 from sbrush.models.load import load_teacher
 from sbrush.models.model import Model
 from sbrush.models.places import teacher_of
+from sbrush.sampling.editing import Edit
 from sbrush.sampling.generation import guidance_scale_of, student_images, teacher_images
 
 VALUES = 4096  # of each tensor, in a fingerprint
@@ -58,7 +59,7 @@ class Comparison:
 class Artist:
     """A student, and with `compare` its teacher. `precision`: the number format of the networks, "float32" ...
 
-    `steps`: the student's; None: as many as it was trained for.
+    `steps`: the student's; None: as many as it was trained for. `edit`: the image that it starts from.
     """
 
     student: Model
@@ -66,6 +67,7 @@ class Artist:
     compare: Comparison | None = None
     start_timestep: int | None = None
     steps: int | None = None
+    edit: Edit | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -87,6 +89,7 @@ class Artist:
             "precision": self.precision,
             "start_timestep": self.start_timestep,
             "steps": self.taken,
+            **(self.edit.drawn_by if self.edit else {"image": None, "strength": None, "mask": None}),
             "teacher_weights": fingerprint(compare.teacher) if compare else None,
             "teacher_steps": compare.steps if compare else None,
             "teacher_guidance": compare.guidance if compare else None,
@@ -107,7 +110,7 @@ class Artist:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int) -> Iterator[tuple[Tensor, ...]]:
         """The student's image, uint8 [3, H, W], of each prompt with its seed; with a teacher, its image behind it."""
-        drawn = [student_images(self.student, prompts, seeds, steps=self.steps, batch=batch)]
+        drawn = [student_images(self.student, prompts, seeds, steps=self.steps, edit=self.edit, batch=batch)]
         if compare := self.compare:
             drawn.append(
                 teacher_images(

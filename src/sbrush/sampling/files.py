@@ -23,6 +23,8 @@ from sbrush.models.load import load_student
 from sbrush.models.model import Model
 from sbrush.models.tokenizers import note_truncated_prompts
 from sbrush.sampling.artist import Artist, Comparison
+from sbrush.sampling.edit_request import EditRequest
+from sbrush.sampling.editing import check_edit, fit_edit
 from sbrush.sampling.generation import Overflow, student_images
 from sbrush.sampling.images import cell_size, encode_png, image_grid, save_png, to_image
 from sbrush.sampling.targets import KEY, KEYS, Images, Target, check_same, find_records, read_keys
@@ -47,6 +49,7 @@ class SampleRequest:
     student: str | None = None
     steps: int | None = None
     start_timestep: int | None = None
+    edit: EditRequest | None = None
     compare: bool = False
     teacher: str | None = None
     teacher_config: str | None = None
@@ -101,6 +104,10 @@ def _load(request: SampleRequest) -> Artist:
     """Those who draw. Tells of prompts and of a student that will give other images than people expect."""
     student, dtype = _load_student(request)
     student.rungs(request.steps)  # or SbrushError
+    edit = None
+    if request.edit:
+        check_edit(student, request.steps)
+        edit = fit_edit(request.edit, student)
     note_unknown_words(student, request.images.prompts)
     note_truncated_prompts(student, request.images.prompts)
     compare = None
@@ -109,7 +116,7 @@ def _load(request: SampleRequest) -> Artist:
             student, request.teacher, config=request.teacher_config, steps=request.teacher_steps,
             guidance=request.teacher_guidance, dtype=dtype,
         )  # fmt: skip
-    return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep, request.steps)
+    return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep, request.steps, edit)
 
 
 def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:

@@ -12,6 +12,7 @@ from sbrush.console import SbrushError, count, printable
 from sbrush.core import Conditioning, Denoiser, guide, student_input, student_x0, with_null
 from sbrush.models.model import Model
 from sbrush.noise import image_noise, step_noises
+from sbrush.sampling.editing import Edit
 
 
 class Overflow(SbrushError):
@@ -30,31 +31,44 @@ def student_images(
     seeds: Sequence[int],
     *,
     steps: int | None = None,
+    edit: Edit | None = None,
     batch: int = 32,
     truncate: bool = False,
 ) -> Iterator[Tensor]:
     """One image for each pair of prompt and seed, in order, as uint8 [b, 3, H, W] on the CPU.
 
     An image depends on its prompt and seed alone, and on what shares its batch only by rounding. `steps`: of the
-    student; None: as many as it was trained for. `truncate`: see Model.decode. Raises Overflow, or SbrushError if the
-    student does not take so many steps.
+    student; None: as many as it was trained for. `edit`: an image to start from. `truncate`: see Model.decode. Raises
+    Overflow, or SbrushError if the student does not take so many steps.
     """
-    return _decoded(student, student_latents(student, prompts, seeds, steps=steps, batch=batch), truncate)
+    latents = student_latents(student, prompts, seeds, steps=steps, edit=edit, batch=batch)
+    images = _decoded(student, latents, truncate)
+    return map(edit.compose, images) if edit else images
 
 
 @torch.inference_mode()
 def student_latents(
-    student: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int | None = None, batch: int = 32
+    student: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    edit: Edit | None = None,
+    batch: int = 32,
 ) -> Iterator[Tensor]:
     """The same before decoding: x0, float32 [b, C, H, W] on the student's device."""
     reparameterised = student.about.get("reparameterised", True)
     rungs, schedule, prediction = student.rungs(steps), student.schedule, student.prediction
     fresh = len(rungs) - 1 if student.ladder and student.ladder.fresh else 0
+    entry = edit.entry(rungs) if edit else 0
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
         cond = _embed(student, some_prompts)
         noises = [noise.to(student.device) for noise in step_noises(some_seeds, student.latent_shape, 1 + fresh)]
-        z = student.noise_scale * noises[0]
-        x = student_input(student.denoise, z, noises[1:] if fresh else None, rungs, cond, schedule, prediction)
+        z, known = student.noise_scale * noises[0], None
+        if edit:
+            z, known = edit.start(student, noises[entry if fresh else 0], rungs[entry])
+        later = noises[1 + entry :] if fresh else None
+        x = student_input(student.denoise, z, later, rungs[entry:], cond, schedule, prediction, known)
         t = schedule.start(len(z), rungs[-1])
         output = student.denoise(x, t, cond)
         yield student_x0(output, x, t, schedule, prediction, reparameterised=reparameterised)

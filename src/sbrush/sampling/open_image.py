@@ -10,7 +10,7 @@ What is not 8-bit RGB becomes it so:
     CMYK, YCbCr                       Pillow's conversion, profiles aside, as in every published protocol
     CIE Lab                           to sRGB, by littleCMS
     several frames                    the first one
-    EXIF orientation                  not followed: the pixels as they are stored, as in every published protocol
+    EXIF orientation                  followed if asked for; else the pixels as stored, as in every published protocol
 
 Unreadable are integers of 32 bits and floats beyond 0 to 1 (nothing says which of them is white), colour keys of 16
 bits, and files that are cut, empty, no image, or larger than Pillow's limit against decompression bombs.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Not EPS (which starts a program), and none that only some machines can open.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
@@ -33,15 +33,23 @@ class UnreadableImage(Exception):
     """Why a file is no image that can be measured: what it is instead, such as "not an image" or "missing"."""
 
 
-def open_image(file: Path | BinaryIO) -> Image.Image:
-    """A file's first image as 8-bit RGB. UnreadableImage if it cannot be read whole, or its white is not known."""
+def open_image(file: Path | BinaryIO, *, upright: bool = False) -> Image.Image:
+    """A file's first image as 8-bit RGB. UnreadableImage if it cannot be read whole, or its white is not known.
+
+    `upright`: turned as its EXIF orientation says.
+    """
     try:
         with Image.open(file, formats=FORMATS) as image:
             if 0 in image.size:
                 raise UnreadableImage("an image without pixels")
             raw = _raw_mode(image)
             image.load()
-            return _to_rgb(image, raw)
+            turned = image.getexif().get(ExifTags.Base.Orientation) if upright else None
+            rgb = _to_rgb(image, raw)
+            if turned is not None:
+                rgb.getexif()[ExifTags.Base.Orientation] = turned
+                rgb = ImageOps.exif_transpose(rgb)
+            return rgb
     except UnreadableImage:
         raise
     except FileNotFoundError:
