@@ -11,6 +11,7 @@ from typing import Any
 import sbrush
 from sbrush.console import printable
 from sbrush.models.comfyui import instructions
+from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.models.scheduler_swap import same_image
 
@@ -34,7 +35,7 @@ def about_student(
         "teacher": config["teacher"],
         **({"teacher_sha256": config["teacher_sha256"]} if "teacher_sha256" in config else {}),
         "reparameterised": recipe["reparameterised"],
-        "steps": config["sampling"]["steps"],
+        **Sampling(**config["sampling"]).about,
         "recipe": dict(recipe),
         "seed": config["seed"],
         "prompts": config["prompts"],
