@@ -240,8 +240,10 @@ def embedded_guidance(conditioning: Conditioning) -> dict[str, Tensor]:
 def for_encoder(vae: Any, latents: Tensor) -> Tensor:
     """A VAE's latents at the UNet's scale: the inverse of for_decoder."""
     scale: float = vae.config.scaling_factor
-    mean, std = _statistics(vae, latents)
-    return latents * scale if mean is None else (latents - mean) * scale / std
+    if (statistics := _statistics(vae, latents)) is None:
+        return latents * scale
+    mean, std = statistics
+    return (latents - mean) * scale / std
 
 
 def for_decoder(vae: Any, x0: Tensor) -> Tensor:
@@ -250,14 +252,16 @@ def for_decoder(vae: Any, x0: Tensor) -> Tensor:
     The mean and standard deviation of each channel are the VAE's latents_mean and latents_std, if it has them.
     """
     scale: float = vae.config.scaling_factor
-    mean, std = _statistics(vae, x0)
-    return x0 / scale if mean is None else x0 * std / scale + mean
+    if (statistics := _statistics(vae, x0)) is None:
+        return x0 / scale
+    mean, std = statistics
+    return x0 * std / scale + mean
 
 
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """A VAE's latents_mean and latents_std, [1, C, 1, 1] each; None if it has none."""
     means, deviations = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     if means is None or deviations is None:
-        return None, None
+        return None
     mean, std = (like.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (means, deviations))
     return mean, std

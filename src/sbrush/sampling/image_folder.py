@@ -78,14 +78,14 @@ class ImageFolder:
         _note_ignored(folder, others)
         return cls(files)
 
-    def digest(self, count: int, cache: Path) -> str:
-        """SHA-256 of the first `count` images' bytes; cached in `cache` by their paths, sizes and times."""
+    def digest(self, count: int, cache: Path, *, remember: bool = True) -> str:
+        """SHA-256 of the first `count` images' bytes; cached in `cache` by their paths, sizes and times.
+
+        Not to `remember`, nothing is written.
+        """
         some = self.files[:count]
-        times = [(file, file.stat()) for file in some]
-        listed = hash_of(f"{f.absolute()} {s.st_size} {s.st_mtime_ns}" for f, s in times)
-        memory = cache / f"images-{listed[:24]}.sha256"
         try:
-            known = memory.read_text(encoding="utf-8").strip()
+            known = self._memory(count, cache).read_text(encoding="utf-8").strip()
             if len(known) == 64:
                 return known
         except (OSError, UnicodeDecodeError):
@@ -97,12 +97,22 @@ class ImageFolder:
                     digests.append(hashlib.file_digest(handle, "sha256").hexdigest())
                 bar.advance()
         whole = hash_of(digests)
+        if remember:
+            self.remember(count, cache, whole)
+        return whole
+
+    def remember(self, count: int, cache: Path, digest: str) -> None:
+        """Caches the first `count` images' digest."""
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            write_text(memory, whole + "\n")
+            write_text(self._memory(count, cache), digest + "\n")
         except OSError:  # then they are read again next time
             pass
-        return whole
+
+    def _memory(self, count: int, cache: Path) -> Path:
+        times = [(file, file.stat()) for file in self.files[:count]]
+        listed = hash_of(f"{f.absolute()} {s.st_size} {s.st_mtime_ns}" for f, s in times)
+        return cache / f"images-{listed[:24]}.sha256"
 
     @classmethod
     def _captioned(cls, files: list[Path], folder: Path, read: Texts, source: str) -> Self:

@@ -45,10 +45,15 @@ SEEDS = 1_000_000_000  # from here on those of the teacher's images, which are n
 
 
 class Source(Protocol):
-    """Where images come from. `key`: all that they depend on; `about`: what a run's config.json says of them."""
+    """Where images come from."""
 
-    key: str
-    about: dict[str, Any]
+    @property
+    def key(self) -> str:
+        """All that they depend on."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a run's config.json says of them."""
 
     def latents(self, batches: Sequence[range]) -> Iterator[Tensor]:
         """The latents of each batch of rows, [b, C, H, W]."""
@@ -110,11 +115,10 @@ class TeacherSource:
     def latents(self, batches: Sequence[range]) -> Iterator[Tensor]:
         for rows in batches:
             texts, seeds = [self.prompts[row] for row in rows], [SEEDS + row for row in rows]
-            with self.autocast():
-                yield from teacher_latents(
-                    self.teacher, texts, seeds, steps=self.recipe.image_steps, guidance=self.recipe.image_guidance,
-                    batch=len(rows),
-                )  # fmt: skip
+            steps, scale = self.recipe.image_steps, self.recipe.image_guidance
+            with self.autocast():  # not longer: what is done with the latents is none of it
+                made = list(teacher_latents(self.teacher, texts, seeds, steps=steps, guidance=scale, batch=len(rows)))
+            yield from made
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ class TrainingImages:
         source: Source
         if request.folder is not None:
             images = ImageFolder.read(request.folder, column=request.column)
-            source = FolderSource(images, teacher, images.digest(len(images.files), cache))
+            # Nothing is written to a run's folder before the run holds it: see `fill`.
+            source = FolderSource(images, teacher, images.digest(len(images.files), cache, remember=False))
         elif request.drawn:
             source = DrawnSource(teacher, chosen.texts)
         else:
@@ -200,6 +205,9 @@ class TrainingImages:
             what = f"{count(missing, 'image')} to learn from, of {self.source.about['source']}"
             info(f"{what}: {size_text(size)} of latents in {printable(self.shards.folder)}")
             check_room(self.shards.folder, size, "the images' latents", "make room, or choose another --image-cache")
+            if isinstance(self.source, FolderSource):
+                images = self.source.images
+                images.remember(len(images.files), self._folder, self.source.sha256)
         accelerator.wait_for_everyone()
         for network in teacher.networks:
             network.to(accelerator.device)
@@ -214,7 +222,7 @@ class TrainingImages:
     def _rows(self, blocks: Sequence[range]) -> Iterator[dict[str, Tensor]]:
         batches = [block[first : first + BATCH] for block in blocks for first in range(0, len(block), BATCH)]
         for latents in self.source.latents(batches):
-            halved = latents.half().cpu()
+            halved = latents.half().cpu().contiguous()  # a VAE's may be channels-last
             if not halved.isfinite().all():
                 raise SbrushError(
                     "the latents of an image to learn from are not finite", "try --precision float32, or other images"

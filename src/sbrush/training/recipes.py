@@ -5,8 +5,8 @@ swiftbrush       the paper's own settings, for SD-size teachers       the paper:
 proper-guidance  the same with a random guidance scale (PG-SB of      that paper: SD 2.1, FID 8.91 by its own protocol
                  SNOOPI, arXiv 2412.02687)
 dmd              DMD's normaliser and guidance, without its GAN       see docs/recipes.md
-lcm              latent consistency distillation (arXiv 2310.04378)   the SwiftBrush paper: one step, FID 35.56, CLIP 0.24
-guided           Guided Distillation (arXiv 2210.03142): a student    the SwiftBrush paper: one step, FID 37.3, CLIP 0.27
+lcm              latent consistency distillation (arXiv 2310.04378)   SwiftBrush's paper: one step FID 35.56, CLIP 0.24
+guided           Guided Distillation (arXiv 2210.03142): a student    SwiftBrush's paper: one step FID 37.3, CLIP 0.27
                  with a guidance input, then progressive halving
 stickers         the built-in teacher on a CPU                        see docs/results.md
 stickers-lcm     lcm and guided for the built-in teacher on a CPU     see docs/results.md
@@ -207,12 +207,12 @@ RECIPES = {
         Recipe(
             name="stickers-lcm", method="lcm", student_steps=4, guidance=3.0, w_min=0.0, w_max=4.0, steps=3000,
             batch=32, student_lr=3e-4, warmup=50, cooldown=0.8, ema=0.95, beta2=0.99, clip=1.0, images=2000,
-            image_guidance=3.0, **_VSD,
+            image_steps=12, image_guidance=3.0, **_VSD,
         ),
         Recipe(
             name="stickers-guided", method="guided", student_steps=1, guidance=3.0, w_min=0.0, w_max=4.0, steps=3000,
             batch=32, student_lr=3e-4, warmup=50, cooldown=0.8, ema=0.99, beta2=0.99, clip=1.0, images=2000,
-            image_guidance=3.0, halve_from=16, guide_share=0.25, **_VSD,
+            image_steps=12, image_guidance=3.0, halve_from=16, guide_share=0.25, **_VSD,
         ),
         Recipe(
             name="stickers", gap="dmd", guidance=1.5, guide_lora=False, steps=3000, batch=32,

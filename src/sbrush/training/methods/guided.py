@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from sbrush import core
 from sbrush.console import SbrushError, count
 from sbrush.core import NoiseSchedule
 from sbrush.models.ladder import Sampling
@@ -93,8 +92,14 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 class Guided(Regression):
     """Guided Distillation; `halved` is the frozen copy that teaches the present halving."""
 
-    unused = (*Regression.unused, "grid_steps", "huber_c")
-    metrics = (*Regression.metrics, "taught_steps")  # the student's in this stage; 0 while it learns guidance
+    unused: ClassVar[tuple[str, ...]] = (*Regression.unused, "grid_steps", "huber_c")
+    metrics: ClassVar[tuple[str, ...]] = (
+        *Regression.metrics,
+        "taught_steps",  # the student's in this stage; 0 while it learns guidance
+    )
+        *Regression.metrics,
+        "taught_steps",
+    )  # the student's in this stage; 0 while it learns guidance
     extendable = False
 
     def __init__(self, teacher: Model, recipe: Recipe, **options: Any) -> None:
@@ -184,7 +189,7 @@ class Guided(Regression):
             x_t = self.noisy(batch, t)
             z = x_t
             for start, stop in ((t, middle), (middle, end)):
-                output = self.output_of(self.halved or self.student, z, start, batch.guided)
+                output = self.output_of(self._halved(), z, start, batch.guided)
                 z = ddim_step(output, z, start, stop, self._clean, self.prediction)
             target = halving_target(x_t, z, t, end, self._clean)
         x0 = self.to_x0(self.student_output(x_t, t, batch), x_t, t)
@@ -203,6 +208,11 @@ class Guided(Regression):
             self.trained[name].copy_(tensor)
         self._teach(self.trained)
         self.student_optimizer.state.clear()
+
+    def _halved(self) -> UNet2DConditionModel:
+        if self.halved is None:
+            raise RuntimeError("a halving has begun without its teacher")
+        return self.halved
 
     def _teach(self, weights: Mapping[str, Tensor]) -> None:
         """Makes the halving's teacher, in the number format of the run's own teacher."""

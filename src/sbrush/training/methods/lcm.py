@@ -12,7 +12,7 @@ The average is the network that targets come from (the paper's theta^-, decay .9
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def pseudo_huber(found: Tensor, target: Tensor, c: float) -> Tensor:
 class LCM(Regression):
     """A latent consistency model: a full student takes w as input; a LoRA is held to the mean over w."""
 
-    unused = (*Regression.unused, "halve_from", "guide_share", "snr_weight")
+    unused: ClassVar[tuple[str, ...]] = (*Regression.unused, "halve_from", "guide_share", "snr_weight")
 
     def __init__(self, teacher: Model, recipe: Recipe, **options: Any) -> None:
         super().__init__(teacher, recipe, **options)

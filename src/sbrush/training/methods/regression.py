@@ -65,7 +65,7 @@ class Regression(Networks, Method):
     """A student, its frozen teacher, and the clean images; a subclass says what the student is held to."""
 
     from_images = True
-    unused = (
+    unused: ClassVar[tuple[str, ...]] = (
         "gap", "guide_lora", "lora_lr", "lora_rank", "lora_alpha", "lora_targets", "lora_updates", "shared_forward",
         "lora_weight", "null_chance", "t_init", "t_low", "t_high", "reparameterised", "lora_lr_end", "guidance_to",
         "guidance_high", "pairs", "pair_steps", "pair_guidance", "pair_share", "pair_weight", "clip_weight", "clip_tau",
@@ -173,7 +173,7 @@ class Regression(Networks, Method):
             return self.teacher.predict(network, x, t, conditioning).float()
 
     def teacher_output(self, x_t: Tensor, t: Tensor, batch: MicroBatch) -> Tensor:
-        """The teacher's guided output, (1 + w) u(y) - w u(null): that of the guided teacher, be it an epsilon or a v."""
+        """The teacher's guided output, (1 + w) u(y) - w u(null): the guided teacher's, be it an epsilon or a v."""
         set_role(self.teacher.unet, "teacher")
         both = core.with_null(batch.cond, self._null)
         twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])

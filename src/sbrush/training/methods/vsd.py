@@ -51,7 +51,7 @@ class MicroBatch:
 class VSD(Networks, Method):
     """A student and its two teachers. The teacher and the LoRA teacher are one frozen UNet: its adapter off and on."""
 
-    unused = (
+    unused: ClassVar[tuple[str, ...]] = (
         "w_min", "w_max", "images", "image_steps", "image_guidance", "grid_steps", "huber_c", "halve_from",
         "guide_share", "snr_weight",
     )  # fmt: skip
