@@ -97,9 +97,6 @@ class Guided(Regression):
         *Regression.metrics,
         "taught_steps",  # the student's in this stage; 0 while it learns guidance
     )
-        *Regression.metrics,
-        "taught_steps",
-    )  # the student's in this stage; 0 while it learns guidance
     extendable = False
 
     def __init__(self, teacher: Model, recipe: Recipe, **options: Any) -> None:
