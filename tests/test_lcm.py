@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import sbrush
@@ -209,8 +210,16 @@ def test_a_run_gives_a_folder_with_which_diffusers_draws_the_same(request, tmp_p
     assert about["guidance"] == 3 and about["steps"] == 4
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(entry["student_loss"] > 0 and entry["skipped"] == 0 for entry in log)
+    card = (folder / "README.md").read_text()
+    assert "[latent consistency distillation]" in card and "3 images of the teacher's own" in card.replace("4", "3")
+    assert "num_inference_steps=4, guidance_scale=3" in card and "`guidance_scale` of 1 to 5" in card
+    assert "swiftbrush" not in card.split("---")[1] and not (folder / "comfyui-workflow.json").exists()
     student = load_student(str(tmp_path / "run"))
     assert student.unet.config.time_cond_proj_dim == 256
+    drawn = sbrush("sample", "a red dog", "--student", folder, "--device", "cpu", "-o", tmp_path / "dog.png")
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(tmp_path / "dog.png") as image:
+        assert json.loads(image.text["sbrush"])["guidance"] == 3
     for steps in (1, 2, 4):
         ours = next(student_images(student, ["a red dog"], [5], steps=steps))[0].permute(1, 2, 0) / 255
         theirs = torch.from_numpy(latents_of(folder, steps, 3))

@@ -112,6 +112,13 @@ class Model:
         return NoiseSchedule.from_alphas_cumprod(self.scheduler.alphas_cumprod).to(self.device)
 
     @property
+    def guidance_input(self) -> float | None:
+        """The guidance scale that the UNet is given as input; None: it takes none."""
+        if getattr(self.unet.config, "time_cond_proj_dim", None) is None:
+            return None
+        return float(self.about.get("guidance", GUIDANCE))
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device
 
@@ -164,11 +171,10 @@ class Model:
         The scale is the one that the model's sbrush.json records, as diffusers' guidance_scale counts it. Most UNets
         take none, and what they are told stays as it is.
         """
-        if (width := getattr(self.unet.config, "time_cond_proj_dim", None)) is None:
+        if self.guidance_input is None:
             return conditioning
-        scale = float(self.about.get("guidance", GUIDANCE))
-        w = torch.full((len(conditioning["tokens"]),), scale - 1, device=self.device)
-        return conditioning | {"guidance": guidance_embedding(w, width)}
+        w = torch.full((len(conditioning["tokens"]),), self.guidance_input - 1, device=self.device)
+        return conditioning | {"guidance": guidance_embedding(w, self.unet.config.time_cond_proj_dim)}
 
     def null(self) -> Conditioning:
         """What it is told when it is told nothing, for guidance: the empty prompt, a batch of one."""
