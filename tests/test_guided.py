@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from safetensors.torch import load_file
 
 from conftest import build_tiny_teacher, sbrush
 from sbrush import core
-from sbrush.models.load import load_student, load_teacher
+from sbrush.console import SbrushError
+from sbrush.models.load import load_shapes, load_student, load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.sampling.generation import student_images
 from sbrush.training.images import TrainingImages
@@ -26,8 +30,9 @@ from sbrush.training.methods.guided import (
     weighted_loss,
     with_clean,
 )
+from sbrush.training.plan import check
 from sbrush.training.recipes import RECIPES
-from sbrush.training.request import ImagesRequest
+from sbrush.training.request import ExecutionOptions, ImagesRequest
 from test_lcm import latents_of
 
 SMALL = dataclasses.replace(
@@ -257,3 +262,46 @@ def test_one_step_cannot_be_taught_from_pure_noise(tmp_path, prompt_file):
     done = sbrush(*ask)
     assert done.returncode == 2 and "ends in pure noise" in done.stderr
     assert sbrush(*ask, "--student-steps", 2).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("lcm", ["--set", "huber_c=0"]), ("guided", ["--set", "halve_from=2", "--set", "guide_share=0.5"])],
+)
+def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_teacher, recipe, options):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+    def run(start, name):
+        command = [*start, "-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", name]
+        command += ["--recipe", recipe, "--steps", "4", "--batch", "4", "--student-lr", "1e-3", "--device", "cpu"]
+        command += ["--precision", "float32", "--checkpoint-every", "3", "--grid-every", "0", "--log-every", "1"]
+        command += ["--set", "image_steps=2", *options]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        weights = load_file(tmp_path / name / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+        return weights, log, ran.stderr
+
+    one, log, _ = run([sys.executable], "one")
+    start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
+
+    def agrees(other):
+        learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, other)]
+        assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
+
+    two, other_log, _ = run(launch, "two")
+    agrees(two)
+    for key in ("student_loss", "student_grad"):
+        assert log[0][key] == pytest.approx(other_log[0][key], rel=1e-3), key
+    shutil.rmtree(tmp_path / "two" / "student")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
+    rest, _, said = run([sys.executable], "two")
+    assert "resuming after step 3" in said
+    agrees(rest)
+
+
+def test_it_does_not_run_sharded(tiny_teacher):
+    for name in ("lcm", "guided"):
+        with pytest.raises(SbrushError, match="does not run under FSDP"):
+            check(RECIPES[name], load_shapes(str(tiny_teacher)), ExecutionOptions(shard=True), world=2, init=None)
