@@ -47,7 +47,7 @@ def assert_refused(done, said, code=2):
     [
         (["--no-such-flag"], "No such option"),
         (["distil"], "distill"),
-        (["distill"], "Missing argument"),
+        (["distill"], "no prompts"),
         (["distill", "missing.txt"], "does not exist"),
         (["distill", "."], "is a folder"),
         (["distill", "p.txt", "--recipe", "mine"], "mine"),

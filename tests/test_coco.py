@@ -28,7 +28,6 @@ from sbrush.cli.app import app
 from sbrush.console import SbrushError
 from sbrush.device import quick_products
 from sbrush.evaluate.coco.features import UnreadableImages, square
-from sbrush.evaluate.coco.gallery import read_captions
 from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco
 from sbrush.evaluate.coco.published import BenchmarkReport, Measured
 from sbrush.metrics.clip import ClipScorer
@@ -37,6 +36,7 @@ from sbrush.metrics.inception import Inception, clean_resize
 from sbrush.metrics.kid import kid, mmd
 from sbrush.models.load import digest, load_student
 from sbrush.sampling.generation import student_images
+from sbrush.sampling.image_folder import read_captions
 from sbrush.sampling.open_image import UnreadableImage
 from sbrush.stickers.draw import draw
 from sbrush.stickers.world import random_caption, random_sticker, stream

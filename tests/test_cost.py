@@ -15,7 +15,7 @@ from conftest import sbrush
 from sbrush.models.load import load_teacher
 from sbrush.noise import image_noise
 from sbrush.prompts import ShuffledPrompts, make_prompts
-from sbrush.training.cost import Held, Monitoring, estimate
+from sbrush.training.cost import Held, Monitoring, Prepared, estimate
 from sbrush.training.methods import Machine
 from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
@@ -154,7 +154,7 @@ def test_what_is_chosen_to_save_memory_is_told_to(tiny_teacher):
     plain, eight = told(), told(dataclasses.replace(SMALL, optimizer="adam8bit"))
     assert plain.memory["student's Adam"] == 4 * eight.memory["student's Adam"] == 8 * plain.parameters["UNet"]
     assert plain.memory["teacher's UNet, frozen"] == 2 * plain.parameters["UNet"]
-    parked, encoder = told(cached_prompts=10), 2 * plain.parameters["text encoder"]
+    parked, encoder = told(prepared=Prepared(prompts=10)), 2 * plain.parameters["text encoder"]
     others = "text encoder and autoencoder, frozen"
     assert plain.memory[others] - parked.memory[others] == encoder == parked.host_memory["text encoder"]
     assert told(execution=ExecutionOptions(checkpointing=True)).forwards == plain.forwards + 2

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sbrush.console import SbrushError
-from sbrush.evaluate.coco.gallery import Gallery, read_captions
+from sbrush.evaluate.coco.gallery import Gallery
 from sbrush.evaluate.coco.protocols import Coco
+from sbrush.sampling.image_folder import read_captions
 
 
 def fill(folder: Path, *names: str, **texts: str) -> Path:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sbrush.evaluate.coco.features import FeatureExtractor, UnreadableImages
-from sbrush.evaluate.coco.prefetch import BATCHES, prefetch
 from sbrush.evaluate.coco.protocols import PROTOCOLS
 from sbrush.sampling.images import save_png, to_image
+from sbrush.sampling.prefetch import BATCHES, prefetch
 
 
 def workers() -> int:

@@ -58,6 +58,11 @@ class StepNoise:
         some = [torch.randint(low, high + 1, (), generator=g) for g in self._draws]
         return send(torch.stack(some), self._device)
 
+    def uniforms(self, low: float, high: float) -> Tensor:
+        """One draw from low .. high for each sample: float32 [B]."""
+        some = [low + (high - low) * torch.rand((), generator=g) for g in self._draws]
+        return send(torch.stack(some), self._device)
+
     def uniform(self, low: float, high: float) -> float:
         """One draw from low .. high for the whole global batch."""
         return low + (high - low) * self._whole.random()

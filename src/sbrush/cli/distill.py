@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,14 +20,20 @@ from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import (
     AlignmentRequest,
     ExecutionOptions,
+    ImagesRequest,
     Intervals,
     RunRequest,
     ValidationRequest,
 )
 
+if TYPE_CHECKING:
+    from sbrush.prompts import Prompts
+
+IMAGES = "Images to learn from (lcm, guided)"
 PLAN, SETTINGS, MEMORY = "Before you start", "Training settings", "Fit a smaller GPU"
 RECORD, CLIP, ABLATION = "What a run records", "CLIP loss (SwiftBrush v2)", "The paper's ablations"
 RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
+STICKERS = "stickers"  # what --images takes for a folder of that name, but with ./ before it
 EXAMPLE = "Example: sbrush distill prompts/stickers.txt --steps 500 --out runs/first"
 
 
@@ -49,12 +55,13 @@ class Precision(StrEnum):
 
 def distill(
     prompts: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="The prompts to train on: text with one prompt a line, a CSV, TSV or JSON file, or - for the "
-            "standard input."
+            "standard input. With --images FOLDER there are none: its captions are the prompts.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     teacher: TeacherFlag = None,
     out: Annotated[
         Path | None,
@@ -98,6 +105,24 @@ def distill(
         typer.Option("--recipes", help="Print every recipe's settings side by side and stop.", rich_help_panel=PLAN),
     ] = False,
     column: ColumnFlag = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Images for recipes that learn from them (lcm, guided): a folder with captions beside the images, as "
+            "`sbrush eval --images` reads it; or stickers, drawn by the built-in world. Default: the teacher makes its "
+            "own of the prompts.",
+            metavar="FOLDER|stickers",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
+    image_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to keep the images' latents in, which several runs may share: each image is made or read "
+            "once. Default: the run folder.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None,
     teacher_config: TeacherConfigFlag = None,
     init: Annotated[
         str | None,
@@ -337,7 +362,8 @@ def distill(
         )
     from sbrush.prompts import read_prompts  # before torch is imported
 
-    texts = read_prompts(prompts, column)
+    source = _images(images, column, image_cache)
+    texts = _prompts(prompts, column, source)
     checked = read_prompts(validation_prompts, column, required=False) if validation_prompts else None
     out = out or Path("runs") / "".join(c if is_text(c) else "_" for c in texts.stem)
     if not dry_run:
@@ -354,7 +380,7 @@ def distill(
             micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu,
             compile="inductor" if compile_ else None,
         ),
-        alignment=AlignmentRequest(clip_weights, clip_model, tiny_vae),
+        alignment=AlignmentRequest(clip_weights, clip_model, tiny_vae), images=source,
         validation=ValidationRequest(checked, validation_clip),
         trackers=[name.value for name in tracker or ()], text_cache=text_cache,
     )  # fmt: skip
@@ -362,6 +388,40 @@ def distill(
         dry_run_of(request)
     else:
         _train(request)
+
+
+def _images(images: str | None, column: str | None, cache: Path | None) -> ImagesRequest:
+    """What --images asks for: a folder, or what the built-in world draws."""
+    if images == STICKERS:
+        return ImagesRequest(drawn=True, cache=cache)
+    return ImagesRequest(Path(images), column, cache=cache) if images else ImagesRequest(cache=cache)
+
+
+def _prompts(prompts: Path | None, column: str | None, images: ImagesRequest) -> Prompts:
+    """The prompts of a file, or the captions of a folder of images; SbrushError if there are none, or both."""
+    from sbrush.prompts import captions_as_prompts, read_prompts
+
+    if images.folder is None:
+        if prompts is None:
+            raise SbrushError("no prompts", EXAMPLE, code=2)
+        return read_prompts(prompts, column)
+    if prompts is not None:
+        raise SbrushError(
+            f"the captions of --images {printable(images.folder)} are the prompts, and there are others in "
+            f"{printable(prompts)}",
+            "leave out one of them",
+            code=2,
+        )
+    from sbrush.sampling.image_folder import ImageFolder
+
+    found = ImageFolder.read(images.folder, column=column)
+    if found.captions is None:
+        raise SbrushError(
+            f"the images in {printable(images.folder)} have no captions beside them",
+            "add captions.txt, a caption a line, or metadata.csv with the columns file_name and caption",
+            code=2,
+        )
+    return captions_as_prompts(found.captions, str(images.folder), images.folder.resolve().name)
 
 
 def _resolve(recipe: Recipe, given: dict[str, Any], settings: list[str] | tuple[()], *, sds: bool) -> Recipe:

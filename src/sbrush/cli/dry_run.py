@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sbrush import console
 from sbrush.console import info, printable
 from sbrush.training.recipes import RECIPES, Recipe
-from sbrush.training.request import RunRequest
+from sbrush.training.request import ImagesRequest, RunRequest
 
 if TYPE_CHECKING:
     from sbrush.models.model import Model
@@ -25,19 +25,26 @@ def _shapes(request: RunRequest) -> Model:
 def _cost(request: RunRequest, teacher: Model) -> Cost:
     """What the run needs, derived without weights; SbrushError if its parts do not go together."""
     from sbrush.device import launched, trains_in_bf16
-    from sbrush.training.cost import Monitoring, estimate
-    from sbrush.training.methods import Machine
-    from sbrush.training.plan import check
+    from sbrush.training.cost import Monitoring, Prepared, estimate
+    from sbrush.training.methods import METHODS, Machine
+    from sbrush.training.plan import check, check_method
     from sbrush.training.validation import Validation
 
     _, world = launched()
+    check_method(request)
     check(request.recipe, teacher, request.execution, world=world, init=request.init)
+    images = 0
+    if METHODS[request.recipe.method].from_images:
+        images = (0 if request.images.folder else request.recipe.images) or len(request.prompts)
     judge = Validation.parameters(teacher, request.validation.clip) if request.every.validate else 0
     return estimate(
         request.teacher, request.recipe, request.execution,
         Machine(request.device, trains_in_bf16(request.precision, request.device), world),
         config=request.teacher_config, alignment=request.alignment,
-        cached_prompts=len(request.prompts) if request.text_cache else 0,
+        prepared=Prepared(
+            len(request.prompts) if request.text_cache else 0, images,
+            generated=images > 0 and request.images.folder is None and not request.images.drawn,
+        ),
         monitoring=Monitoring(request.every.grid > 0, judge),
     )  # fmt: skip
 
@@ -61,6 +68,7 @@ def dry_run(request: RunRequest) -> None:
     from sbrush.device import launched, pick_device, trains_in_bf16
     from sbrush.models.tokenizers import truncated_prompts
     from sbrush.sampling.files import note_unknown_words
+    from sbrush.training.methods import METHODS
     from sbrush.training.sharding import asked_for
 
     process, world = launched()
@@ -84,12 +92,21 @@ def dry_run(request: RunRequest) -> None:
         "processes": f"{world}; memory is each one's",
         "run folder": request.out,
     }
+    if METHODS[request.recipe.method].from_images:
+        facts["images"] = _source(request.images)
     if request.validation.prompts:
         facts["validation prompts"] = request.validation.prompts.describe()
     for name, value in facts.items():
         console.out(f"{name}: {printable(value)}")
     for line in cost.lines(request.recipe, request.device, keep=request.every.keep):
         console.out(line)
+
+
+def _source(images: ImagesRequest) -> str:
+    """Where the images come from that a run learns from."""
+    if images.folder:
+        return f"those of {images.folder}, with their captions as prompts"
+    return "stickers that are drawn to the prompts" if images.drawn else "the teacher's own, of the prompts"
 
 
 def _changes(recipe: Recipe) -> str:

@@ -107,7 +107,7 @@ class CocoRequest:
     @cached_property
     def listed(self) -> Texts | None:
         """The captions of `data.captions`, read once: a pipe gives them once. SbrushError if they are none."""
-        from sbrush.evaluate.coco.gallery import read_captions
+        from sbrush.sampling.image_folder import read_captions
 
         return read_captions(self.data.captions, self.data.column) if self.data.captions else None
 

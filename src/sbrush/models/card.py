@@ -6,14 +6,28 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sbrush
-from sbrush.console import printable
+from sbrush.console import count, printable
 from sbrush.models.comfyui import instructions
+from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.models.scheduler_swap import same_image
 
+
+class About(NamedTuple):
+    """A method as a card names it."""
+
+    text: str
+    tag: str
+
+
+METHODS = {
+    "vsd": About("[SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation)", "swiftbrush"),
+    "lcm": About("[latent consistency distillation](https://arxiv.org/abs/2310.04378)", "latent-consistency"),
+    "guided": About("[Guided Distillation](https://arxiv.org/abs/2210.03142)", "guided-distillation"),
+}
 STATED = ("license", "license_name", "license_link", "safety_checker")  # what others say that students must say too
 BUILT_IN_TEACHER = "stickers (built in)"
 SHIPPED = """\
@@ -34,11 +48,13 @@ def about_student(
         "teacher": config["teacher"],
         **({"teacher_sha256": config["teacher_sha256"]} if "teacher_sha256" in config else {}),
         "reparameterised": recipe["reparameterised"],
-        "steps": config["sampling"]["steps"],
+        **Sampling(**config["sampling"]).about,
         "recipe": dict(recipe),
         "seed": config["seed"],
         "prompts": config["prompts"],
     }
+    if config.get("images") is not None:
+        about["images"] = config["images"]
     if config.get("teacher_config") is not None:
         about["teacher_config"] = config["teacher_config"]
     about |= {key: teacher.about[key] for key in ("world", *STATED) if key in teacher.about}
@@ -71,7 +87,7 @@ def model_card(student: Model) -> str:
 # A {_kind(about)} student of {_plain(about["teacher"])}
 
 It draws an image of a prompt in {_steps(about)}. sbrush {about["version"]} distilled it with
-[SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation), from {_count(about)} and no images.
+{_method(about)}, from {_count(about)} and {_images(about)}.
 
 - Licence of what it was made of: {_plain("; ".join(sorted(_licences(about))))}. This student is a derivative of it.
 - Its teacher {checker}. This folder has none.{holds}
@@ -123,8 +139,8 @@ def lora_card(student: Model) -> str:
 # The LoRA of a {_kind(about)} student of {_plain(about["teacher"])}
 
 It turns its teacher into a student that draws an image of a prompt in {_steps(about)}. sbrush {about["version"]}
-distilled it with [SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation), from {_count(about)}
-and no images.
+distilled it with {_method(about)}, from {_count(about)}
+and {_images(about)}.
 
 - It works in {_able(student)}, at strength 1 and without guidance.
 - It needs the scheduler in `scheduler/` of this folder. With the teacher's own scheduler it draws noise.
@@ -162,7 +178,7 @@ def _front(about: Mapping[str, Any], *tags: str) -> str:
     lines = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["one-step", "distillation", "swiftbrush", "sbrush", *tags],
+        "tags": ["one-step", "distillation", METHODS.get(_named(about), METHODS["vsd"]).tag, "sbrush", *tags],
         **({"license": "other"} | alone),
     }
     # The Hub refuses a card whose base model is not one of its own.
@@ -177,8 +193,9 @@ def _sampling(about: Mapping[str, Any]) -> str:
     if not about.get("reparameterised", True):
         lines = "# The output of this student's UNet is the image itself.\n"
         lines += 'pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")\n'
+    numbers = f"num_inference_steps={about.get('steps', 1)}, guidance_scale={about.get('guidance', 1):g}"
     return f"""{lines}generator = torch.Generator().manual_seed(0)
-image = pipe("a cat", num_inference_steps={about.get("steps", 1)}, guidance_scale=1, generator=generator).images[0]
+image = pipe("a cat", {numbers}, generator=generator).images[0]
 image.save("cat.png")
 """
 
@@ -206,7 +223,12 @@ def _able(student: Model) -> str:
 
 def _same(student: Model, options: str) -> str:
     """What draws the same image as the snippet: `sbrush sample` with these options besides."""
-    keep = f"Keep to {_able(student)}, without guidance (`guidance_scale=1`): it was trained for that and nothing else."
+    if "guidance" in student.about:
+        low, high = (1 + student.about["recipe"][name] for name in ("w_min", "w_max"))
+        how = f"with a `guidance_scale` of {low:g} to {high:g}, which costs no second forward"
+    else:
+        how = "without guidance (`guidance_scale=1`)"
+    keep = f"Keep to {_able(student)}, {how}: it was trained for that and nothing else."
     if student.ladder and len(student.ladder.choices) > 1:
         options += f" --steps {student.ladder.trained}"
     return f"""{keep}
@@ -254,8 +276,24 @@ def _licence(about: Mapping[str, Any]) -> str:
 
 
 def _count(about: Mapping[str, Any]) -> str:
-    count = about["prompts"]["count"]
-    return "1 prompt" if count == 1 else f"{count:,} prompts"
+    return count(about["prompts"]["count"], "prompt")
+
+
+def _named(about: Mapping[str, Any]) -> str:
+    return str(about["recipe"].get("method", "vsd"))
+
+
+def _method(about: Mapping[str, Any]) -> str:
+    """The method that it was trained with, linked to its paper; one of another's is called by its name."""
+    return METHODS[_named(about)].text if _named(about) in METHODS else _plain(_named(about))
+
+
+def _images(about: Mapping[str, Any]) -> str:
+    """The images that it learned from, besides prompts."""
+    if (images := about.get("images")) is None:
+        return "no images"
+    source = {"the teacher": "of the teacher's own", "stickers": "drawn by the built-in world"}
+    return f"{count(images['count'], 'image')} {source.get(images['source'], 'of a folder')}"
 
 
 def _quoted(text: str) -> str:

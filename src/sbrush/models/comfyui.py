@@ -58,6 +58,8 @@ def obstacle(student: Model) -> str | None:
     """
     if not student.about.get("reparameterised", True):
         return "its output is the image itself"
+    if "guidance" in student.about:
+        return "its UNet takes a guidance scale as input"
     step = _step(student)
     if step is None:
         return "its noise schedule is not Stable Diffusion's own"

@@ -193,6 +193,7 @@ SCHEDULER_XL: Table = {
         hint="set it to false in scheduler/scheduler_config.json, as the published folders do",
     ),
 }  # fmt: skip
+GUIDED: Table = {"time_cond_proj_dim": HONOURED}  # a student may take a guidance scale as input, as a teacher may not
 ONE_STEP: Table = {"final_sigmas_type": only("zero", None, why="its one step would not end at the image")}
 INDEX: Table = {
     **WRITTEN,

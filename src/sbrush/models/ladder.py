@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin
 
@@ -18,12 +19,19 @@ class Sampling:
     """How a student is to be sampled: in `steps` steps.
 
     `fresh`: whether each step's image is noised anew, with LCMScheduler, or keeps the noise that the student predicts,
-    with DDIMScheduler. `grid`: timesteps that LCMScheduler chooses from; None: as many as steps.
+    with DDIMScheduler. `grid`: timesteps that LCMScheduler chooses from; None: as many as steps. `guidance`: the scale
+    at which a student draws whose UNet takes one as input, as diffusers' guidance_scale; None: it takes none.
     """
 
     steps: int = 1
     fresh: bool = True
     grid: int | None = None
+    guidance: float | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a student's sbrush.json says of it."""
+        return {"steps": self.steps} | ({} if self.guidance is None else {"guidance": self.guidance})
 
     def scheduler(self, teacher: DDIMScheduler, t_init: int | None = None) -> SchedulerMixin:
         """The scheduler with which plain diffusers takes the student's steps, on a teacher's noise schedule.

@@ -22,7 +22,7 @@ from sbrush.models.checks import (
     read_network,
     untrained_network,
 )
-from sbrush.models.configurations import ONE_STEP, TABLES
+from sbrush.models.configurations import GUIDED, ONE_STEP, TABLES
 from sbrush.models.ladder import Ladder
 from sbrush.models.model import Model
 from sbrush.models.parts import check_part, digest_of_parts, read_json
@@ -175,7 +175,7 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, stu
                 f"sbrush distills what {' and '.join(FAMILIES)} load",
             )
         folders = {part: next((p for p in places if (p / part).is_dir()), places[0]) for part in family.parts}
-        _check(folders, index, family, name, weights=device != "meta")
+        _check(folders, index, family, name, weights=device != "meta", student=student)
         config = read_json(folders["scheduler"] / "scheduler" / "scheduler_config.json")
         if "scheduler" in index:  # the class that diffusers takes, whatever the configuration says of itself
             config["_class_name"] = index["scheduler"][1]
@@ -228,9 +228,13 @@ def _steps(about: dict[str, Any]) -> int | None:
     return steps if type(steps) is int and 1 <= steps <= MOST_STEPS else None
 
 
-def _check(folders: dict[str, Path], index: dict[str, Any], family: type[Model], name: str, *, weights: bool) -> None:
+def _check(
+    folders: dict[str, Path], index: dict[str, Any], family: type[Model], name: str, *, weights: bool, student: bool
+) -> None:
     """SbrushError if a part, or what its configuration says, is not such as the family has; nothing is built yet."""
     tables = TABLES[family.pipeline]
+    if student:
+        tables = tables | {"unet": {**tables["unet"], **GUIDED}}
     for part, folder in folders.items():
         check_part(folder, part, family.parts, weights=weights)
     check_index(index, family.parts, tables["index"], name)

@@ -31,13 +31,13 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
     weights, others = dict(first.unet.named_parameters()), dict(second.unet.named_parameters())
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
         raise SbrushError("the two students are of different architectures", "merge students of one teacher", code=2)
-    same = ("reparameterised", "world", "steps")
+    same = ("reparameterised", "world", "steps", "guidance")
     if first.sampler.config != second.sampler.config or any(
         first.about.get(key) != second.about.get(key) for key in same
     ):
         raise SbrushError(
             "the two students turn noise into images in different ways",
-            "merge students with one t_init, number of steps, prediction and parameterisation",
+            "merge students with one t_init, number of steps, guidance scale, prediction and parameterisation",
             code=2,
         )
     for name, weight in weights.items():

@@ -8,6 +8,7 @@ v prediction sigma_t-weighted mix of x0 = x - s u and eps = x + (1 - s) u (tests
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from sbrush.models.tokenizers import tokenize
 # Pixels decoded at once, two images of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
 # would have 2^32 values, more than cuDNN counts.
 DECODED = 1 << 19
+GUIDANCE = 7.5  # the scale of models that name none: Stable Diffusion's own
 
 
 @dataclass
@@ -110,6 +112,13 @@ class Model:
         return NoiseSchedule.from_alphas_cumprod(self.scheduler.alphas_cumprod).to(self.device)
 
     @property
+    def guidance_input(self) -> float | None:
+        """The guidance scale that the UNet is given as input; None: it takes none."""
+        if getattr(self.unet.config, "time_cond_proj_dim", None) is None:
+            return None
+        return float(self.about.get("guidance", GUIDANCE))
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device
 
@@ -144,7 +153,7 @@ class Model:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """What the UNet is told of each text: "tokens" [B, L, D] in the text encoder's dtype.
+        """What the UNet is told of each text: "tokens" [B, L, D] in the text encoder's dtype; see with_guidance.
 
         Longer prompts lose their tail, as everywhere.
         """
@@ -154,15 +163,29 @@ class Model:
         if getattr(self.text_encoder.config, "use_attention_mask", False):
             mask = send(tokens.attention_mask, where)
         encoded = self.text_encoder(send(tokens.input_ids, where), attention_mask=mask)
-        return {"tokens": encoded.last_hidden_state.to(self.device)}
+        return self.with_guidance({"tokens": encoded.last_hidden_state.to(self.device)})
+
+    def with_guidance(self, conditioning: Conditioning) -> Conditioning:
+        """The same and, for a UNet that takes a guidance scale as input, "guidance" [B, D]: see guidance_embedding.
+
+        The scale is the one that the model's sbrush.json records, as diffusers' guidance_scale counts it. Most UNets
+        take none, and what they are told stays as it is.
+        """
+        if self.guidance_input is None:
+            return conditioning
+        w = torch.full((len(conditioning["tokens"]),), self.guidance_input - 1, device=self.device)
+        return conditioning | {"guidance": guidance_embedding(w, self.unet.config.time_cond_proj_dim)}
 
     def null(self) -> Conditioning:
         """What it is told when it is told nothing, for guidance: the empty prompt, a batch of one."""
         return self.encode([""])
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The output of a `network` of this architecture, wrapped or not: [B, C, H, W], see `prediction`."""
-        return network(x_t, t, conditioning["tokens"]).sample
+        """The output of a `network` of this architecture, wrapped or not: [B, C, H, W], see `prediction`.
+
+        Of several networks, one that takes a guidance scale as input finds its embedding in "guidance" [B, D].
+        """
+        return network(x_t, t, conditioning["tokens"], **embedded_guidance(conditioning)).sample
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own UNet as a core.Denoiser, in the UNet's own dtype."""
@@ -170,6 +193,16 @@ class Model:
         return self.predict(
             self.unet, x_t.to(dtype), t, {name: value.to(dtype) for name, value in conditioning.items()}
         )
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, 3, H, W] to latents at the UNet's scale, float32 [B, C, H', W'] on the VAE's device.
+
+        Of the VAE's distribution this is the mean: its deviation is next to nothing.
+        """
+        parts = images.to(self.vae.device).split(self.decoded_at_once)
+        means = [self.vae.encode((part.float() / 127.5 - 1).to(self.vae.dtype)).latent_dist.mode() for part in parts]
+        return for_encoder(self.vae, torch.cat(means).float())
 
     @torch.no_grad()
     def decode(self, x0: Tensor, *, truncate: bool = False) -> Tensor:
@@ -193,14 +226,48 @@ class Model:
         return torch.cat(images).cpu()
 
 
+def guidance_embedding(w: Tensor, width: int) -> Tensor:
+    """Sines and cosines of 1000 w, at frequencies from 1 to 1/10000: guidance weights [B] to float32 [B, width].
+
+    w counts from 0, no guidance: diffusers' pipelines embed guidance_scale - 1 like this, for a UNet that has
+    time_cond_proj_dim.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=w.device) * (-math.log(10_000) / (half - 1)))
+    angles = 1000 * w.float()[:, None] * frequencies
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+def embedded_guidance(conditioning: Conditioning) -> dict[str, Tensor]:
+    """The embedding of a guidance scale, if there is one, as diffusers' UNets take it."""
+    return {"timestep_cond": conditioning["guidance"]} if "guidance" in conditioning else {}
+
+
+def for_encoder(vae: Any, latents: Tensor) -> Tensor:
+    """A VAE's latents at the UNet's scale: the inverse of for_decoder."""
+    scale: float = vae.config.scaling_factor
+    if (statistics := _statistics(vae, latents)) is None:
+        return latents * scale
+    mean, std = statistics
+    return (latents - mean) * scale / std
+
+
 def for_decoder(vae: Any, x0: Tensor) -> Tensor:
     """Latents of the UNet's scale, [B, C, H, W], as a VAE's decoder takes them: x0 / scale, or x0 std / scale + mean.
 
     The mean and standard deviation of each channel are the VAE's latents_mean and latents_std, if it has them.
     """
     scale: float = vae.config.scaling_factor
+    if (statistics := _statistics(vae, x0)) is None:
+        return x0 / scale
+    mean, std = statistics
+    return x0 * std / scale + mean
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A VAE's latents_mean and latents_std, [1, C, 1, 1] each; None if it has none."""
     means, deviations = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     if means is None or deviations is None:
-        return x0 / scale
-    mean, std = (x0.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (means, deviations))
-    return x0 * std / scale + mean
+        return None
+    mean, std = (like.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (means, deviations))
+    return mean, std

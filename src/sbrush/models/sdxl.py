@@ -13,7 +13,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedM
 
 from sbrush.core import Conditioning
 from sbrush.device import send
-from sbrush.models.model import Model
+from sbrush.models.model import Model, embedded_guidance
 from sbrush.models.tokenizers import tokenize
 
 
@@ -47,7 +47,7 @@ class ModelXL(Model):
             ids = send(tokenize(tokenizer, texts).input_ids, encoder.device)
             encoded = encoder(ids, output_hidden_states=True)
             hidden.append(encoded.hidden_states[-2].to(self.device))
-        return {"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds.to(self.device)}
+        return self.with_guidance({"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds.to(self.device)})
 
     def null(self) -> Conditioning:
         """Zeros where the folder says so, as the published teachers' do; else the empty prompt. A batch of one."""
@@ -59,7 +59,9 @@ class ModelXL(Model):
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As Model.predict; the network is told besides that it draws a whole, uncropped image of its own size."""
         added = {"text_embeds": conditioning["pooled"], "time_ids": self._time_ids.to(x_t.device).expand(len(x_t), 6)}
-        return network(x_t, t, conditioning["tokens"], added_cond_kwargs=added).sample
+        return network(
+            x_t, t, conditioning["tokens"], added_cond_kwargs=added, **embedded_guidance(conditioning)
+        ).sample
 
     @cached_property
     def _time_ids(self) -> Tensor:

@@ -14,7 +14,7 @@ from sbrush.models.card import about_student
 from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.models.parts import read_json
-from sbrush.models.unet import STUDENT_TARGETS, add_lora, merge_lora
+from sbrush.models.unet import STUDENT_TARGETS, add_lora, merge_lora, with_guidance_input
 from sbrush.storage import checkpoint
 
 
@@ -58,6 +58,8 @@ class Snapshot:
         SbrushError if the checkpoint is not made of this teacher's networks.
         """
         unet, part = teacher.unet, "ema" if self.recipe["ema"] else "student"
+        if self.sampling.guidance is not None:
+            unet = with_guidance_input(unet)
         tensors = self.saved.part(part)
         trained = dict(unet.named_parameters())
         if rank := self.recipe["student_rank"]:

@@ -20,6 +20,9 @@ BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 # images are the student's. It costs no quality (150 steps of the built-in world: FID 729, with them 801; docs/log.md).
 STUDENT_TARGETS = "blocks"
 
+GUIDANCE_WIDTH = 256  # sines and cosines of a guidance scale, as latent consistency models have them
+GUIDANCE_INPUT = "time_embedding.cond_proj.weight"
+
 _LAYERS: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()  # each UNet's, see _lora_layers
 
 
@@ -54,6 +57,14 @@ def add_lora(
     _LAYERS.pop(unet, None)
     set_role(unet, role)
     return lora_parameters(unet, role)
+
+
+def with_guidance_input(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy of a UNet that takes a guidance scale besides, see model.guidance_embedding; it has no effect yet."""
+    wider = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=GUIDANCE_WIDTH)
+    own = unet.state_dict()
+    wider.load_state_dict(own | {GUIDANCE_INPUT: wider.get_parameter(GUIDANCE_INPUT).detach().zero_()})
+    return wider.to(unet.device)
 
 
 def blocks_of(unet: UNet2DConditionModel) -> list[nn.Module]:

@@ -105,6 +105,13 @@ def read_prompts(path: Path, column: str | None = None, *, required: bool = True
     return prompts
 
 
+def captions_as_prompts(captions: Iterable[str], source: str, stem: str) -> Prompts:
+    """The captions of images, one for each in their order, so that equal ones stay; the hash is of all of them."""
+    texts = tuple(_one_line(caption.strip()) for caption in captions)
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return Prompts(texts, source, digest, unit="image", stem=stem)
+
+
 def make_prompts(lines: Iterable[str], source: str) -> Prompts:
     """Prompts from lines, stripped; the hash is of the list that is left."""
     stripped = [line.strip() for line in lines]

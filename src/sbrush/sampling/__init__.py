@@ -1,1 +1,1 @@
-"""Images out of models: generation in one step and in many, image files and grids."""
+"""Images out of models, in one step and in many, and out of files and folders; image files and grids."""

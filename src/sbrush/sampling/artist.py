@@ -98,8 +98,9 @@ class Artist:
     def record(self, prompt: str, seed: int | str, **more: object) -> dict[str, Any]:
         """What an image's file says of how it was drawn."""
         height, width = self.student.image_size
+        guidance = 1 if self.student.guidance_input is None else self.student.guidance_input
         about = {
-            "prompt": prompt, "seed": seed, "steps": self.taken, "guidance": 1, "sampler": self._sampler,
+            "prompt": prompt, "seed": seed, "steps": self.taken, "guidance": guidance, "sampler": self._sampler,
             "size": f"{width}x{height}", "model": self.student.name, "version": sbrush.__version__,
         }  # fmt: skip
         return about | {key: value for key, value in self.drawn_by.items() if value is not None} | more
@@ -125,6 +126,8 @@ def fingerprint(model: Model) -> str:
     """16 hex digits that tell models apart: a hash over values of every tensor, and over how a step is taken."""
     schedule = sorted((key, value) for key, value in model.scheduler.config.items() if not key.startswith("_"))
     step: tuple[object, ...] = (model.start_timestep, model.noise_scale, model.about.get("reparameterised", True))
+    if model.guidance_input is not None:
+        step += (model.guidance_input,)
     if model.ladder:
         step += (type(model.sampler).__name__, model.sampler.config.get("original_inference_steps"))
     whole = hashlib.sha256(repr((schedule, step)).encode())

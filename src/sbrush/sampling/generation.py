@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sbrush.console import SbrushError, count, printable
 from sbrush.core import Conditioning, Denoiser, guide, student_input, student_x0, with_null
-from sbrush.models.model import Model
+from sbrush.models.model import GUIDANCE, Model
 from sbrush.noise import image_noise, step_noises
 from sbrush.sampling.editing import Edit
 
@@ -129,7 +129,7 @@ def ddim(
 
 def guidance_scale_of(teacher: Model, guidance: float | None) -> float:
     """The guidance scale asked for, else the one that the teacher's folder names, else Stable Diffusion's own 7.5."""
-    return guidance if guidance is not None else float(teacher.about.get("guidance", 7.5))
+    return guidance if guidance is not None else float(teacher.about.get("guidance", GUIDANCE))
 
 
 def describe_steps(student: Model, steps: int | None = None) -> str:

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 KINDS = ("cat", "dog", "fish", "bird", "house", "tree", "car", "boat", "star", "heart", "flower", "mushroom")
@@ -106,6 +107,16 @@ def all_captions(*, held_out: bool = False) -> Iterator[Caption]:
         caption = Caption(kind=kind, colour=colour, background=background, size=size)
         if held_out or not caption.held_out:
             yield caption
+
+
+@cache
+def _captions() -> dict[str, Caption]:
+    return {caption.text: caption for caption in all_captions(held_out=True)}
+
+
+def parse_caption(text: str) -> Caption | None:
+    """The caption with these words; None if the world has none."""
+    return _captions().get(text)
 
 
 def random_caption(rng: random.Random, truth: Sticker | Caption | None = None, *, drop: float = 0.4) -> Caption:

@@ -25,12 +25,17 @@ def make_config(
     request: RunRequest,
     *,
     sampling: Sampling,
+    images: dict[str, Any] | None,
     teacher_sha256: str,
     init_sha256: str | None,
     clip: str | None,
     bf16: bool,
 ) -> dict[str, Any]:
-    """What config.json holds. `clip`: the CLIP model of the clamped CLIP loss and its digest, if there is one."""
+    """What config.json holds.
+
+    `images`: where those come from that the method learns from, if it does. `clip`: the CLIP model of the clamped CLIP
+    loss and its digest, if there is one.
+    """
     prompts = request.prompts
     shown = min(GRID_PROMPTS, len(prompts))
     spread = [prompts.texts[i * len(prompts) // shown] for i in range(shown)]
@@ -45,6 +50,7 @@ def make_config(
         "clip": clip,
         "text_cache": request.text_cache is not None,  # half precision rounds the embeddings
         "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
+        "images": images,
         "seed": request.seed,
         "bf16": bf16,
         "recipe": dataclasses.asdict(request.recipe),

@@ -17,6 +17,7 @@ from sbrush.models.load import load_shapes
 from sbrush.models.model import Model
 from sbrush.training.accounting import Held, conditioning_shapes, kernels
 from sbrush.training.alignment import Alignment
+from sbrush.training.images import latent_bytes
 from sbrush.training.methods import METHODS, Machine
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import AlignmentRequest, ExecutionOptions
@@ -37,6 +38,8 @@ class Cost:
     forwards: float  # UNet forwards an image takes, a backward counted as two
     checkpoint: int  # bytes on disk
     text_cache: int = 0  # bytes on disk
+    latents: int = 0  # likewise, of the images to learn from
+    before: float = 0  # FLOPs before the first step: the teacher's own images, to learn from
     alignment_flops: float = 0  # an image, of the clamped CLIP loss
 
     @property
@@ -52,7 +55,9 @@ class Cost:
         hours = "its speed on this CPU shows after ten steps"
         images, each = recipe.steps * recipe.batch, self.forwards * self.flops + self.alignment_flops
         if device.startswith("cuda"):
-            hours = f"{images * each / 3600e14:.3g} hours at 100 TFLOP/s (an H200 sustained 200, docs/results.md)"
+            whole = images * each + self.before
+            hours = f"{whole / 3600e14:.3g} hours at 100 TFLOP/s (an H200 sustained 200, docs/results.md)"
+        first = f"; before the first, {self.before / 1e15:.3g} PFLOP for the teacher's images" if self.before else ""
         clip = f" and {self.alignment_flops / 1e12:.3g} for the CLIP loss" if self.alignment_flops else ""
         return [
             "",
@@ -68,10 +73,11 @@ class Cost:
             f"{f'disk for checkpoints, {keep + 1} while one is written':56} "
             f"{(keep + 1) * self.checkpoint / GIB:10.3f} GiB",
             *([f"{'disk for text embeddings':56} {self.text_cache / GIB:10.3f} GiB"] if self.text_cache else ()),
+            *([f"{'disk for latents of images':56} {self.latents / GIB:10.3f} GiB"] if self.latents else ()),
             "",
             f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP an image{clip}: {each / 1e12:.3g} TFLOP",
             f"{counted(recipe.steps, 'step')} of {recipe.batch}: {counted(images, 'image')}, "
-            f"{images * each / 1e15:.3g} PFLOP; {hours}",
+            f"{images * each / 1e15:.3g} PFLOP{first}; {hours}",
         ]
 
 
@@ -96,6 +102,15 @@ class Monitoring:
     validation: int = 0  # parameters of the CLIP model that validates; 0: none
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a run makes before its first step and keeps on disk."""
+
+    prompts: int = 0  # whose text embeddings are kept, which takes the text encoder off the device
+    images: int = 0  # to learn from, whose latents are kept
+    generated: bool = False  # those images are the teacher's own
+
+
 def estimate(
     source: str | None,
     recipe: Recipe,
@@ -104,13 +119,12 @@ def estimate(
     *,
     config: str | None = None,
     alignment: AlignmentRequest = AlignmentRequest(),
-    cached_prompts: int = 0,
+    prepared: Prepared = Prepared(),
     monitoring: Monitoring = Monitoring(),
 ) -> Cost:
     """The cost of a run with this teacher; SbrushError if the teacher cannot be had. No weights are read.
 
     With `execution.shard` the processes of `machine` share the student, its gradients, moments and average.
-    `cached_prompts`: how many text embeddings are kept on disk, which takes the text encoder off the device.
     """
     teacher = load_shapes(source, config=config)
     clip = Alignment.shapes(teacher, alignment) if recipe.clip_weight else None
@@ -124,7 +138,7 @@ def estimate(
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in _named(teacher).items()}
     count |= step.helpers | {"student, trained": step.student}
     owners = machine.world if execution.shard else 1
-    parked = bool(cached_prompts) and machine.device.startswith("cuda")
+    parked = bool(prepared.prompts) and machine.device.startswith("cuda")
     half = 2 if half_precision else 4
     # autocast's, for as long as a step's forward lasts
     copies = 2 * step.student if machine.bf16 and not recipe.student_rank else 0
@@ -149,9 +163,14 @@ def estimate(
     # What is on its way to the average takes as much again.
     host = {"student's average": 2 * average // owners if execution.ema_on_cpu else 0}
     host["text encoder"] = half * count["text encoder"] if parked else 0
-    state = (4 + moments) * (step.student + sum(step.helpers.values())) + average
-    cache = cached_prompts * row_bytes(conditioning_shapes(teacher, 1))
-    return Cost(count, memory, host, step.flops, step.forwards, state, cache, step.alignment_flops)
+    state = (4 + moments) * (step.student + sum(step.helpers.values())) + average + step.kept
+    cache = prepared.prompts * row_bytes(conditioning_shapes(teacher, 1))
+    forwards = recipe.image_steps * (1 if recipe.image_guidance == 1 else 2) if prepared.generated else 0
+    return Cost(
+        count, memory, host, step.flops, step.forwards, state, cache,
+        latents=prepared.images * latent_bytes(teacher.latent_shape), before=prepared.images * forwards * step.flops,
+        alignment_flops=step.alignment_flops,
+    )  # fmt: skip
 
 
 def _named(model: Model) -> dict[str, nn.Module]:

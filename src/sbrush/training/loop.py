@@ -74,14 +74,18 @@ def _train(plan: Plan) -> bool:
     seed = run.config["seed"]
     # A sharded student runs, and is gathered, only when all processes call it together.
     needed = main or plan.execution.shard
+    more = {}
+    if plan.images:
+        plan.images.fill(plan.teacher, plan.accelerator)
+        more["images"] = plan.images
     method: Method = METHODS[recipe.method](  # type: ignore[call-arg]
         plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, execution=plan.execution,
-        alignment=plan.alignment, text_cache=plan.text_cache,
+        alignment=plan.alignment, text_cache=plan.text_cache, **more,
     )  # fmt: skip
     if main and plan.execution.shard:
         share = 100 * sharding.held(method.trained.values())
         info(f"the student is sharded among {plan.accelerator.num_processes} processes (FSDP2); here {share:.0f} %")
-    order, first = ShuffledPrompts(plan.prompts, seed), 1
+    order, first = ShuffledPrompts(plan.images.prompts if plan.images else plan.prompts, seed), 1
     if saved := checkpoint.newest(run.checkpoints):
         method.load(saved)
         first = saved.step + 1

@@ -85,6 +85,10 @@ class Networks:
         """The scheduler that the student is exported with."""
         return self.sampling(self.recipe).scheduler(self.teacher.scheduler, self.recipe.t_init)
 
+    def new_student(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        """A full student's UNet, made of the teacher's or of that of the student to start from."""
+        return copy.deepcopy(unet)
+
     def add_helpers(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         """Adds adapters to the teacher's UNet that are trained beside the student: name -> (parameters, LR)."""
         return {}
@@ -94,7 +98,7 @@ class Networks:
         # torch shards no other than the plain layout, and the 8-bit Adam falls back to it.
         plain = self.execution.shard or self.recipe.optimizer == "adam8bit"
         layout = torch.contiguous_format if plain else self.memory_format
-        student = copy.deepcopy(unet).to(self.accelerator.device, memory_format=layout)
+        student = self.new_student(unet).to(self.accelerator.device, memory_format=layout)
         student = student.float().requires_grad_(True).train()
         if self.execution.shard:
             sharding.shard(student, self.accelerator)
@@ -135,7 +139,7 @@ class Networks:
     def average(self) -> Iterator[Model]:
         """The student as it would be exported now (the average), as a model, for as long as the context lasts."""
         set_role(self.student, "student")
-        about = {"reparameterised": self.recipe.reparameterised, "steps": self.sampling(self.recipe).steps}
+        about = {"reparameterised": self.recipe.reparameterised} | self.sampling(self.recipe).about
         student = self.teacher.as_student(self.scheduler, about)
         # A sample grid's batches are of other sizes than a step's, and not worth graphs of their own.
         with self.ema.inside(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
@@ -180,9 +184,9 @@ class Networks:
         for part, tensors in own.items():
             theirs = saved.part(part)
             if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in theirs.items()}:
-                raise _misfit(saved.step)
+                raise misfit(saved.step)
             if not all(v.isfinite().all() for v in theirs.values()):
-                raise _misfit(saved.step)
+                raise misfit(saved.step)
             for name, tensor in tensors.items():
                 sharding.put(tensor, theirs[name])
         try:
@@ -190,7 +194,7 @@ class Networks:
             for name, (_, adam) in self.helpers.items():
                 optimizer.restore(adam, saved.part(f"{name}_optimizer"))
         except (ValueError, IndexError, KeyError, RuntimeError) as problem:
-            raise _misfit(saved.step) from problem
+            raise misfit(saved.step) from problem
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
@@ -201,7 +205,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
         gradient.copy_(own.view_as(gradient))
 
 
-def _misfit(step: int) -> SbrushError:
+def misfit(step: int) -> SbrushError:
+    """A checkpoint that does not belong to a run's networks."""
     return SbrushError(
         f"the checkpoint after step {step} does not belong to this run's networks",
         "something else changed it; start a new run in another --out",

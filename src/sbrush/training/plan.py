@@ -19,9 +19,10 @@ from sbrush.training import sharding
 from sbrush.training.alignment import Alignment
 from sbrush.training.config import make_config
 from sbrush.training.engine import make_accelerator
+from sbrush.training.images import TrainingImages
 from sbrush.training.methods import METHODS, split_batch
-from sbrush.training.recipes import Recipe
-from sbrush.training.request import ExecutionOptions, RunRequest
+from sbrush.training.recipes import RECIPES, Recipe
+from sbrush.training.request import ExecutionOptions, ImagesRequest, RunRequest
 from sbrush.training.run import Run
 from sbrush.training.text_cache import TextCache
 from sbrush.training.trackers import tracked_in
@@ -41,6 +42,7 @@ class Plan:
     alignment: Alignment | None = None
     validation: Validation | None = None
     text_cache: TextCache | None = None
+    images: TrainingImages | None = None
 
     @property
     def main_process(self) -> bool:
@@ -55,6 +57,7 @@ def prepare(request: RunRequest) -> Plan:
     sharded = sharding.asked_for()
     accelerator = make_accelerator(device, "bf16" if bf16 else "no", tracked_in(request.out, request.trackers))
     execution = replace(request.execution, shard=sharded and accelerator.num_processes > 1)
+    check_method(request)
     teacher = load_teacher(request.teacher, config=request.teacher_config)
     check(recipe, teacher, execution, world=accelerator.num_processes, init=request.init)
     check_exportable(teacher)
@@ -66,9 +69,12 @@ def prepare(request: RunRequest) -> Plan:
         _check_init(recipe, teacher, printable(request.init), init)
     where = str(accelerator.device)
     alignment = Alignment.load(teacher, request.alignment, device=where) if recipe.clip_weight else None
+    images = None
+    if METHODS[recipe.method].from_images:
+        images = TrainingImages.plan(request.images, recipe, request.prompts, teacher, accelerator, request.out)
     config = make_config(
-        request, sampling=METHODS[recipe.method].sampling(recipe), teacher_sha256=digest(teacher),
-        init_sha256=digest(init) if init else None,
+        request, sampling=METHODS[recipe.method].sampling(recipe), images=images.source.about if images else None,
+        teacher_sha256=digest(teacher), init_sha256=digest(init) if init else None,
         clip=alignment.name if alignment else None, bf16=bf16,
     )  # fmt: skip
     validation = None
@@ -79,14 +85,48 @@ def prepare(request: RunRequest) -> Plan:
         validation = Validation.load(chosen, teacher, request.validation.clip, device=where)
     run = Run.plan(request.out, config, recipe, request.every, extend=request.extend)
     cache = TextCache(request.text_cache, teacher, request.prompts) if request.text_cache else None
-    return Plan(run, request.prompts, teacher, init, accelerator, execution, alignment, validation, cache)
+    return Plan(run, request.prompts, teacher, init, accelerator, execution, alignment, validation, cache, images)
+
+
+def check_method(request: RunRequest) -> None:
+    """SbrushError if a run's method does not learn from what the run is given, or has no such setting."""
+    recipe, images = request.recipe, request.images
+    if recipe.method not in METHODS:
+        raise SbrushError(
+            f"no method {printable(recipe.method)}", f"--set method=NAME, one of {', '.join(METHODS)}", code=2
+        )
+    method, row = METHODS[recipe.method], RECIPES.get(recipe.name, recipe)
+    if not method.from_images and images != ImagesRequest():
+        those = ", ".join(name for name, other in RECIPES.items() if METHODS[other.method].from_images)
+        raise SbrushError(
+            f"recipe {recipe.name} learns from prompts alone, and is given images",
+            f"leave out --images and --image-cache, or take --recipe {those}",
+            code=2,
+        )
+    if images.folder and recipe.images != row.images:
+        raise SbrushError("--images FOLDER has its own number of images", "leave out --set images, or --images", code=2)
+    for name in method.unused:
+        if getattr(recipe, name) != getattr(row, name):
+            raise SbrushError(
+                f"method {recipe.method} does not use the setting {name}",
+                "leave out what sets it, a flag or --set; `sbrush distill --recipes` lists the settings",
+                code=2,
+            )
+    if request.extend and not method.extendable:
+        raise SbrushError(
+            f"a run of method {recipe.method} cannot be extended: its stages are shares of its steps",
+            "start another with more --steps, in another --out",
+            code=2,
+        )
 
 
 def check(recipe: Recipe, teacher: Model, execution: ExecutionOptions, *, world: int, init: str | None) -> None:
     """SbrushError if a recipe, a teacher (of which shapes suffice) and a machine do not go together."""
-    if recipe.method not in METHODS:
+    if execution.shard and METHODS[recipe.method].from_images:
         raise SbrushError(
-            f"no method {printable(recipe.method)}", f"--set method=NAME, one of {', '.join(METHODS)}", code=2
+            f"method {recipe.method} does not run under FSDP",
+            "leave FSDP out of accelerate's configuration; --checkpointing and --micro-batches take less memory",
+            code=2,
         )
     if execution.shard and (
         recipe.student_rank or execution.compile or recipe.optimizer == "adam8bit" or execution.ema_on_cpu

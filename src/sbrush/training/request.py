@@ -45,6 +45,16 @@ class AlignmentRequest:
 
 
 @dataclass(frozen=True)
+class ImagesRequest:
+    """Images for a recipe that learns from them; by default the teacher makes its own. See images.py."""
+
+    folder: Path | None = None  # of images with captions, which are then the run's prompts
+    column: str | None = None  # of a table of captions in it
+    drawn: bool = False  # by the built-in world
+    cache: Path | None = None  # where their latents are kept; None: in the run's folder
+
+
+@dataclass(frozen=True)
 class ValidationRequest:
     """What the student is validated on; see validation.Validation.load."""
 
@@ -69,6 +79,7 @@ class RunRequest:
     every: Intervals = field(default_factory=Intervals)
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     alignment: AlignmentRequest = field(default_factory=AlignmentRequest)
+    images: ImagesRequest = field(default_factory=ImagesRequest)
     validation: ValidationRequest = field(default_factory=ValidationRequest)
     trackers: Sequence[str] = ()
     text_cache: Path | None = None  # a folder for text embeddings, see text_cache.py

@@ -22,13 +22,14 @@ from sbrush.evaluate.coco.download import fetch_coco
 from sbrush.evaluate.coco.features import FeatureExtractor, UnreadableImages
 from sbrush.evaluate.coco.gallery import COCOS, Gallery
 from sbrush.evaluate.coco.measurement import Measurement, Subject, Workspace
-from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco, hash_of
+from sbrush.evaluate.coco.protocols import PROTOCOLS, Coco
 from sbrush.evaluate.coco.published import BenchmarkReport, Measured
 from sbrush.evaluate.coco.subjects import Generator, locate_students
 from sbrush.evaluate.request import CocoData, CocoRequest, MetricWeights
 from sbrush.metrics.clip import HPS_MODEL, ClipScorer
 from sbrush.metrics.conventions import NEIGHBOURS
 from sbrush.metrics.inception import Inception
+from sbrush.sampling.image_folder import hash_of
 from sbrush.storage.files import user_cache
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from sbrush.console import SbrushError, info, printable
-from sbrush.evaluate.coco.prefetch import prefetch
 from sbrush.evaluate.coco.protocols import SIDE, Crop, Protocol
 from sbrush.metrics.clip import ClipScorer
 from sbrush.metrics.inception import Inception, clean_resize
 from sbrush.sampling.images import to_image
 from sbrush.sampling.open_image import UnreadableImage, open_image
+from sbrush.sampling.prefetch import prefetch
 
 BATCH = 64  # images that the networks take at once; a shard has a whole number of them
 

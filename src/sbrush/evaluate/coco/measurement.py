@@ -25,12 +25,13 @@ from sbrush.console import SbrushError, info, printable
 from sbrush.console import count as counted
 from sbrush.evaluate.cache import PACKAGES, versions
 from sbrush.evaluate.coco.features import FeatureExtractor, UnreadableImages
-from sbrush.evaluate.coco.protocols import SIDE, Coco, hash_of
+from sbrush.evaluate.coco.protocols import SIDE, Coco
 from sbrush.evaluate.coco.published import Measured
 from sbrush.metrics.conventions import NEIGHBOURS
 from sbrush.metrics.fid import INTERVAL, fid, fid_error
 from sbrush.metrics.kid import kid
 from sbrush.metrics.precision_recall import precision_recall
+from sbrush.sampling.image_folder import hash_of
 from sbrush.sampling.images import save_png, to_image
 from sbrush.sampling.open_image import UnreadableImage, open_image
 from sbrush.storage.shards import Shards

@@ -12,9 +12,7 @@ imported here, so that a request that cannot work is refused at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -132,11 +130,3 @@ class Coco:
         if strange := next((name for name in names if Path(name).name != name), None):
             raise SbrushError(f"{printable(annotations)} names {printable(strange)}", "it must name files of val2014/")
         return cls(captions, [folder / name for name in names])
-
-
-def hash_of(lines: Iterable[object]) -> str:
-    """SHA-256 of a list, an item a line."""
-    whole = hashlib.sha256()
-    for line in lines:
-        whole.update(f"{line}\n".encode())
-    return whole.hexdigest()

@@ -61,7 +61,8 @@ class Generator:
     def _student(self, name: str | None) -> Subject:
         start, steps = self.request.models.start_timestep, self.request.models.steps
         one = load_student(name, start_timestep=start, device=self.device, dtype=self.arithmetic.dtype)
-        about = {"kind": "student", "sha256": digest(one), "steps": len(one.rungs(steps)), "guidance": 1}
+        scale = 1 if one.guidance_input is None else one.guidance_input
+        about = {"kind": "student", "sha256": digest(one), "steps": len(one.rungs(steps)), "guidance": scale}
         about |= {"start_timestep": one.start_timestep, "noise_scale": one.noise_scale}
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:

@@ -45,6 +45,7 @@ class Rehearsal:
     forwards: float  # UNet forwards for each image of a batch, a backward counted as two
     alignment_flops: float = 0.0  # of the clamped CLIP loss, for one image
     frozen: dict[str, int] = field(default_factory=dict)  # further bytes that stay on the device, by what they are
+    kept: int = 0  # bytes of further networks in a checkpoint
     largest_block: int = 0  # parameters of the student's largest block, which FSDP gathers at once
 
 
@@ -55,6 +56,13 @@ class Method(ABC):
     """Scalars that `step` returns and log.jsonl records; among them "skipped", 1 if the update was not finite."""
     views: ClassVar[dict[str, str]]
     """Rows of samples/x0-*.png: label -> key of what `step` returns, latents [B, C, H, W]."""
+
+    from_images: ClassVar[bool] = False
+    """Whether it learns from images: then it is made with `images`, a training.images.TrainingImages."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Settings of a recipe that it does not look at, and which a run may therefore not change."""
+    extendable: ClassVar[bool] = True
+    """Whether a complete run can go on with more steps."""
 
     student: nn.Module
     teacher: Model

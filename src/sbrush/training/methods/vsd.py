@@ -51,6 +51,10 @@ class MicroBatch:
 class VSD(Networks, Method):
     """A student and its two teachers. The teacher and the LoRA teacher are one frozen UNet: its adapter off and on."""
 
+    unused: ClassVar[tuple[str, ...]] = (
+        "w_min", "w_max", "images", "image_steps", "image_guidance", "grid_steps", "huber_c", "halve_from",
+        "guide_share", "snr_weight",
+    )  # fmt: skip
     metrics: ClassVar[tuple[str, ...]] = (
         "gap",  # mean |g|
         "student_loss",
