@@ -85,7 +85,7 @@ def sample(
     strength: Annotated[
         float | None,
         typer.Option(
-            help="How much of --image is drawn anew: above 0, and up to 1, which leaves nothing of it. The student "
+            help="How much of --image is drawn anew: above 0, and up to 1, the student's first step. It "
             f"starts at the nearest of its steps. Default: {STRENGTH}.",
             rich_help_panel=EDIT,
         ),

@@ -26,7 +26,7 @@ class EditRequest:
         if not 0 < strength <= 1:
             raise SbrushError(
                 f"--strength {strength:g} is out of range",
-                "give a number above 0 (the image as it is) and up to 1 (nothing of the image is left)",
+                "give a number above 0 (the image as it is) and up to 1 (little of it is left)",
                 code=2,
             )
         pixels = read_image(image)

@@ -26,7 +26,7 @@ FEATHER = 32  # a mask's edge is soft over two such parts of an image's shorter 
 class Edit:
     """An image to start from, uint8 [3, H, W], of the student's size.
 
-    `strength`: how much of it is drawn anew, above 0 and up to 1, which leaves nothing of it. `mask`: float32
+    `strength`: how much of it is drawn anew, above 0 and up to 1, the first rung. `mask`: float32
     [1, H, W], 1 where the image is drawn anew and 0 where it stays; None draws it anew everywhere.
     """
 
