@@ -30,7 +30,7 @@ class Done:
     stderr: str
 
 
-def launch(work: Callable[[], object], processes: int = 2, timeout: float = 120, **environment: str) -> list[Done]:
+def launch(work: Callable[[], object], processes: int = 2, timeout: float = 600, **environment: str) -> list[Done]:
     """Calls `work` in so many processes, with the environment that torchrun gives each; what each came to, by rank.
 
     This process keeps the store through which they find each other, as torchrun's own does: the first of them may end

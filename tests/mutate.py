@@ -110,7 +110,9 @@ def survives(source):
 def tests_pass(tests):
     """pytest's exit code: 0 if they pass, 1 if one fails, others if they could not be run."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return int(pytest.main([*map(str, tests), "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]))
+        return int(
+            pytest.main([*map(str, tests), "-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"])
+        )
 
 
 def core_cases():
