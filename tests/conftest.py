@@ -141,6 +141,20 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+# They start first, so that none is left to one of several workers at the end.
+LONGEST = (
+    "test_a_short_healthy_run_is_silent", "test_kills_change_nothing",
+    "test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece",
+    "test_a_process_that_is_killed_under_torchrun_ends_the_run",
+    "test_compiled_roles_stay_who_they_are_and_are_compiled_once", "test_metrics_are_those_of_the_rows",
+    "test_a_home_that_cannot_be_written_to_is_not_needed", "test_faults.py::test_distill",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.split("[")[0].endswith(LONGEST))
+
+
 @pytest.fixture
 def true_curves() -> None:
     """For a test of a run's curves.png, which is empty in other tests."""
