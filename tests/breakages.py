@@ -73,8 +73,8 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("(~norm.isfinite()).float()", "torch.zeros_like(norm)", NOT_FINITE),
         ('            put(v, tensors[f"{i}.{k}"])\n', "            pass\n",
          "test_checkpoint.py::test_a_resumed_optimiser_goes_on_bit_for_bit"),
-        ('group["params"]], clip))', 'group["params"]], 1e9))', BY_HAND),
-        ("    optimizer.zero_grad(set_to_none=True)\n", "", RESUMED + " " + ANY_KIND),
+        ('group["params"]], clip))', 'group["params"]], 1e9))', "test_optimizer.py"),
+        ("    optimizer.zero_grad(set_to_none=True)\n", "", "test_optimizer.py"),
     ],
     "training/networks.py": [
         ("            average_gradients(parameters.values(), self.accelerator)\n", "            pass\n", TWO),
@@ -129,7 +129,7 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "cli/seeds.py": [
         ("range(first, last + 1)", "range(first, last)", "test_seeds.py"),
-        (">= MOST_SEEDS", ">= MOST_SEEDS * 10**9", "test_seeds.py"),
+        ("int(found[2] or found[1])", "int(found[1])", "test_seeds.py"),
     ],
     "prompts/__init__.py": [
         ('generator(seed, "epoch", epoch)', 'generator(seed, "epoch")', "test_prompts.py"),

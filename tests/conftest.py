@@ -157,7 +157,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def true_curves() -> None:
-    """For a test of a run's curves.png, which is empty in other tests."""
+    """For a test of a run's curves.png, which is one pixel in other tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -165,10 +165,12 @@ def without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """matplotlib takes as long for one curves.png as a tiny run for its steps: it is written, and not drawn."""
 
     def write(log: object, path: Path) -> None:
+        from PIL import Image
+
         from sbrush.storage.files import atomic_write
 
         with atomic_write(path) as partial:
-            partial.write_bytes(b"")
+            Image.new("RGB", (1, 1)).save(partial, "PNG")
 
     run = sys.modules.get("sbrush.training.run")
     if run and "true_curves" not in request.fixturenames:

@@ -101,7 +101,7 @@ def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher)
 
 def test_the_two_loras_of_a_run_start_apart(tiny_teacher):
     """Else the student would begin in the directions that the LoRA teacher learns in."""
-    recipe = dataclasses.replace(LORA, student_rank=4, lora_rank=4)
+    recipe = dataclasses.replace(LORA, student_rank=4, lora_rank=4, lora_targets="blocks")  # of the same layers
     made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True))
     both = [
         (value, made.lora[name.replace(".student.", ".lora_teacher.")])
