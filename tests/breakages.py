@@ -201,31 +201,34 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("workers.shutdown(cancel_futures=True)", "workers.shutdown(wait=False)", "test_prefetch.py"),
     ],
     "models/schedule.py": [
-        ("teacher.betas[: t_init + 1]", "teacher.betas[:t_init]", "test_schedule.py " + OF_ITS_STEP),
+        ("teacher.betas[: t_init + 1]", "teacher.betas[:t_init]", "test_schedule.py"),
         ("own.config.num_train_timesteps - 1", "own.config.num_train_timesteps // 2", "test_schedule.py"),
-        ("{**own, **config,", "{**config, **own,", "test_schedule.py"),
+        ("{**own, **known}", "{**known, **own}", "test_schedule.py"),
     ],
     "models/export.py": [
         ("* module.scaling[role]", "", AS_LORA),
-        ("t.float() if t.is_floating_point() else t", "t", "test_export.py test_cards.py"),
-        ("{published_name(part, name): place for", "{name: place for", "test_export.py test_parts.py"),
+        ("t.float() if t.is_floating_point() else t", "t", PLAIN_DIFFUSERS),
+        ("{published_name(part, name): place for", "{name: place for",
+         "test_export.py::test_text_encoders_have_their_published_names_whoever_saved_the_teacher"),
     ],
     "models/merge.py": [
         ("others[name].data, 1 - share", "others[name].data, share", "test_merge.py"),
     ],
     "models/model.py": [
-        ("x0 * std / scale + mean", "(x0 + mean) * std / scale", "test_configurations.py"),
-        (".mul(255).round().to(", ".mul(255).to(", f"{PLAIN_DIFFUSERS} test_protocols.py"),
+        ("x0 * std / scale + mean", "(x0 + mean) * std / scale",
+         "test_configurations.py::test_a_folder_drawn_at_random_gives_the_image_of_diffusers_own_pipeline"),
+        (".mul(255).round().to(", ".mul(255).to(", "test_protocols.py::test_dmd2s_protocol_alone_truncates"),
     ],
     "models/load.py": [
         ("noise_scale(config) if student else 1.0", "1.0", "test_schedule.py"),
-        ('{**table, **ONE_STEP} if student else table', "table", "test_schedule.py test_models.py"),
+        ('{**table, **ONE_STEP} if student else table', "table",
+         "test_configurations.py::test_a_students_scheduler_that_leaves_noise_is_refused_and_a_teachers_is_replaced"),
         ("    if digest(teacher) != sha256:\n", "    if False:\n",
          "test_distiller.py::test_a_checkpoint_without_its_teacher_or_its_bytes_is_refused"),
     ],
     "sampling/generation.py": [
         ("guide(cond_output, null_output, guidance)", "guide(null_output, cond_output, guidance)",
-         "test_models.py test_configurations.py test_health.py"),
+         "test_sample.py::test_the_teachers_steps_are_plain_diffusers_ddim"),
         ("student.noise_scale * noises[0]", "noises[0]", "test_schedule.py"),
     ],
     "sampling/targets.py": [
