@@ -713,7 +713,8 @@ class TestCommand:
 
     def test_a_corrupt_image(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         root = make_coco(tmp_path / "coco")
-        (root / "val2014" / "COCO_val2014_000000000005.jpg").write_bytes(b"\xff\xd8 no image")
+        damaged = root / "val2014" / "COCO_val2014_000000000005.jpg"
+        damaged.write_bytes(b"\xff\xd8 no image".ljust(damaged.stat().st_size))
         stopped = evaluate("--coco-root", root)
         assert stopped.returncode == 1 and "000000000005.jpg is not an image" in stopped.stderr
         passed = evaluate("--coco-root", root, "--max-unreadable", 1, "--json")
