@@ -68,8 +68,8 @@ eval: $(READY)  ## evaluate STUDENT (the shipped one); with COCO=DIR on COCO-30K
 	$(BIN)/sbrush eval $(if $(STUDENT),--student $(STUDENT)) $(if $(COCO),--coco-30k --coco-root $(COCO) \
 	  $(if $(MAX_FID),--max-fid $(MAX_FID)),--limit $(LIMIT))
 
-mutate: $(READY)  ## break core.py in every small way; the tests must notice each
-	$(BIN)/python tests/mutate.py
+mutate: $(READY)  ## break core.py in every small way; WHERE=sample: the rest in those of tests/breakages.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(WHERE)
 
 kill: $(READY)  ## kill a run fifty times at random; it must end as one that was not disturbed
 	$(BIN)/python tests/kill.py 50

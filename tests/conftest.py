@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from launch import Done, forget_accelerate, launch
 
 settings.register_profile("here", deadline=None, derandomize=True, max_examples=50)  # the same on any machine
 settings.load_profile("here")
@@ -116,6 +119,17 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_stickers(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A tiny teacher of 64 x 64 images, as the built-in world's protocol takes them."""
+    from sbrush.storage.files import write_json
+
+    folder = shutil.copytree(tiny_teacher, tmp_path_factory.mktemp("tiny-stickers") / "teacher")
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "unet" / "config.json", config | {"sample_size": 32})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_clip(tmp_path_factory.mktemp("clip"))
 
@@ -127,40 +141,68 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+# They start first, so that none is left to one of several workers at the end.
+LONGEST = (
+    "test_a_short_healthy_run_is_silent", "test_kills_change_nothing",
+    "test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece",
+    "test_a_process_that_is_killed_under_torchrun_ends_the_run",
+    "test_compiled_roles_stay_who_they_are_and_are_compiled_once", "test_metrics_are_those_of_the_rows",
+    "test_a_home_that_cannot_be_written_to_is_not_needed", "test_faults.py::test_distill",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.split("[")[0].endswith(LONGEST))
+
+
+@pytest.fixture
+def true_curves() -> None:
+    """For a test of a run's curves.png, which is one pixel in other tests."""
+
+
+@pytest.fixture(autouse=True)
+def without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib takes as long for one curves.png as a tiny run for its steps: it is written, and not drawn."""
+
+    def write(log: object, path: Path) -> None:
+        from PIL import Image
+
+        from sbrush.storage.files import atomic_write
+
+        with atomic_write(path) as partial:
+            Image.new("RGB", (1, 1)).save(partial, "PNG")
+
+    run = sys.modules.get("sbrush.training.run")
+    if run and "true_curves" not in request.fixturenames:
+        monkeypatch.setattr(run, "draw_curves", write)
+
+
 @pytest.fixture(autouse=True)
 def without_accelerate_state() -> None:
     """No test finds the precision and device that another asked accelerate for, whatever their order."""
     forget_accelerate()
 
 
-START: list[str] = []  # what stands between python and -m sbrush: another launcher
-
-
-@dataclass
-class Done:
-    """What a command came to: named as in subprocess.CompletedProcess."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def sbrush(*arguments: object, **environment: str) -> Done:
-    """`sbrush ARGUMENTS` in this process: no imports to wait for. With START, or where the process matters: `process`.
+def sbrush(*arguments: object, processes: int = 1, **environment: str) -> Done:
+    """`sbrush ARGUMENTS` in this process: no imports to wait for. Where the process itself matters: `process`.
 
     Text is encoded and decoded again, as by a pipe, in UTF-8 or PYTHONIOENCODING; bytes that are no text come back as
     lone surrogates. Signal handlers and the environment are put back.
+
+    With several `processes` it runs in so many, forked from this one as torchrun would start them: what comes back is
+    the highest code, and what all of them wrote, the first one's first.
     """
-    if START:
-        done = process(*arguments, **environment)
-        return Done(done.returncode, done.stdout, done.stderr)
     from sbrush.cli.app import main
 
-    encoding = environment.get("PYTHONIOENCODING", "utf-8")
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sbrush", *map(str, arguments)])
+        if processes > 1:
+            done = launch(main, processes, **environment)
+            out, err = ("".join(getattr(one, stream) for one in done) for stream in ("stdout", "stderr"))
+            return Done(max((one.returncode for one in done), key=abs), out, err)
+        encoding = environment.get("PYTHONIOENCODING", "utf-8")
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
         for name, value in environment.items():
@@ -179,15 +221,9 @@ def sbrush(*arguments: object, **environment: str) -> Done:
     return Done(int(code or 0), out, err)  # type: ignore[call-overload]
 
 
-def forget_accelerate() -> None:
-    """accelerate keeps one state a process, with the precision and device that were asked for first."""
-    if state := sys.modules.get("accelerate.state"):
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def process(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """`sbrush ARGUMENTS` as its own process."""
     return subprocess.run(
-        [sys.executable, *START, "-m", "sbrush", *map(str, arguments)],
+        [sys.executable, "-m", "sbrush", *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, encoding="utf-8",
     )  # fmt: skip

@@ -1,8 +1,7 @@
-"""Every gradient that the optimisers see in one step, of each way to take it: python [-m torchrun ...] gradients.py
-TEACHER OUT. The first process writes them, with the number of processes in the file's name."""
+"""Every gradient that the optimisers see in one step, of each way to take it, written by the first process. Its file is
+named for the number of processes; see test_distill.py."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import torch
@@ -43,7 +42,3 @@ def main(teacher: str, out: Path) -> None:
     if accelerator.is_main_process:
         save_file(seen, out / f"{accelerator.num_processes}.safetensors")
     accelerator.wait_for_everyone()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,12 +1,19 @@
-"""Breaks core.py in every small way that there is and says which breakages the tests let pass.  `make mutate`
+"""Breaks the program in small ways and says which breakages the tests let pass.  `make mutate`, WHERE=core or sample
 
-A sign, a factor, a swapped network, a wrong alpha, an off-by-one timestep, a missing detach: one change at a time, each
-in a process of its own that has torch already, against tests/test_core.py. Exit code 1 if any change survives.
+core     core.py in every small way that there is: a sign, a factor, a swapped network, a wrong alpha, an off-by-one
+         timestep, a missing detach; against tests/test_core.py
+sample   the rest of the program in the ways that breakages.py lists, each against the tests that it names
+
+One change at a time, each in a process of its own that has the libraries already; nothing on the disk is changed. Exit
+code 1 if any change survives.
 """
 
+import argparse
 import ast
 import contextlib
 import copy
+import importlib
+import importlib.machinery
 import multiprocessing
 import os
 import sys
@@ -17,10 +24,14 @@ import pytest
 import torch  # before the fork, so that mutants need not import it
 
 import sbrush
+from breakages import BREAKAGES
 
-CORE = Path(__file__).parent.parent / "src" / "sbrush" / "core.py"
-TESTS = Path(__file__).parent / "test_core.py"
+HERE = Path(__file__).parent
+SOURCE = HERE.parent / "src" / "sbrush"
+CORE, TESTS = SOURCE / "core.py", HERE / "test_core.py"
 SECONDS = 120  # for one mutant; one that hangs counts as caught
+# What imports all the libraries that the sample's tests need.
+HEAVY = ("sbrush.training.plan", "sbrush.evaluate.coco.benchmark", "sbrush.benchmarks.training")
 
 SWAPPED = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
@@ -93,17 +104,77 @@ def survives(source):
         exec(compile(source, str(CORE), "exec"), module.__dict__)
     except Exception:
         return False
+    return tests_pass([TESTS]) == 0
+
+
+def tests_pass(tests):
+    """pytest's exit code: 0 if they pass, 1 if one fails, others if they could not be run."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return pytest.main([str(TESTS), "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]) == 0
+        return int(
+            pytest.main([*map(str, tests), "-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"])
+        )
 
 
-def main():
-    cases = list(mutants(ast.parse(CORE.read_text(encoding="utf-8"))))
+def core_cases():
+    """(what is broken, source) of each mutant of core.py."""
+    return list(mutants(ast.parse(CORE.read_text(encoding="utf-8"))))
+
+
+def sample_cases():
+    """(what is broken, (file, its source, tests)) of each breakage; ends the program if one is out of date."""
+    cases, stale = [], []
+    for name, rows in BREAKAGES.items():
+        file = SOURCE / name
+        source = file.read_text(encoding="utf-8")
+        for old, new, tests in rows:
+            what = f"{name}: {' '.join(old.split())}"
+            if (times := source.count(old)) != 1:
+                stale.append(f"{what!r} stands there {times} times")
+            cases.append((what, (str(file), source.replace(old, new), tests.split())))
+    if stale:
+        sys.exit("\n".join(["tests/breakages.py is out of date: bring these up to the source as it is now", *stale]))
+    return cases
+
+
+def sample_survives(broken):
+    """Whether the tests pass with a file of the package replaced by another source. Runs in a process of its own.
+
+    RuntimeError if they could not be run: that is no test which has noticed anything.
+    """
+    file, source, tests = broken
+    torch.set_num_threads(1)
+    real = importlib.machinery.SourceFileLoader.get_code
+
+    def get_code(loader, name):
+        return compile(source, file, "exec") if loader.path == file else real(loader, name)
+
+    importlib.machinery.SourceFileLoader.get_code = get_code
+    code = tests_pass([HERE / test for test in tests])
+    if code not in (0, 1):
+        raise RuntimeError(f"pytest's exit code {code}: {' '.join(tests)}")
+    return code == 0
+
+
+def preload():
+    """Imports the libraries, so that no process has to, and forgets the package itself."""
+    for name in HEAVY:
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.split(".")[0] == "sbrush"]:
+        del sys.modules[name]
+
+
+def main(where="core", processes=None, only=""):
+    if where == "core":
+        cases, alone, whole = core_cases(), survives, [CORE.read_text(encoding="utf-8")]
+    else:
+        cases, alone = [case for case in sample_cases() if only in case[0]], sample_survives
+        whole = [("", "", [test]) for test in sorted({test for _, (_, _, tests) in cases for test in tests})]
+        preload()
     alive = []
-    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        if not pool.apply(survives, [CORE.read_text(encoding="utf-8")]):
-            sys.exit("the tests fail on core.py as it is: nothing can be learnt from breaking it")
-        running = [(what, pool.apply_async(survives, [source])) for what, source in cases]
+    with multiprocessing.get_context("fork").Pool(processes or os.cpu_count(), maxtasksperchild=1) as pool:
+        if not all(pool.map(alone, whole, chunksize=1)):
+            sys.exit("the tests fail on the program as it is: nothing can be learnt from breaking it")
+        running = [(what, pool.apply_async(alone, [case])) for what, case in cases]
         for done, (what, result) in enumerate(running, 1):
             try:
                 passed = result.get(SECONDS * len(cases))
@@ -111,11 +182,16 @@ def main():
                 passed = False
             print(f"{done}/{len(cases)}  {'SURVIVES' if passed else 'caught  '}  {what}", flush=True)
             alive += [what] * passed
-    print(f"\n{len(cases) - len(alive)} of {len(cases)} breakages of core.py are caught")
+    print(f"\n{len(cases) - len(alive)} of {len(cases)} breakages of {where} are caught")
     for what in alive:
         print(f"  survives: {what}")
     return bool(alive)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("where", choices=("core", "sample"), nargs="?", default="core")
+    arguments.add_argument("--processes", type=int, help="at once; default: as many as there are cores")
+    arguments.add_argument("--only", default="", help="of the sample: breakages whose file or text holds this")
+    given = arguments.parse_args()
+    sys.exit(main(given.where, given.processes, given.only))

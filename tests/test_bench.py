@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
+import typer
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from typer.testing import CliRunner
 
 from sbrush.benchmarks.roofline import Rates, Roofline, copy_rate, matrix_rate
-from sbrush.benchmarks.training import BASELINE, BaselineVSD, contenders, measure, rows
+from sbrush.benchmarks.training import BASELINE, BaselineVSD, contenders, main, measure, rows
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.training.cost import estimate
@@ -45,9 +47,16 @@ def test_the_plain_formulation_trains_the_same_student(tiny_teacher):
     assert (student - other).norm() < 1e-3 * student.norm()  # Adam makes much of gradients near nothing
 
 
-def test_compiled_roles_stay_who_they_are_and_are_compiled_once(tiny_teacher):
+def test_compiled_roles_stay_who_they_are_and_are_compiled_once(tmp_path, tiny_teacher):
     from torch._dynamo.utils import counters
 
+    # Compiling takes its time with each layer: one block down, one up.
+    tiny_teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8,), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2,
+        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+    ).save_pretrained(tiny_teacher / "unet")  # fmt: skip
     plain, student = steps(tiny_teacher, VSD)
     torch._dynamo.reset()
     counters.clear()
@@ -128,10 +137,10 @@ def test_rows_are_medians_and_ratios_of_turns(tiny_teacher):
 
 def test_the_command_prints_json(tiny_teacher):
     command = ["--teacher", tiny_teacher, "--batch", "2", "--turns", "1", "--steps", "1", "--device", "cpu", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sbrush.benchmarks.training", *map(str, command)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, [*map(str, command)])
+    assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert list(found["rows"]) == [BASELINE, "sbrush", "sbrush, one LoRA forward"]
     assert all(0 < row["roofline_fraction"] < 1 for row in found["rows"].values())

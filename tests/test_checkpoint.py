@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out; damage is seen and passed over; nothing is removed too early."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,3 +93,19 @@ def test_another_format_version_gets_a_message_that_helps(tmp_path):
 
 def test_an_empty_or_missing_folder_holds_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "none") is None
+
+
+def test_one_of_another_step_than_its_name_says_is_passed_over(tmp_path, capsys):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "step-000002").rename(tmp_path / "step-000009")
+    assert checkpoint.newest(tmp_path).step == 1 and "step-000009 is damaged" in capsys.readouterr().err
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room._replace(free=2**21))
+    checkpoint.save(tmp_path, 1, {"student": {"w": torch.zeros(100)}})
+    with pytest.raises(SbrushError, match="no room for a checkpoint"):
+        checkpoint.save(tmp_path, 2, {"student": {"w": torch.zeros(2**19)}})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]

@@ -145,9 +145,9 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr and done.returncode == 2
 
 
-def test_eval_json_is_clean(tmp_path):
-    done = sbrush("eval", "--limit", 100, "--diversity", 10, "--teacher-steps", 2,
-                  "--report", tmp_path / "r.html", "--json",
+def test_eval_json_is_clean(tmp_path, tiny_stickers):
+    done = sbrush("eval", "--student", tiny_stickers, "--teacher", tiny_stickers, "--limit", 100, "--diversity", 2,
+                  "--teacher-steps", 2, "--report", tmp_path / "r.html", "--json",
                   XDG_CACHE_HOME=str(tmp_path / "cache"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "r.json").read_text())

@@ -9,7 +9,6 @@ import html
 import io
 import json
 import shutil
-import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import sbrush
+from launch import Done
 from sbrush.benchmarks.evaluation import BaselineInception
 from sbrush.cli.app import app
 from sbrush.console import SbrushError
@@ -89,6 +89,15 @@ def make_inception(file: Path) -> Path:
         net.train()(torch.rand(8, 3, 299, 299) * 2 - 1)
     torch.save({**net.state_dict(), "fc.weight": torch.zeros(1008, 2048)}, file)
     return file
+
+
+class TinyInception(Inception):
+    """In Inception's place where the network is not the point: 64 features of an image's coarse colours."""
+
+    def __init__(self) -> None:
+        layers = torch.nn.AvgPool2d(37), torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 64), torch.nn.ReLU()
+        torch.nn.Sequential.__init__(self, *layers)
+        self.digest = ""
 
 
 def fill(folder: Path) -> Path:
@@ -241,11 +250,12 @@ class TestMetrics:
         told = np.mean([fid_error(real, fake) for fake in fakes[:20]])
         assert told == pytest.approx(spread, rel=0.3)
 
-    def test_jackknife_leaves_out_each_group_once(self) -> None:
+    @pytest.mark.parametrize(("images", "width"), [((2000, 1507), 24), ((60, 45), 4)])
+    def test_jackknife_leaves_out_each_group_once(self, images: tuple[int, int], width: int) -> None:
         """By its definition, each distance through torchmetrics; features correlated, means far from 0."""
         draw = torch.Generator().manual_seed(1)
-        mix = torch.randn(24, 24, generator=draw) * torch.logspace(0, -2, 24)
-        real, fake = (torch.randn(n, 24, generator=draw) @ mix + 5 for n in (2000, 1507))
+        mix = torch.randn(width, width, generator=draw) * torch.logspace(0, -2, width)
+        real, fake = (torch.randn(n, width, generator=draw) @ mix + 5 for n in images)
         kept = [torch.arange(len(fake)) % 10 != group for group in range(10)]
         found = np.array([fid(real, fake[rows]) for rows in kept])
         expected = (0.9 * ((found - found.mean()) ** 2).sum()) ** 0.5
@@ -370,7 +380,9 @@ class TestBadInput:
             with pytest.raises(SbrushError, match="does not hold Inception"):
                 Inception.load(tmp_path / name)
             with pytest.raises(SbrushError, match="does not hold a CLIP"):
-                ClipScorer.load(tmp_path / name)
+                ClipScorer.load(
+                    tmp_path / name, model_name="ViT-B-32"
+                )  # a small one: open_clip makes it before it reads
         state = torch.load(inception_file, weights_only=True)
         torch.save({k: v for k, v in state.items() if "Mixed_6e" not in k}, tmp_path / "x.pth")
         with pytest.raises(SbrushError, match="does not hold Inception"):
@@ -413,16 +425,33 @@ class TestBadInput:
 
 
 @pytest.fixture(scope="module")
-def evaluate(coco: Path, inception_file: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    work = tmp_path_factory.mktemp("work")
+def tiny_inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("tiny-inception") / "inception.pth"
+    torch.save(TinyInception().state_dict(), file)
+    return file
 
-    def run(*more: object) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the evaluations of this module have cached, the real images' features above all."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def evaluate(  # type: ignore[no-untyped-def]
+    coco: Path, tiny_inception_file: Path, clip_folder: Path, cached: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sbrush.evaluate.coco.benchmark.Inception", TinyInception)
+
+    def run(*more: object, processes: int = 1) -> Done:
         return sbrush(
-            "eval", "--coco-30k", "--coco-root", coco, "--inception", inception_file, "--clip-weights", clip_folder,
-            "--work", work, "--limit", 20, "--report", work / "report.html", *more,
+            "eval", "--coco-30k", "--coco-root", coco, "--inception", tiny_inception_file,
+            "--clip-weights", clip_folder, "--work", cached, "--limit", 20, "--report", cached / "report.html", *more,
+            processes=processes,
         )  # fmt: skip
 
-    run.work, run.coco = work, coco  # type: ignore[attr-defined]
+    run.work, run.coco = cached, coco  # type: ignore[attr-defined]
     return run
 
 
@@ -474,7 +503,7 @@ class TestCommand:
         assert len({place.name for place in work.glob("coco-*")} - before) == 2  # nothing of another protocol is used
 
     def test_every_metric_and_every_line_of_the_manifest(
-        self, evaluate, inception_file: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, evaluate, tiny_inception_file: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:  # type: ignore[no-untyped-def]
         """Every figure and every line of the manifest by something else than what made it."""
         import open_clip
@@ -534,7 +563,7 @@ class TestCommand:
         listed = "".join(f"{file.name} {file.stat().st_size}\n" for file in coco.files)
         assert manifest["reference_sha256"] == sha(listed.encode())
         assert manifest["captions_sha256"] == sha("".join(f"{c}\n" for c in coco.captions[:110]).encode())
-        assert manifest["inception_sha256"] == sha(inception_file.read_bytes())
+        assert manifest["inception_sha256"] == sha(tiny_inception_file.read_bytes())
         assert (manifest["seed"], manifest["reference_images"], manifest["images"]) == (seed, 120, 110)
         assert manifest["protocol"]["prefix"] == "A photo depicts " and manifest["protocol"]["neighbours"] == 3
         assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] and manifest["versions"]["pillow"]
@@ -575,16 +604,24 @@ class TestCommand:
         assert theirs["points"][0]["metrics"]["fid"] == own["points"][0]["metrics"]["fid"]
         assert theirs["points"][0]["metrics"]["clip_score"] != own["points"][0]["metrics"]["clip_score"]
 
-    def test_metrics_are_those_of_the_rows(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-        """By the metrics alone, from what lies on disk; and a limit that they miss is an error."""
-        done = evaluate("--work", tmp_path, "--json", "--max-fid", 0.001)
+    def test_metrics_are_those_of_the_rows(  # type: ignore[no-untyped-def]
+        self, evaluate, inception_file: Path, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By the metrics alone, from what lies on disk; and a limit that they miss is an error. The true Inception."""
+        monkeypatch.setattr("sbrush.evaluate.coco.benchmark.Inception", Inception)
+        done = evaluate("--work", tmp_path, "--json", "--max-fid", 0.001, "--inception", inception_file)
         told = json.loads(done.stdout)["points"][0]["metrics"]
         rows = {
             what: [load_file(f) for f in sorted(tmp_path.glob(f"coco-{what}-*/*.safetensors"))]
             for what in ("reference", "images")
         }
         real, fake = (torch.cat([row["features"] for row in rows[what]]) for what in rows)
-        assert told["fid"] == pytest.approx(fid(real, fake), rel=1e-9)
+        assert real.shape == (IMAGES, 2048) and told["fid"] == pytest.approx(fid(real, fake), rel=1e-9)
+        with Image.open(Coco.read(coco).files[5]) as image:
+            features = Inception.load(inception_file).features(
+                clean_resize(square(image, PROTOCOLS["swiftbrush"].crop))[None]
+            )
+        assert torch.allclose(real[5], features[0], rtol=1e-4, atol=1e-4)
         assert told["clip_score"] == pytest.approx(torch.cat([row["clip"] for row in rows["images"]]).mean().item())
         assert done.returncode == 1 and "is above 0.001" in done.stderr
 
@@ -609,7 +646,7 @@ class TestCommand:
         assert told["points"][0]["metrics"]["hps"] == pytest.approx(100 * np.mean(scores), abs=1e-3)
         assert told["manifest"]["hps"].startswith("v2.1 ") and told["points"][0]["metrics"]["clip_score"]
 
-    def test_a_sweep_and_two_processes(self, evaluate, tiny_teacher: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def test_a_sweep_and_two_processes(self, evaluate, tiny_teacher: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         """Two guidance scales; then the second one by two processes from nothing: the same metrics exactly."""
         report, flags = tmp_path / "sweep.html", ["--teacher", tiny_teacher, "--teacher-steps", 2, "--json"]
         done = evaluate(*flags, "--sweep", "1,5", "--report", report)
@@ -620,9 +657,8 @@ class TestCommand:
             assert plot.size == (700, 500) and len(set(plot.convert("L").get_flattened_data())) > 20
         assert 'class="plot"' in report.read_text()
 
-        monkeypatch.setattr("conftest.START", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
         work = tmp_path / "work"
-        two = evaluate(*flags, "--teacher-guidance", 5, "--device", "cpu", "--work", work)
+        two = evaluate(*flags, "--teacher-guidance", 5, "--device", "cpu", "--work", work, processes=2)
         assert two.returncode == 0, two.stderr
         assert json.loads(two.stdout)["points"] == [five]
         assert two.stderr.count("measuring") == 1  # one of them talks
@@ -677,7 +713,8 @@ class TestCommand:
 
     def test_a_corrupt_image(self, evaluate, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         root = make_coco(tmp_path / "coco")
-        (root / "val2014" / "COCO_val2014_000000000005.jpg").write_bytes(b"\xff\xd8 no image")
+        damaged = root / "val2014" / "COCO_val2014_000000000005.jpg"
+        damaged.write_bytes(b"\xff\xd8 no image".ljust(damaged.stat().st_size))
         stopped = evaluate("--coco-root", root)
         assert stopped.returncode == 1 and "000000000005.jpg is not an image" in stopped.stderr
         passed = evaluate("--coco-root", root, "--max-unreadable", 1, "--json")

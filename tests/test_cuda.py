@@ -22,17 +22,19 @@ PAPER = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_al
 SHARED = dataclasses.replace(RECIPES["stickers"], batch=4, lora_rank=4, lora_alpha=4, pairs=2, pair_steps=2)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "execution"),
-    [
-        (PAPER, ExecutionOptions()),
-        (SHARED, ExecutionOptions(micro_batches=2)),
-        (dataclasses.replace(PAPER, student_rank=3), ExecutionOptions(checkpointing=True)),
-        (dataclasses.replace(PAPER, guidance=0.5, guidance_to=4.0), ExecutionOptions()),
-    ],
-)
-@pytest.mark.parametrize("family", ["tiny_teacher", "tiny_xl"])
-def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, family, recipe, execution):
+WAYS = [
+    (PAPER, ExecutionOptions()),
+    (SHARED, ExecutionOptions(micro_batches=2)),
+    (dataclasses.replace(PAPER, student_rank=3), ExecutionOptions(checkpointing=True)),
+    (dataclasses.replace(PAPER, guidance=0.5, guidance_to=4.0), ExecutionOptions()),
+]
+QUICK = [("tiny_teacher", way) for way in WAYS[1:]] + [("tiny_xl", way) for way in WAYS[:2]]  # every way, both families
+SLOW = [("tiny_teacher", WAYS[0])] + [("tiny_xl", way) for way in WAYS[2:]]
+
+
+@pytest.mark.parametrize(("family", "way"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)])
+def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, family, way):
+    recipe, execution = way
     # The teacher's many steps read diffusers' timesteps on the CPU, whose values a fake one has not.
     monkeypatch.setattr("sbrush.training.methods.vsd.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
     teacher = load_shapes(str(request.getfixturevalue(family)))

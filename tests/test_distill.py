@@ -19,7 +19,9 @@ from accelerate.utils import DistributedType
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
+import gradients
 from conftest import build_tiny_teacher, sbrush
+from launch import launch
 from sbrush import core
 from sbrush.console import SbrushError
 from sbrush.models.load import load_shapes, load_teacher
@@ -45,10 +47,13 @@ def distiller(teacher, recipe, **options):
     return VSD(load_teacher(str(teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), **options)
 
 
-def plan(teacher, out, recipe=SMALL, prompts=PROMPTS, seed=3, init=None):
+EVERY = Intervals(log=2, grid=3, checkpoint=3)
+
+
+def plan(teacher, out, recipe=SMALL, prompts=PROMPTS, seed=3, init=None, every=EVERY):
     return prepare(RunRequest(
         recipe, prompts, out=out, teacher=str(teacher), init=init, seed=seed, device="cpu", precision="float32",
-        every=Intervals(log=2, grid=3, checkpoint=3),
+        every=every,
     ))  # fmt: skip
 
 
@@ -443,41 +448,47 @@ def test_a_stopped_run_saves_and_goes_on(tmp_path, tiny_teacher):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def distil_four_steps(teacher, out, *options, **how):
+    """The student, its log, and what was said: of four steps, with a checkpoint after the second."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("a cat\na dog\na red fish\na blue car\n")
+    done = sbrush(
+        "distill", prompts, "--teacher", teacher, "--out", out, "--recipe", "swiftbrush", "--steps", 4, "--batch", 4,
+        "--student-lr", 1e-3, "--device", "cpu", "--precision", "float32", "--checkpoint-every", 2, *options, **how,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return student_weights(out), read_log(out), done.stderr
+
+
+def assert_same_direction(one, other, teacher):
+    """Two students have learnt the same, but for rounding."""
+    start = dict(load_teacher(str(teacher)).unet.named_parameters())
+    learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, other)]
+    assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
+
+
+def without_its_last_steps(out):
+    """A complete run as if it had ended after its second step."""
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+
+
 @pytest.mark.parametrize("options", [[], ["--micro-batches", "2"], ["--student-lora", "3"]], ids=" ".join)
 def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_teacher, options):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-    def run(start, name):
-        command = [*start, "-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", name]
-        command += ["--recipe", "swiftbrush", "--steps", "4", "--batch", "4", "--student-lr", "1e-3", "--device", "cpu"]
-        command += ["--precision", "float32", "--checkpoint-every", "2", *options]
-        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        return student_weights(tmp_path / name), read_log(tmp_path / name)[-1]["gap"], ran.stderr
-
-    one, gap, _ = run([sys.executable], "one")
-    start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
-
-    def agrees(other):
-        learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, other)]
-        assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
-
-    two, other_gap, _ = run(launch, "two")
-    agrees(two)
-    assert gap == pytest.approx(other_gap, rel=1e-3)  # the mean over both processes
-    shutil.rmtree(tmp_path / "two" / "student")
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
-    rest, _, said = run([sys.executable], "two")
+    one, log, _ = distil_four_steps(tiny_teacher, tmp_path / "one", *options)
+    two, other, _ = distil_four_steps(tiny_teacher, tmp_path / "two", *options, processes=2)
+    assert_same_direction(one, two, tiny_teacher)
+    assert log[-1]["gap"] == pytest.approx(other[-1]["gap"], rel=1e-3)  # the mean over both processes
+    without_its_last_steps(tmp_path / "two")
+    rest, _, said = distil_four_steps(tiny_teacher, tmp_path / "two", *options)
     assert "resuming after step 2" in said
-    agrees(rest)
+    assert_same_direction(one, rest, tiny_teacher)
 
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path, tiny_teacher):
-    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command = [sys.executable, *start, Path(__file__).parent / "gradients.py", tiny_teacher, tmp_path]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
+    gradients.main(str(tiny_teacher), tmp_path)
+    for done in launch(lambda: gradients.main(str(tiny_teacher), tmp_path)):
+        assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))  # so many there were
     assert one.keys() == two.keys() and len(one) == 4 * 2 + 3
     for name, gradient in one.items():
@@ -520,63 +531,68 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded(tiny_te
 
 def test_a_student_shared_out_is_the_same_and_goes_on_in_one_piece(tmp_path, tiny_teacher, clip_folder):
     """FSDP by accelerate's configuration: two processes hold half of it each."""
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
-
-    def run(name, processes=1, **environment):
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-        command = [sys.executable, *start, "-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher)]
-        command += ["--out", name, "--recipe", "swiftbrush", "--steps", "4", "--batch", "4", "--student-lr", "1e-3"]
-        command += ["--device", "cpu", "--precision", "float32", "--checkpoint-every", "2", "--log-every", "1"]
-        command += ["--validate-every", "3", "--validation-clip", str(clip_folder)]
-        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | environment)
-        assert ran.returncode == 0, ran.stderr
-        return student_weights(tmp_path / name), read_log(tmp_path / name), ran.stderr
-
-    one, log, said = run("one")
+    options = "--log-every", 1, "--validate-every", 3, "--validation-clip", clip_folder
+    sharded = {"processes": 2, "ACCELERATE_USE_FSDP": "true"}
+    one, log, said = distil_four_steps(tiny_teacher, tmp_path / "one", *options)
     assert "sharded among" not in said
-    start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
-
-    def agrees(other):
-        learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, other)]
-        assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
-
-    two, other_log, said = run("two", 2, ACCELERATE_USE_FSDP="true")
+    two, other_log, said = distil_four_steps(tiny_teacher, tmp_path / "two", *options, **sharded)
     share = re.search(r"sharded among 2 processes \(FSDP2\); here (\d+) %", said)
     assert share and 45 < int(share[1]) < 60  # what cannot be halved is the first one's
-    agrees(two)
+    assert_same_direction(one, two, tiny_teacher)
     for mine, theirs in zip(log, other_log, strict=True):
         for name in ("gap", "student_grad", "lora_grad"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-5), name
     assert log[2]["clip_score"] == pytest.approx(other_log[2]["clip_score"], abs=1e-3)
     assert log[0]["student_grad"] == pytest.approx(other_log[0]["student_grad"], rel=1e-5)  # before Adam had a say
-    for processes, environment in ((2, {"ACCELERATE_USE_FSDP": "true"}), (1, {})):
-        shutil.rmtree(tmp_path / "two" / "student")
-        shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
-        rest, _, said = run("two", processes, **environment)
+    for how in (sharded, {}):
+        without_its_last_steps(tmp_path / "two")
+        rest, _, said = distil_four_steps(tiny_teacher, tmp_path / "two", *options, **how)
         assert "resuming after step 2" in said
-        agrees(rest)
+        assert_same_direction(one, rest, tiny_teacher)
+
+
+def assert_a_checkpoint_is_kept(out, step):
+    kept = checkpoint.newest(out / "checkpoints")
+    assert kept and kept.step >= step and kept.part("student") and kept.part("lora_optimizer")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, tiny_teacher, victim):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
-    command = ["-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", "run"]
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(
+    tmp_path, tiny_teacher, prompt_file, monkeypatch, victim
+):
+    real, out = VSD.step, tmp_path / "run"
+
+    def killed_in_step_four(self, step, prompts):
+        if step == 4 and self.accelerator.process_index == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, step, prompts)
+
+    monkeypatch.setattr(VSD, "step", killed_in_step_four)
+    ended = sbrush(
+        "distill", prompt_file, "--teacher", tiny_teacher, "--out", out, "--steps", 5000, "--batch", 4,
+        "--device", "cpu", "--precision", "float32", "--checkpoint-every", 2, "--grid-every", 0, processes=2,
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL  # and the other one does not wait for it
+    said = ended.stderr
+    assert "error: another process of this run has ended" in said and f"\nhint: what is in {out}/checkpoints" in said
+    assert_a_checkpoint_is_kept(out, 2)
+
+
+def test_a_process_that_is_killed_under_torchrun_ends_the_run(tmp_path, tiny_teacher, prompt_file):
+    """By the launcher itself, which ends the others too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sbrush"]
+    command += ["distill", prompt_file, "--teacher", tiny_teacher, "--out", tmp_path / "run", "--steps", "5000"]
     command += ["--recipe", "swiftbrush", "--batch", "4", "--device", "cpu", "--precision", "float32"]
     command += ["--checkpoint-every", "2", "--grid-every", "0"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    long = [*command, "--steps", "5000"]
-    both = subprocess.Popen([*launch, *long], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    both = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while both.poll() is None and not (tmp_path / "run" / "checkpoints" / "step-000004").exists():
         time.sleep(0.05)
     for process in Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split():
-        if f"RANK={victim}" in Path(f"/proc/{process}/environ").read_text().split("\0"):
+        if "RANK=1" in Path(f"/proc/{process}/environ").read_text().split("\0"):
             os.kill(int(process), signal.SIGKILL)
-    said = both.communicate(timeout=120)[1]  # it ends, and nobody waits for the dead
-    assert both.returncode != 0
-    if victim == 1:
-        assert "error: another process of this run has ended" in said and "\nhint: what is in run/checkpoints" in said
-    kept = checkpoint.newest(tmp_path / "run" / "checkpoints")
-    assert kept and kept.step >= 4 and kept.part("student") and kept.part("lora_optimizer")
+    said = both.communicate(timeout=600)[1]
+    assert both.returncode != 0 and "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in said
+    assert_a_checkpoint_is_kept(tmp_path / "run", 4)
 
 
 def test_the_shipped_prompt_file_holds_no_held_out_combination():

@@ -99,6 +99,18 @@ def test_a_lora_student_starts_as_the_teacher_and_alone_is_trained(tiny_teacher)
         assert torch.allclose(made.teacher.denoise(z, t, conditioning), own.denoise(z, t, conditioning), atol=1e-6)
 
 
+def test_the_two_loras_of_a_run_start_apart(tiny_teacher):
+    """Else the student would begin in the directions that the LoRA teacher learns in."""
+    recipe = dataclasses.replace(LORA, student_rank=4, lora_rank=4, lora_targets="blocks")  # of the same layers
+    made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True))
+    both = [
+        (value, made.lora[name.replace(".student.", ".lora_teacher.")])
+        for name, value in made.trained.items()
+        if ".lora_A." in name and name.replace(".student.", ".lora_teacher.") in made.lora
+    ]
+    assert both and not any(torch.equal(one, other) for one, other in both)
+
+
 def run(teacher, out, recipe=SMALL, **options):
     plan = prepare(RunRequest(
         recipe, PROMPTS, out=out, teacher=str(teacher), init=options.pop("init", None), seed=3, device="cpu",
@@ -160,6 +172,17 @@ def test_a_checkpoint_without_its_teacher_or_its_bytes_is_refused(tmp_path):
     (tmp_path / "run" / "config.json").write_text('{"teacher": 3}')
     with pytest.raises(SbrushError, match="cannot read the checkpoint"):
         load_student(str(saved))
+
+
+def test_a_checkpoint_with_numbers_that_are_none_is_refused(tmp_path, tiny_teacher):
+    """Though its checksums are right: it was written so."""
+    made = VSD(load_teacher(str(tiny_teacher)), LORA, seed=3, accelerator=Accelerator(cpu=True))
+    for name, damaged in (("ema", torch.nan), ("student", torch.inf)):
+        parts = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in made.state().items()}
+        next(iter(parts[name].values())).fill_(damaged)
+        checkpoint.save(tmp_path, 1, parts)
+        with pytest.raises(SbrushError, match="does not belong to this run"):
+            made.load(checkpoint.newest(tmp_path))
 
 
 def test_a_lora_student_is_exported_whole_and_as_a_lora_for_plain_diffusers(tmp_path, tiny_teacher):

@@ -29,7 +29,7 @@ def assert_ended_well(done) -> None:
         assert error.startswith("error: ") and hint.startswith("hint: "), done.stderr
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=ARGUMENTS, name=ARGUMENTS, encoding=st.sampled_from(ENCODINGS), as_json=st.booleans())
 def test_any_prompt_any_name_any_terminal(tmp_path_factory, tiny_teacher, prompt, name, encoding, as_json):
     folder = tmp_path_factory.mktemp("any")

@@ -139,12 +139,12 @@ def test_merge(tmp_path, tiny_teacher, prompt_file):
     every_write_fails_once(folder, 8, "merge", tmp_path / "run", tmp_path / "run", "-o", folder / "a" / "merged")
 
 
-def test_eval(tmp_path):
+def test_eval(tmp_path, tiny_stickers):
     folder = tmp_path / "disk"
     folder.mkdir()
     with FailingDisk(folder, 0, errno.ENOSPC):  # neither what it caches nor its report can be written
-        done = sbrush("eval", "--limit", 100, "--diversity", 10, "--teacher-steps", 1,
-                      "--report", folder / "report.html",
+        done = sbrush("eval", "--student", tiny_stickers, "--teacher", tiny_stickers, "--limit", 100,
+                      "--diversity", 2, "--teacher-steps", 1, "--report", folder / "report.html",
                       XDG_CACHE_HOME=str(folder / "cache"))  # fmt: skip
     assert_ended_well(done, folder, "eval")
     assert done.returncode == 1 and os.strerror(errno.ENOSPC) in done.stderr

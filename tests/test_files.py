@@ -32,3 +32,11 @@ def test_json_is_utf_8_and_has_no_nan(tmp_path):
     with pytest.raises(ValueError):
         write_json(file, float("nan"))
     assert json.loads(file.read_text(encoding="utf-8")) == {"prompt": "猫"}
+
+
+def test_who_has_the_old_file_open_reads_it_to_its_end(tmp_path):
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with file.open() as reading:
+        write_text(file, "new")
+        assert reading.read() == "old"

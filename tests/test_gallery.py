@@ -205,6 +205,14 @@ def test_lines_do_not_go_with_numbers_that_have_gaps(tmp_path: Path) -> None:
         Gallery.read(tmp_path)
 
 
+def test_fewer_images_than_captions_are_counted_from_0_or_refused(tmp_path: Path) -> None:
+    """Numbers from 1 on may be captions 1, 2 as well as the first two."""
+    folder = fill(tmp_path / "images", "1.png", "2.png")
+    (tmp_path / "list.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
+    with pytest.raises(SbrushError, match="has no image 0"):
+        Gallery.read(folder, read_captions(tmp_path / "list.txt"))
+
+
 def test_a_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     fill(tmp_path, "notes.md", "._0.png", captions_txt="one\n")

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from launch import launch
 from sbrush.console import SbrushError
 from sbrush.models.load import load_teacher
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
@@ -18,7 +17,7 @@ from sbrush.sampling.generation import student_latents, teacher_latents
 from sbrush.storage import checkpoint
 from sbrush.training import health
 from sbrush.training.health import ALARMS, GRACE, LASTING, MOST_SKIPPED, TeacherReference, alarms, spreads
-from sbrush.training.loop import distill
+from sbrush.training.loop import _run_of_skipped, distill
 from sbrush.training.methods.vsd import VSD
 from sbrush.training.plan import prepare
 from sbrush.training.recipes import RECIPES
@@ -112,18 +111,18 @@ def test_a_student_that_begins_without_variety_has_time_to_find_it():
 
 
 def test_a_short_healthy_run_is_silent(tmp_path, impatient, capsys):
-    recipe = dataclasses.replace(RECIPES["stickers"], steps=24, batch=8)
+    recipe = dataclasses.replace(RECIPES["stickers"], steps=16, batch=4)
     log = run(None, tmp_path / "run", recipe, prompts=read_prompts(STICKERS), grid=8)
     assert not [e for e in log if e.get("alarms")] and "alarm:" not in capsys.readouterr().err
     assert all(e["latent_drift"] > 0 and e["skipped"] == 0 for e in log)
-    assert [e["step"] for e in log if "seed_spread" in e] == [1, 8, 16, 24]
+    assert [e["step"] for e in log if "seed_spread" in e] == [1, 8, 16]
 
 
 def provoked(log, name):
     return [e["step"] for e in log if name in e.get("alarms", ())]
 
 
-def test_a_lora_teacher_that_does_not_learn_leaves_no_gap(tmp_path, tiny_teacher, impatient, capsys):
+def test_a_lora_teacher_that_does_not_learn_leaves_no_gap(tmp_path, tiny_teacher, impatient, true_curves, capsys):
     log = run(tiny_teacher, tmp_path / "run", dataclasses.replace(SMALL, lora_lr=0.0))
     assert provoked(log, "score_gap_ratio")[0] == 12 and log[-1]["gap"] == 0
     said = capsys.readouterr().err
@@ -133,7 +132,7 @@ def test_a_lora_teacher_that_does_not_learn_leaves_no_gap(tmp_path, tiny_teacher
 
 def test_a_lora_teacher_that_learns_too_fast_diverges(tmp_path, impatient):
     fast = dataclasses.replace(SMALL, lora_lr=0.3, student_lr=1e-5, steps=14, guidance=1.0)
-    log = run(None, tmp_path / "run", fast)  # of the built-in teacher, which has something to lose
+    log = run(None, tmp_path / "run", fast, grid=0)  # of the built-in teacher, which has something to lose
     assert provoked(log, "lora_divergence")
 
 
@@ -237,10 +236,34 @@ def test_many_of_them_in_a_row_stop_the_run_with_its_last_good_checkpoint(tmp_pa
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 8  # none since was kept
 
 
+def one_bad_rank(teacher):
+    """Three steps in each of two processes, of which the second is not finite in the second process alone."""
+    accelerator, step = Accelerator(cpu=True), 0
+    assert accelerator.num_processes == 2
+    ours = VSD(load_teacher(str(teacher)), dataclasses.replace(SMALL, student_lr=1e-3), seed=3, accelerator=accelerator)
+    ours.student.conv_out.register_forward_hook(
+        lambda module, given, out: out * math.nan if step == 2 and accelerator.process_index == 1 else out
+    )
+
+    def student():
+        return torch.cat([p.detach().flatten() for p in ours.student.parameters()])
+
+    for step in (1, 2, 3):
+        before = student().clone()
+        skipped = ours.step(step, ShuffledPrompts(PROMPTS, 3))["skipped"].item()
+        print(skipped, torch.equal(before, student()))
+    everywhere = accelerator.gather(student()[None])
+    assert torch.equal(everywhere[0], everywhere[1]) and everywhere.isfinite().all()
+
+
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tiny_teacher):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = Path(__file__).with_name("one_bad_rank.py")
-    ran = subprocess.run([*launch, script, tiny_teacher], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    for process in (0, 1):  # nothing happens to a student in its first step, before the LoRA teacher has learnt
-        assert f"process {process}: [(0.0, True), (1.0, True), (0.0, False)]" in ran.stdout
+    for done in launch(lambda: one_bad_rank(tiny_teacher)):
+        assert done.returncode == 0, done.stderr
+        # Nothing happens to a student in its first step, before the LoRA teacher has learnt.
+        assert done.stdout.splitlines() == ["0.0 True", "1.0 True", "0.0 False"]
+
+
+def test_steps_that_are_skipped_here_and_there_do_not_stop_a_run():
+    bad, good = torch.tensor(1.0), torch.tensor(0.0)
+    assert _run_of_skipped([bad] * 3, 20) == 23
+    assert _run_of_skipped([bad, good, bad, bad], 20) == 2 and _run_of_skipped([bad, good], 20) == 0

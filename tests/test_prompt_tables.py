@@ -188,3 +188,12 @@ def test_one_prompt_is_no_prompts():
     assert count(1, "prompt") == "1 prompt" and count(0, "prompt") == "0 prompts"
     assert count(2751, "image") == "2,751 images"
     assert make_prompts(["a"], "x").describe() == "1 prompt from x"
+
+
+def test_empty_rows_are_counted_and_shift_nothing(tmp_path):
+    """An empty line, an empty cell, and a last row that is one, though a text's last line break is no blank line."""
+    file = tmp_path / "p.csv"
+    file.write_text('prompt,number\na cat,1\n\n"",2\na dog,3\n"",\n')
+    prompts = read_prompts(file)
+    assert prompts.texts == ("a cat", "a dog") and prompts.blank == 3
+    assert [text.strip() for text in read_texts(file)] == ["a cat", "", "", "a dog", ""]

@@ -1,13 +1,13 @@
 """Killed at random instants and resumed by the same call, a run ends as one that nobody disturbed."""
 
-import subprocess
-import sys
-from pathlib import Path
+import pytest
+
+from kill import torture
+from launch import launch
 
 
-def test_ten_kills_change_nothing():
-    ran = subprocess.run(
-        [sys.executable, Path(__file__).with_name("kill.py"), "10"], capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "ended bit for bit" in ran.stdout
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_change_nothing(tmp_path, kills):
+    (done,) = launch(lambda: print(torture(tmp_path, kills)), processes=1, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ended bit for bit" in done.stdout
