@@ -7,7 +7,7 @@ proper-guidance  the same with a random guidance scale (PG-SB of      that paper
 dmd              DMD's normaliser and guidance, without its GAN       see docs/recipes.md
 stickers         the built-in teacher on a CPU                        see docs/results.md
 
-Which one to take: docs/recipes.md.
+Recipes of several trainings, swiftbrush-v2 and stickers-v2: merged.py. Which one to take: docs/recipes.md.
 """
 
 from __future__ import annotations
