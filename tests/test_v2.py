@@ -65,7 +65,6 @@ def test_the_student_is_the_mean_of_a_full_and_a_lora_student_trained_alike(undi
 @pytest.mark.parametrize(
     ("owner", "name", "which"),
     [
-        (plan, "prepare", 1),  # before anything
         (Run, "export", 1),  # the full student is trained, and not written
         (plan, "prepare", 2),  # between the two trainings
         (VSD, "step", 5),  # within the second

@@ -16,7 +16,7 @@ from sbrush.cli.dry_run import dry_run as dry_run_of
 from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.training.folder import check_folder
-from sbrush.training.merged import MERGED, check_request, distill_merged
+from sbrush.training.merged import MERGED, check_options, distill_merged
 from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import (
     AlignmentRequest,
@@ -331,6 +331,8 @@ def distill(
     if recipes:
         print_recipes(parts)
         return
+    if merged:
+        check_options(extend=extend, init=init)
     chosen = next(iter(parts.values()))  # all parts have one weight of the CLIP loss
     if not chosen.clip_weight and (clip_weights or tiny_vae):
         raise SbrushError(
@@ -367,8 +369,6 @@ def distill(
         validation=ValidationRequest(checked, validation_clip),
         trackers=[name.value for name in tracker or ()], text_cache=text_cache,
     )  # fmt: skip
-    if merged:
-        check_request(request)
     if dry_run:
         dry_run_of(request, merged)
         return

@@ -74,15 +74,15 @@ MERGED = {
 }
 
 
-def check_request(request: RunRequest) -> None:
-    """SbrushError if a run is asked for what a recipe of several trainings cannot do. Imports nothing heavy."""
-    if request.extend:
+def check_options(*, extend: int, init: str | None) -> None:
+    """SbrushError for what a recipe of several trainings cannot do. Imports nothing heavy."""
+    if extend:
         raise SbrushError(
             "a recipe of several trainings cannot be extended",
             "start another run with more --steps in a new --out",
             code=2,
         )
-    if request.init:
+    if init:
         raise SbrushError(
             "a LoRA student starts as its teacher, so students of another start cannot be merged with it",
             "leave out --init, or train with a recipe of one training",
