@@ -51,7 +51,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Students of each row.", min=1)] = 3,
     budget: Annotated[
         float, typer.Option(help="UNet forwards of a batch of 32 for each student, a backward counted as two.", min=1)
-    ] = 2000,
+    ] = 1800,
     minutes: Annotated[
         float | None, typer.Option(help=f"Of training in the second table; 0: none. Default: those of {BASE}.", min=0)
     ] = None,

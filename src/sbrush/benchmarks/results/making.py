@@ -30,7 +30,7 @@ class Request:
 
     rows: Sequence[Row]
     seeds: int = 3
-    budget: float = 2000  # UNet forwards of a batch of 32, for each student
+    budget: float = 1800  # UNet forwards of a batch of 32, for each student
     minutes: float | None = None  # for each student of the second table; None: what the row BASE takes; 0: no second
     pairs: int = 2000
     prompts: Path = Path("prompts/stickers.txt")
@@ -167,7 +167,7 @@ class Making:
 
     @contextmanager
     def _stopping(self, pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
-        """A pool of which nothing is left when this ends; if by an exception, its trainings save their step and stop."""
+        """A pool of which nothing is left when this ends; if by an exception, its trainings save their step."""
         try:
             yield pool
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -47,27 +47,39 @@ class Bench:
 
     def student(self, folder: Path, steps: int) -> dict[str, Any]:
         """A student in so many steps."""
-        model = load_student(str(folder), device=self._device)
-        return self._measure(student_candidate(folder.name, model, steps))
+        return self._measure(
+            lambda: student_candidate(folder.name, load_student(str(folder), device=self._device), steps)
+        )
 
     def teacher(self, steps: int) -> dict[str, Any]:
         """The built-in teacher in so many steps, at its own guidance scale."""
-        model = load_teacher(device=self._device)
-        return self._measure(teacher_candidate(model, steps, guidance_scale_of(model, None)))
+
+        def candidate() -> Candidate:
+            model = load_teacher(device=self._device)
+            return teacher_candidate(model, steps, guidance_scale_of(model, None))
+
+        return self._measure(candidate)
 
     def real(self) -> dict[str, Any]:
         """Other real images, measured like a model's: the best that can be had."""
         caption_of = {seed: caption for caption, seed in (*self._pairs, *self._varied)}
-        return self._measure(
-            Candidate("real images", lambda _, seeds: real_images("floor", [(caption_of[s], s) for s in seeds]))
-        )
 
-    def _measure(self, candidate: Candidate) -> dict[str, Any]:
-        with self._lock:  # two at once would each take longer, and no rate would hold
+        def images(_: Sequence[str], seeds: Sequence[int]) -> Iterator[Tensor]:
+            return real_images("floor", [(caption_of[seed], seed) for seed in seeds])
+
+        return self._measure(lambda: Candidate("real images", images))
+
+    def _measure(self, load: Callable[[], Candidate]) -> dict[str, Any]:
+        """The figures of what is loaded. One at a time: two would each take longer, and no rate would hold.
+
+        Nor can two threads load: while transformers builds a network, every thread's tensors are made without numbers.
+        """
+        with self._lock:
             torch.set_num_threads(self._threads)
             if self._judge is None:
                 self._judge = Judge.load(device=self._device)
                 self._reference = real_reference(self._pairs, self._varied, self._judge)
+            candidate = load()
             captions, clock, by_pixels = [caption for caption, _ in self._pairs], Clock(), list[dict[str, Tensor]]()
 
             def drawn(some: Sequence[tuple[Any, int]]) -> Iterator[Tensor]:

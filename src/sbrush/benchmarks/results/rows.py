@@ -49,7 +49,7 @@ ROWS = (
     Row("teacher", TEACHER, draws=(25, 8, 4, 2, 1)),
     Row(BASE, "stickers", SWIFTBRUSH),
     Row("no LoRA teacher", "stickers", ("gap=sds", "shared_forward=false")),
-    Row("no reparameterisation", "stickers", (*SWIFTBRUSH, "reparameterised=false")),
+    Row("not reparameterised", "stickers", (*SWIFTBRUSH, "reparameterised=false")),
     Row("random guidance", "stickers", (*SWIFTBRUSH, "guidance=0.5", "guidance_to=2.5")),
     Row("DMD gap", "stickers"),
     Row("clamped CLIP loss", "stickers", (*SWIFTBRUSH, *CLIP)),

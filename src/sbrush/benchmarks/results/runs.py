@@ -1,8 +1,8 @@
 """Training what the table needs: how many steps a budget buys, and a run folder for each row, budget and seed.
 
-WORK/forwards-2000/ROW/seed-0/                       a run of `sbrush distill`
-WORK/forwards-2000/ROW/seed-0.log                    what it said
-WORK/forwards-2000/ROW/seed-0.figures/protocol-...   what was measured of its student
+WORK/forwards-1800/ROW/seed-0/                       a run of `sbrush distill`
+WORK/forwards-1800/ROW/seed-0.log                    what it said
+WORK/forwards-1800/ROW/seed-0.figures/protocol-...   what was measured of its student
 WORK/minutes-like-swiftbrush/ROW/...                 the same, for as many minutes as that row takes
 """
 
