@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -98,8 +97,12 @@ class Making:
         if not tasks:
             return
         with progress("results", round(sum(task.seconds for task in tasks)), unit="s of work") as bar:
-            with self._stopping(ThreadPoolExecutor(self.request.at_once)) as pool:
-                self._follow({pool.submit(task.make): task for task in tasks}, bar)
+            with runs.workers(self.request.at_once) as pool:
+                try:
+                    self._follow({pool.submit(task.make): task for task in tasks}, bar)
+                except BaseException:
+                    self._bench.stopped = True
+                    raise
 
     def results(self, jobs: Sequence[Job]) -> list[Result]:
         """The figures of all complete students, a Result a row; rows without any are left out."""
@@ -164,19 +167,6 @@ class Making:
 
     def _drawn(self, row: Row, job: Job) -> dict[int, Figures]:
         return {n: f for n in row.draws if (f := _read(job.figures / self._bench.key(n)))}
-
-    @contextmanager
-    def _stopping(self, pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
-        """A pool of which nothing is left when this ends; if by an exception, its trainings save their step."""
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            self._bench.stopped = True
-            runs.stop_all()
-            raise
-        finally:
-            pool.shutdown(wait=True)
 
     def _follow(self, futures: dict[Future[None], Task], bar: Progress) -> None:
         """Shows how far all tasks are until they are done."""

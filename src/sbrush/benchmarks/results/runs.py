@@ -12,7 +12,9 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,7 +96,7 @@ _running: set[subprocess.Popen[bytes]] = set()
 def distil(arguments: Sequence[str], log: Path, *, threads: int = 1) -> None:
     """`sbrush distill ARGUMENTS` as a process of its own, its output in `log`; SbrushError if it fails.
 
-    A Ctrl-C does not reach it: `stop_all` ends it, so that it is asked once and saves its step.
+    A Ctrl-C does not reach it: `workers` ends it, so that it is asked once and saves its step.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as output:
@@ -111,10 +113,19 @@ def distil(arguments: Sequence[str], log: Path, *, threads: int = 1) -> None:
         raise SbrushError(f"training failed with exit code {code}", f"see {printable(log)}")
 
 
-def stop_all() -> None:
-    """Asks every training to save its step and stop."""
-    for process in list(_running):
-        process.terminate()
+@contextmanager
+def workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which trainings run. If this ends by an exception, no other starts, and they save their step."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_running):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True)
 
 
 @cache
