@@ -131,7 +131,7 @@ class Making:
         return found
 
     def _plan(self, row: Row, budget: Budget) -> list[Job]:
-        steps = max(1, round(self.request.budget / runs.forwards_a_step(row)))
+        steps = runs.steps_within(row, self.request.budget)
         return runs.plan(row, budget, range(self.request.seeds), self.request.work, steps=steps)
 
     def _student(self, job: Job) -> Task:
@@ -173,7 +173,7 @@ class Making:
         waiting, shown = set(futures), 0
         while waiting:
             done, waiting = wait(waiting, timeout=ASKED_EVERY)
-            for future in done:
+            for future in [future for future in futures if future in done]:
                 problem = future.exception()
                 if isinstance(problem, SbrushError):
                     self.failed[futures[future].name] = problem

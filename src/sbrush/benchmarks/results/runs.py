@@ -139,6 +139,11 @@ def forwards_a_step(row: Row) -> float:
     return sum(forwards(part) * part.batch / BATCH for part in row.parts().values())
 
 
+def steps_within(row: Row, budget: float) -> int:
+    """How many steps of each of a row's trainings a budget of UNet forwards of a batch of BATCH buys: 1 at least."""
+    return max(1, round(budget / forwards_a_step(row)))
+
+
 def seconds_of(run: Path, batch: int) -> float:
     """The seconds of the steps in a run's log, by the rates that it recorded."""
     before, seconds = 0, 0.0
