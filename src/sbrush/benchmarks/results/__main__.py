@@ -113,10 +113,9 @@ def _list(making: Making) -> None:
         seconds = rates.training(request.budget) + drawing
         repeated = 1 if row.label == BASE and request.minutes is None else twice  # its minutes are those of the others
         total += seconds * request.seeds * repeated
+        steps = runs.steps_within(row, request.budget)
         settings = " ".join([row.recipe, *row.settings])
-        out(
-            f"{row.label:22}{draws:>16}{each:>17g}{runs.steps_within(row, request.budget):>8,}{seconds / 60:>9.1f}   {settings}"
-        )
+        out(f"{row.label:22}{draws:>16}{each:>17g}{steps:>8,}{seconds / 60:>9.1f}   {settings}")
     out(
         f"\nminutes: of one student, training and measuring, on {request.threads} of this machine's cores or its GPU, "
         f"where a UNet forward of 32 latents in training takes {1000 * rates.forward:.0f} ms"
