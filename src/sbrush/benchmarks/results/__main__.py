@@ -36,7 +36,7 @@ from sbrush.benchmarks.results.making import Making, Request
 from sbrush.benchmarks.results.rates import Rates
 from sbrush.benchmarks.results.rows import BASE, ROWS, TEACHER, Row
 from sbrush.benchmarks.results.summary import Result, page, put_into
-from sbrush.console import SbrushError, info, out, printable
+from sbrush.console import SbrushError, count, info, out, printable
 from sbrush.device import pick_device
 from sbrush.models.load import load_student, load_teacher
 from sbrush.sampling.generation import guidance_scale_of, student_images, teacher_images
@@ -134,7 +134,7 @@ def _write(request: Request, to: Path, by_forwards: list[Result], by_minutes: li
         "machine": f"{machine}, {os.cpu_count()} CPU cores; {request.at_once} students at once",
         "command": f"`{shlex.join(['python', '-m', 'sbrush.benchmarks.results', *sys.argv[1:]])}`",
         "budget": f"{request.budget:g} UNet forwards of a batch of 32 a student, a backward counted as two",
-        "measured on": f"{request.pairs} pairs; {request.seeds} seeds",
+        "measured on": f"{count(request.pairs, 'pair')}; {count(request.seeds, 'seed')}",
     }
     data = {
         "about": about,

@@ -10,6 +10,7 @@ from statistics import fmean
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from sbrush.benchmarks.results.summary import Result
@@ -18,6 +19,7 @@ from sbrush.storage.files import atomic_write
 
 PROMPTS = ("a cat", "a big blue car", "a star on a night background", "a small flower", "a dog", "a red mushroom")
 SEEDS = range(2)
+MARKERS = "os^vDP*"  # seven, which go round with ten colours
 
 Draw = Callable[[Sequence[str], Sequence[int]], Iterable[Tensor]]
 """(prompts, seeds) -> their images in order, in batches: uint8 [b, 3, 64, 64]."""
@@ -52,11 +54,23 @@ def fid_against_steps(results: Sequence[Result], path: Path) -> None:
                   [max(f) - m for m, (_, f) in zip(means, points, strict=True)]]  # fmt: skip
         if len(points) == 1:  # those of one step would lie on one another
             steps = [steps[0] * 1.06 ** (number - len(results) / 2)]
-        axes.errorbar(steps, means, yerr=spread, marker="o", markersize=4, capsize=2, linewidth=1, label=result.label)
+        axes.errorbar(
+            steps,
+            means,
+            yerr=spread,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            capsize=2,
+            linewidth=1,
+            label=result.label,
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks := sorted({steps for result in results for steps, _ in result.draws()}), map(str, ticks))
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("steps in which an image is drawn")
     axes.set_ylabel("FID (less is better); bars: from the best to the worst seed")
     axes.grid(alpha=0.3)
