@@ -142,6 +142,7 @@ def _write(request: Request, to: Path, by_forwards: list[Result], by_minutes: li
         "equal_forwards": [dataclasses.asdict(result) for result in by_forwards],
         "equal_minutes": [dataclasses.asdict(result) for result in by_minutes],
     }
+    to.mkdir(parents=True, exist_ok=True)
     write_json(to / "results.json", data)
     plots.side_by_side(_methods(by_forwards, request.device), to / "results-images.png")
     plots.fid_against_steps([r for r in by_forwards if r.label != "real images"], to / "results-steps.png")
