@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations bench bench-eval teach wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations results bench bench-eval teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -85,6 +85,10 @@ full-size: $(READY)  ## Stable Diffusion's full sizes, random weights: needs 24 
 
 ablations: $(READY)  ## the paper's ablations on the built-in world, with an image each
 	$(BIN)/python -m sbrush.benchmarks.ablations
+
+results: $(READY)  ## all methods side by side, into docs/results.md: hours; SEEDS, BUDGET, MINUTES, PAIRS, ARGS=--list
+	$(BIN)/python -m sbrush.benchmarks.results $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PAIRS),--pairs $(PAIRS)) $(ARGS)
 
 bench: $(READY)  ## the training step against the baseline and the roofline; SIZE=sd21 for SD 2.1's, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.training $(if $(SIZE),--size $(SIZE) --minutes 6)

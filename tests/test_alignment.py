@@ -143,8 +143,10 @@ def test_a_tiny_vae_of_other_latents_is_refused(tmp_path, tiny_teacher, clip_fol
         (["--clip-loss", "0.1", "--clip-model", "ViT-none", "--dry-run"], "open_clip has no model ViT-none"),
     ],
 )
-def test_what_does_not_go_together_is_one_line_and_a_hint(prompt_file, tmp_path, flags, says):
-    done = sbrush("distill", prompt_file, "--out", tmp_path / "run", "--batch", 2, "--steps", 1, *flags)
+def test_what_does_not_go_together_is_one_line_and_a_hint(prompt_file, tiny_teacher, tmp_path, flags, says):
+    done = sbrush(
+        "distill", prompt_file, "--teacher", tiny_teacher, "--out", tmp_path / "run", "--batch", 2, "--steps", 1, *flags
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "hint:"))]
     assert done.returncode == 2 and len(lines) == 2 and says in lines[0], done.stderr
     assert not (tmp_path / "run").exists()

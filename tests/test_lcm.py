@@ -264,7 +264,7 @@ def test_the_dry_run_counts_forwards_and_the_teachers_images(prompt_file, tiny_t
     done = sbrush(*plan)
     assert done.returncode == 0, done.stderr
     assert "\n6 UNet forwards" in done.stdout and "images: the teacher's own" in done.stdout
-    assert "PFLOP for the teacher's images" in done.stdout and "disk for latents" in done.stdout
+    assert "before the first, for the teacher's images" in done.stdout and "disk for latents" in done.stdout
     assert "\n5 UNet forwards" in sbrush(*plan, "--student-lora", 4).stdout
     assert not (tmp_path / "run").exists()
 

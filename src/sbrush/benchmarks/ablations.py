@@ -13,16 +13,15 @@ images are drawn:
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from sbrush.benchmarks.results.plots import PROMPTS, drawn
+from sbrush.benchmarks.results.runs import distil, workers
 from sbrush.console import SbrushError, info, progress
 from sbrush.evaluate.candidates import student_candidate, teacher_candidate
 from sbrush.evaluate.coco.tradeoff import tradeoff
@@ -40,7 +39,6 @@ TRIALS = {
     "no reparameterisation": ["--no-reparameterisation"],
     **{f"guidance {scale}": ["--guidance", str(scale)] for scale in SCALES},
 }
-PROMPTS = ("a cat", "a big blue car", "a star on a night background", "a small flower", "a dog", "a red mushroom")
 SEEDS = range(3)
 
 
@@ -58,21 +56,15 @@ def main(
     def said_in(name: str) -> Path:
         return runs[name].with_name(f"{runs[name].name}.log")
 
-    def distil(name: str) -> None:
-        command = [sys.executable, "-m", "sbrush", "distill", str(prompts), "--out", str(runs[name])]
-        runs[name].parent.mkdir(parents=True, exist_ok=True)
-        with said_in(name).open("w") as said:
-            subprocess.run(
-                [*command, "--steps", str(steps), *TRIALS[name]], check=True, stderr=said, stdout=said,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+    def train(name: str) -> None:
+        distil([str(prompts), "--out", str(runs[name]), "--steps", str(steps), *TRIALS[name]], said_in(name))
 
-    with progress("ablations", len(TRIALS), unit="runs") as bar, ThreadPoolExecutor(jobs) as pool:
-        for name, done in {name: pool.submit(distil, name) for name in TRIALS}.items():
+    with progress("ablations", len(TRIALS), unit="runs") as bar, workers(jobs) as pool:
+        for name, done in {name: pool.submit(train, name) for name in TRIALS}.items():
             try:
                 done.result()
-            except subprocess.CalledProcessError:
-                raise SbrushError(f"the trial {name!r} failed", f"see {said_in(name)}") from None
+            except SbrushError as problem:
+                raise SbrushError(f"the trial {name!r}: {problem}", problem.hint) from None
             bar.advance()
     students = {name: load_student(str(run)) for name, run in runs.items()}
     teacher, judge = load_teacher(), Judge.load()
@@ -93,9 +85,7 @@ def _side_by_side(students: dict[str, Any], figures: dict[str, Any], path: Path)
     """Students' images of the same prompts and seeds, one student under the other, with their figures."""
     rows, labels = [], []
     for name, student in students.items():
-        texts = [text for _ in SEEDS for text in PROMPTS]
-        drawn = torch.cat(list(student_images(student, texts, [seed for seed in SEEDS for _ in PROMPTS])))
-        rows += [list(row) for row in drawn.split(len(PROMPTS))]
+        rows += drawn(partial(student_images, student), SEEDS)
         labels += [name, f"FID {figures[name]['fid']:.0f}", f"diversity {figures[name]['diversity']['mean']:.2f}"]
     save_png(path, image_grid(rows, row_labels=labels, column_labels=PROMPTS))
 

@@ -16,6 +16,7 @@ from sbrush.cli.dry_run import dry_run as dry_run_of
 from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.training.folder import check_folder
+from sbrush.training.merged import MERGED, check_options, distill_merged
 from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import (
     AlignmentRequest,
@@ -28,11 +29,12 @@ from sbrush.training.request import (
 
 if TYPE_CHECKING:
     from sbrush.prompts import Prompts
+    from sbrush.training.plan import Plan
 
 IMAGES = "Images to learn from (lcm, guided)"
 PLAN, SETTINGS, MEMORY = "Before you start", "Training settings", "Fit a smaller GPU"
 RECORD, CLIP, ABLATION = "What a run records", "CLIP loss (SwiftBrush v2)", "The paper's ablations"
-RecipeName = StrEnum("RecipeName", {name: name for name in RECIPES})  # type: ignore[misc]
+RecipeName = StrEnum("RecipeName", {name: name for name in (*RECIPES, *MERGED)})  # type: ignore[misc]
 STICKERS = "stickers"  # what --images takes for a folder of that name, but with ./ before it
 EXAMPLE = "Example: sbrush distill prompts/stickers.txt --steps 500 --out runs/first"
 
@@ -337,17 +339,24 @@ def distill(
     ] = False,
 ) -> None:  # fmt: skip
     """Distil a teacher into a one-step student, from prompts alone."""
-    chosen = RECIPES[recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"]
+    name = recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"
     given: dict[str, Any] = {
         "steps": steps, "student_steps": student_steps, "batch": batch, "guidance": guidance, "student_lr": student_lr,
         "student_rank": student_lora,
         "reparameterised": False if no_reparameterisation else None,
         "optimizer": "adam8bit" if adam_8bit else None, "clip_weight": clip_loss,
     }  # fmt: skip
-    chosen = _resolve(chosen, {k: v for k, v in given.items() if v is not None}, set_ or (), sds=no_lora_teacher)
+    given = {k: v for k, v in given.items() if v is not None}
+    merged = MERGED[name].with_parts(
+        lambda part: _resolve(part, given, set_ or (), sds=no_lora_teacher)
+    ) if name in MERGED else None  # fmt: skip
+    parts = merged.parts if merged else {"": _resolve(RECIPES[name], given, set_ or (), sds=no_lora_teacher)}
     if recipes:
-        print_recipes(chosen)
+        print_recipes(parts)
         return
+    if merged:
+        check_options(extend=extend, init=init)
+    chosen = next(iter(parts.values()))  # all parts have one weight of the CLIP loss
     if not chosen.clip_weight and (clip_weights or tiny_vae):
         raise SbrushError(
             "--clip-weights and --tiny-vae are for the clamped CLIP loss, which is off",
@@ -385,9 +394,21 @@ def distill(
         trackers=[name.value for name in tracker or ()], text_cache=text_cache,
     )  # fmt: skip
     if dry_run:
-        dry_run_of(request)
+        dry_run_of(request, merged)
+        return
+    if merged:
+        distill_merged(request, merged, _train)
     else:
         _train(request)
+    from sbrush.device import launched
+
+    if not launched()[0]:  # the main one speaks for all
+        shown = printable(out)
+        runs = [f"{shown}/{folder}".rstrip("/") for folder in parts]
+        grids = f"images: {' and '.join(f'{run}/samples' for run in runs)}   " if grid_every else ""
+        curves = " and ".join(f"{run}/curves.png" for run in runs)
+        info(f'{grids}curves: {curves}   next: sbrush sample "a cat" --student {shown}')
+        console.out(out / "student")
 
 
 def _images(images: str | None, column: str | None, cache: Path | None) -> ImagesRequest:
@@ -436,7 +457,8 @@ def _resolve(recipe: Recipe, given: dict[str, Any], settings: list[str] | tuple[
     return recipe.with_settings(**given).but_for(settings)
 
 
-def _train(request: RunRequest) -> None:
+def _train(request: RunRequest) -> Plan:
+    """Trains a run to its end, from where it stopped; Interrupted if it was stopped again."""
     from sbrush.device import pick_device
     from sbrush.training.loop import distill as train
     from sbrush.training.plan import prepare
@@ -445,14 +467,10 @@ def _train(request: RunRequest) -> None:
     if request.device.startswith("cuda"):
         compare_with_free_memory(request)
     plan = prepare(request)
-    shown = printable(plan.run.out)
     if not train(plan):
         if not plan.main_process:  # the main one speaks for all
             sys.exit(130)
         from sbrush.storage.checkpoint import paths, step_of
 
         raise Interrupted(f"stopped after step {step_of(paths(plan.run.checkpoints)[0])}, saved")
-    if plan.main_process:
-        grids = f"images: {shown}/samples   " if request.every.grid else ""
-        info(f'{grids}curves: {shown}/curves.png   next: sbrush sample "a cat" --student {shown}')
-        console.out(plan.run.student)
+    return plan

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sbrush import console
 from sbrush.console import info, printable
+from sbrush.training.merged import MergedRecipe
 from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import ImagesRequest, RunRequest
 
@@ -63,11 +65,12 @@ def compare_with_free_memory(request: RunRequest) -> None:
         )
 
 
-def dry_run(request: RunRequest) -> None:
-    """Prints what the run would need; the first process speaks for all."""
+def dry_run(request: RunRequest, merged: MergedRecipe | None = None) -> None:
+    """Prints what the run would need, or each training of a merged recipe; the first process speaks for all."""
     from sbrush.device import launched, pick_device, trains_in_bf16
     from sbrush.models.tokenizers import truncated_prompts
     from sbrush.sampling.files import note_unknown_words
+    from sbrush.training.cost import together
     from sbrush.training.methods import METHODS
     from sbrush.training.sharding import asked_for
 
@@ -79,14 +82,15 @@ def dry_run(request: RunRequest) -> None:
         execution=dataclasses.replace(request.execution, shard=asked_for() and world > 1),
     )  # fmt: skip
     teacher = _shapes(request)
-    cost = _cost(request, teacher)
+    runs = {folder: merged.request(request, folder) for folder in merged.parts} if merged else {"": request}
+    costs = {folder: _cost(run, teacher) for folder, run in runs.items()}
     note_unknown_words(teacher, request.prompts.texts)
     number_format = "bfloat16" if trains_in_bf16(request.precision, request.device) else "float32"
     facts = {
         "teacher": request.teacher or "stickers (built in)",
         "prompts": request.prompts.describe(),
         "truncated prompts": truncated_prompts(teacher, request.prompts.texts),
-        "recipe": f"{request.recipe.name}{_changes(request.recipe)}; --recipes prints all settings",
+        "recipe": f"{merged.name if merged else _told(request.recipe)}; --recipes prints all settings",
         "seed": request.seed,
         "device": f"{request.device}, {number_format}",
         "processes": f"{world}; memory is each one's",
@@ -98,8 +102,14 @@ def dry_run(request: RunRequest) -> None:
         facts["validation prompts"] = request.validation.prompts.describe()
     for name, value in facts.items():
         console.out(f"{name}: {printable(value)}")
-    for line in cost.lines(request.recipe, request.device, keep=request.every.keep):
-        console.out(line)
+    for number, (folder, run) in enumerate(runs.items(), start=1):
+        if merged:
+            console.out(f"\ntraining {number} of {len(runs)}, {folder}: {printable(_told(run.recipe))}")
+        for line in costs[folder].lines(run.recipe, request.device, keep=request.every.keep):
+            console.out(line)
+    if merged:
+        for line in together([(run.recipe, costs[folder]) for folder, run in runs.items()], request.device):
+            console.out(line)
 
 
 def _source(images: ImagesRequest) -> str:
@@ -109,25 +119,23 @@ def _source(images: ImagesRequest) -> str:
     return "stickers that are drawn to the prompts" if images.drawn else "the teacher's own, of the prompts"
 
 
-def _changes(recipe: Recipe) -> str:
-    """How a recipe differs from its row of the table: ", with steps 500 (244000)"."""
+def _told(recipe: Recipe) -> str:
+    """A recipe, and how it differs from its row of the table: "swiftbrush, with steps 500 (244000)"."""
     row = RECIPES[recipe.name]
     changed = [
         f"{f.name} {getattr(recipe, f.name)} ({getattr(row, f.name)})"
         for f in dataclasses.fields(Recipe)
         if getattr(recipe, f.name) != getattr(row, f.name)
     ]
-    return ", with " + ", ".join(changed) if changed else ""
+    return recipe.name + (", with " + ", ".join(changed) if changed else "")
 
 
-def print_recipes(recipe: Recipe) -> None:
-    """The recipes side by side, and this run's beside them."""
+def print_recipes(parts: Mapping[str, Recipe]) -> None:
+    """The recipes side by side, and this run's beside them: one, named "", or those of each of its trainings."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("setting", *RECIPES, "this run", title=None, box=None)
+    table = Table("setting", *RECIPES, *(f"this run {folder}".rstrip() for folder in parts), title=None, box=None)
     for field in dataclasses.fields(Recipe):
-        table.add_row(
-            field.name, *(str(getattr(r, field.name)) for r in RECIPES.values()), str(getattr(recipe, field.name))
-        )
+        table.add_row(field.name, *(str(getattr(r, field.name)) for r in (*RECIPES.values(), *parts.values())))
     Console(markup=False, highlight=False).print(table)

@@ -106,7 +106,7 @@ def evaluate_stickers(
             code=2,
         )
     measured, varied = pairs(n), diversity_pairs(per_caption)
-    reference = _reference(measured, varied, judge)
+    reference = real_reference(measured, varied, judge)
     caption_of = {seed: caption for caption, seed in (*measured, *varied)}
     real = Candidate("real images", lambda _, seeds: real_images("floor", [(caption_of[s], s) for s in seeds]))
 
@@ -152,8 +152,30 @@ def measure(
     `batches`: one image for each of `captions`; `diversity_batches`: equally many of each of diversity's captions.
     Raises SbrushError if images are not 64 x 64, ValueError if there are too few or too many.
     """
-    seen = _extract(batches, judge, len(captions))
-    various = _extract(diversity_batches, judge)
+    seen, various = extract(batches, judge, len(captions)), extract(diversity_batches, judge)
+    return metrics_of(name, (seen, various), captions, judge, reference, steps=steps, guidance=guidance)
+
+
+class Extracted(NamedTuple):
+    """What stays of images that have passed by."""
+
+    features: Tensor  # float32 [N, width]
+    judged: dict[str, Tensor]  # int64 [N] each
+    places: Tensor  # float32 [N, 2]
+
+
+def metrics_of(
+    name: str,
+    images: tuple[Extracted, Extracted],
+    captions: Sequence[Caption],
+    judge: Judge,
+    reference: Reference,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Metrics:
+    """The same of what stays of the images: one for each caption, and diversity's."""
+    seen, various = images
     trained, held_out = (accuracy(captions, seen.judged, held_out=apart) for apart in (False, True))
     precision, recall = precision_recall(reference.features, seen.features)
     varieties = diversity.varieties(diversity.CAPTIONS, various.judged, various.places)
@@ -176,15 +198,7 @@ def measure(
     )
 
 
-class _Extracted(NamedTuple):
-    """What stays of images that have passed by."""
-
-    features: Tensor  # float32 [N, width]
-    judged: dict[str, Tensor]  # int64 [N] each
-    places: Tensor  # float32 [N, 2]
-
-
-def _extract(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> _Extracted:
+def extract(batches: Iterable[Tensor], judge: Judge, count: int | None = None) -> Extracted:
     """What the judge sees in images as they pass; `count` of them, if given, are expected."""
     features, places = [], []
     for batch in batches:
@@ -198,14 +212,14 @@ def _extract(batches: Iterable[Tensor], judge: Judge, count: int | None = None) 
     if count is not None and sum(map(len, places)) != count:
         raise ValueError(f"{count} images were asked for, {sum(map(len, places))} came")
     together = torch.cat(features)
-    return _Extracted(together, judge.classify(together), torch.cat(places))
+    return Extracted(together, judge.classify(together), torch.cat(places))
 
 
-def _reference(measured: Sequence[Pair], varied: Sequence[Pair], judge: Judge) -> Reference:
+def real_reference(measured: Sequence[Pair], varied: Sequence[Pair], judge: Judge) -> Reference:
     """The real images that every candidate is compared with."""
     with progress("reference", len(measured) + len(varied), unit="images") as bar:
-        real = _extract(_count(real_images("reference", measured), bar), judge, len(measured))
-        open_ = _extract(_count(real_images("reference", varied), bar), judge, len(varied))
+        real = extract(_count(real_images("reference", measured), bar), judge, len(measured))
+        open_ = extract(_count(real_images("reference", varied), bar), judge, len(varied))
     return Reference(real.features, diversity.varieties(diversity.CAPTIONS, open_.judged, open_.places))
 
 

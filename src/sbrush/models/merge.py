@@ -9,17 +9,22 @@ from sbrush.console import SbrushError, printable
 from sbrush.models.card import STATED
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student
+from sbrush.models.parts import read_json
+from sbrush.models.places import folder_digest
 from sbrush.storage.files import check_new
 
 
-def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
+def merge(one: str, two: str, out: Path, *, share: float = 0.5, replace: bool = False) -> None:
     """Writes the student theta = share theta_1 + (1 - share) theta_2 to `out`; its other parts are the first one's.
+
+    With `replace` it takes the place of a student that is there already.
 
     Two students of one teacher that began as copies of it are near enough for their mean to be a student too; the
     paper merges a full and a LoRA student at one half. SbrushError if they are not of one kind, or `out` is taken;
     OSError as any writing may raise it.
     """
-    check_new(out)
+    if not replace:
+        check_new(out)
     first, second = load_student(one), load_student(two)
     for name, model in ((one, first), (two, second)):
         if "recipe" not in model.about:
@@ -52,3 +57,13 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5) -> None:
         for name, model, part in ((one, first, share), (two, second, 1 - share))
     ]
     export_student(out, first, first.unet, about=about, scheduler=first.sampler)
+
+
+def is_merged_from(student: Path, one: Path, two: Path, share: float) -> bool:
+    """Whether a folder holds what `merge` makes of two students' folders as they are now."""
+    try:
+        merged = read_json(student / "sbrush.json")["merged"]
+        made_of = [(part["sha256"], part["share"]) for part in merged]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return made_of == [(folder_digest(one), share), (folder_digest(two), 1 - share)]

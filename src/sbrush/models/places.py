@@ -50,7 +50,7 @@ def teacher_of(student: Model | str | None) -> str | None:
     if not isinstance(name, str) or not name:
         raise SbrushError(f"{shown} does not say who its teacher is", "name it: --teacher MODEL", code=2)
     found = find_teacher(name, sha256, home)
-    if found and isinstance(sha256, str) and Path(found).is_dir() and _digest(Path(found)) != sha256:
+    if found and isinstance(sha256, str) and Path(found).is_dir() and folder_digest(Path(found)) != sha256:
         raise SbrushError(
             f"the teacher {printable(found)} is not the one that {shown} was made from",
             "it has changed since: put the old one back, or name another: --teacher MODEL",
@@ -99,12 +99,12 @@ def _is_it(place: Path, sha256: object) -> bool:
     """
     if place.is_file():
         return is_single_file(str(place))
-    digest = _digest(place)
+    digest = folder_digest(place)
     return digest is not None and (not isinstance(sha256, str) or digest == sha256)
 
 
-def _digest(folder: Path) -> str | None:
-    """A model folder's digest; None if it is none."""
+def folder_digest(folder: Path) -> str | None:
+    """A model folder's digest, as load.digest of the model in it; None if it is none."""
     try:
         family = FAMILIES[read_json(folder / "model_index.json").get("_class_name", Model.pipeline)]
         return digest_of_parts(dict.fromkeys(family.parts, folder))

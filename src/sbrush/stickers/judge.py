@@ -1,4 +1,4 @@
-"""The judge: says what a sticker's image shows. Used only for measuring, and trained apart from the teacher.
+"""The judge: says what a sticker's image shows. Made for measuring, and trained apart from the teacher.
 
 `Judge` is a small open_clip model: its image tower gives the features of FID, precision and recall; its two towers
 together say which caption is true. `pixel_attributes` is a plain count of pixels, a check on it that knows no network.
@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sbrush.console import SbrushError
+from sbrush.device import send
 from sbrush.stickers.draw import INK, WHITE
 from sbrush.stickers.world import ATTRIBUTES, BACKGROUNDS, COLOURS, IMAGE_SIZE, Caption
 
@@ -42,6 +43,7 @@ class Judge:
         self._mean = torch.tensor(config["preprocess_cfg"]["mean"]).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(config["preprocess_cfg"]["std"]).view(1, 3, 1, 1) * 255
         self._device = next(net.parameters()).device
+        self._scale = [numbers.to(self._device) for numbers in (self._mean, self._std)]
         self.width: int = config["model_cfg"]["embed_dim"]
         self.digest = digest
 
@@ -109,6 +111,19 @@ class Judge:
         """Of both: uint8 [B, 3, 64, 64] and B captions to float32 [B]."""
         return self.clip_score(self.features(images), captions)
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """Both towers."""
+        return cast(torch.nn.Module, self._net)
+
+    def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosines through which images, float32 [B, 3, 64, 64] of 0 to 1, can be trained: float32 [B]."""
+        mean, std = self._scale
+        seen = self._net.encode_image((255 * images - mean) / std, normalize=True)
+        with torch.no_grad():
+            said = self._net.encode_text(send(self._tokens(list(captions)), self._device), normalize=True)
+        return (seen.float() * said.float()).sum(dim=-1)
+
     @cached_property
     def _single(self) -> dict[str, Tensor]:
         """The captions that name one attribute alone, as unit vectors: [values, width] for each attribute."""
@@ -119,11 +134,13 @@ class Judge:
     @torch.inference_mode()
     def _said(self, texts: list[str]) -> Tensor:
         """Unit vectors of texts, float32 [len(texts), width], on the CPU."""
-        tokens = self._tokenizer(
+        out: Tensor = self._net.encode_text(self._tokens(texts).to(self._device), normalize=True)
+        return out.float().cpu()
+
+    def _tokens(self, texts: list[str]) -> Tensor:
+        return self._tokenizer(
             texts, padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
         ).input_ids
-        out: Tensor = self._net.encode_text(tokens.to(self._device), normalize=True)
-        return out.float().cpu()
 
 
 def foreground(images: Tensor) -> tuple[Tensor, Tensor]:

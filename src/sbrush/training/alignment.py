@@ -9,42 +9,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from sbrush.console import SbrushError, printable
+from sbrush.console import SbrushError, info, printable
+from sbrush.device import launched
 from sbrush.metrics.clip import ClipScorer
 from sbrush.models.checks import check_configuration, read_network, untrained_network
 from sbrush.models.configurations import TINY_VAE
 from sbrush.models.model import Model, for_decoder
 from sbrush.models.parts import DIFFUSERS, digest_of, network_files, refuse_pointer
+from sbrush.stickers.judge import Judge
 from sbrush.training.request import AlignmentRequest
+
+
+class Scorer(Protocol):
+    """A CLIP model that images can be trained through: ClipScorer, or the built-in world's judge."""
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    def cosines(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosines: float32 [B, 3, H, W] of 0 to 1 and B captions to float32 [B]."""
 
 
 class Alignment:
     """A decoder and a CLIP model; `name` holds their names and digests, for a run's configuration."""
 
-    def __init__(self, clip: ClipScorer, vae: AutoencoderKL | AutoencoderTiny, name: str) -> None:
+    def __init__(self, clip: Scorer, vae: AutoencoderKL | AutoencoderTiny, name: str) -> None:
         self._clip, self._vae, self.name = clip, vae, name
 
     @classmethod
     def load(cls, teacher: Model, request: AlignmentRequest, *, device: str) -> Alignment:
         """For `clip_weights` and `clip_model` see ClipScorer.load; `tiny_vae` is a folder in diffusers' format.
 
+        Without `clip_weights` the built-in teacher takes the built-in judge, which also measures its students.
+
         SbrushError if one of them is missing, damaged, or made for other latents than the teacher's.
         """
         clip_weights, clip_model, tiny_vae = request.clip_weights, request.clip_model, request.tiny_vae
-        if clip_weights is None or not clip_weights.exists():
+        clip: Scorer
+        if judge := _judge(teacher, request, device):
+            clip, name = judge, f"built-in judge {judge.digest[:16]}"
+            if launched()[0] == 0:
+                info("note: the CLIP loss takes the built-in judge, by which `sbrush eval` measures this student too")
+        elif clip_weights is None or not clip_weights.exists():
             raise SbrushError(
                 f"no CLIP model {printable(clip_weights)}" if clip_weights else "the CLIP loss needs a CLIP model",
                 f"--clip-weights: {clip_model}'s as safetensors or a state dict, or a folder of open_clip's",
                 code=2,
             )
-        clip = ClipScorer.load(clip_weights, model_name=clip_model, device=device)
-        # A folder's digest says all, whatever the folder is called; a file's does not say which model it is read as.
-        name = f"{'open_clip' if clip_weights.is_dir() else clip.name} {clip.digest[:16]}"
+        else:
+            loaded = ClipScorer.load(clip_weights, model_name=clip_model, device=device)
+            # A folder's digest says all, whatever it is called; a file's does not say which model it is read as.
+            clip, name = loaded, f"{'open_clip' if clip_weights.is_dir() else loaded.name} {loaded.digest[:16]}"
         if tiny_vae is None:
             return cls(clip, teacher.vae, name)
         vae = _tiny(tiny_vae, teacher, device)
@@ -54,9 +75,11 @@ class Alignment:
     @classmethod
     def shapes(cls, teacher: Model, request: AlignmentRequest) -> Alignment:
         """The same, its networks with shapes and no numbers."""
-        clip = ClipScorer.shapes(request.clip_weights, model_name=request.clip_model)
+        clip = _judge(teacher, request, "meta") or ClipScorer.shapes(
+            request.clip_weights, model_name=request.clip_model
+        )
         tiny_vae = request.tiny_vae
-        return cls(clip, teacher.vae if tiny_vae is None else _tiny(tiny_vae, teacher, "meta"), clip.name)
+        return cls(clip, teacher.vae if tiny_vae is None else _tiny(tiny_vae, teacher, "meta"), "shapes")
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -74,6 +97,12 @@ class Alignment:
         latents = for_decoder(self._vae, x0).to(self._vae.dtype)
         images = self._vae.decode(latents).sample.float() / 2 + 0.5
         return self._clip.cosines(images.clamp(0, 1), prompts)
+
+
+def _judge(teacher: Model, request: AlignmentRequest, device: str) -> Judge | None:
+    """The built-in judge, if no CLIP model is named and the teacher is of the built-in world."""
+    wanted = request.clip_weights is None and teacher.about.get("world") == "stickers"
+    return Judge.load(device=device) if wanted else None
 
 
 def _tiny(folder: Path, teacher: Model, device: str) -> AutoencoderTiny:

@@ -10,6 +10,7 @@ from typing import Any
 import sbrush
 from sbrush.console import SbrushError, printable
 from sbrush.models.ladder import Sampling
+from sbrush.training.merged import MERGED
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import RunRequest
 
@@ -77,6 +78,12 @@ def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
             f"the run in {printable(out)} has format {printable(before.get('format'))}, this version writes {FORMAT}",
             "finish it with the version that started it, or start a new run in another --out",
         )
+    if (theirs := _recipe_name(before)) != (ours := _recipe_name(now)) and (theirs in MERGED or ours in MERGED):
+        raise SbrushError(
+            f"{printable(out)} holds a run of the recipe {printable(theirs)}, not of {ours}",
+            "give the same options to resume it, or another --out to start a new run",
+            code=2,
+        )
     if isinstance(before.get("recipe"), dict):  # a setting that came later was what it is by default
         before = {**before, "recipe": LATER | before["recipe"]}
     if changed := differences(_spelt_alike(before, now), now):
@@ -85,6 +92,12 @@ def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
             "give the same options to resume it, or another --out to start a new run",
             code=2,
         )
+
+
+def _recipe_name(config: dict[str, Any]) -> object:
+    """The recipe of a run, or of several trainings, in whose folder each has a run of its own."""
+    recipe = config.get("recipe")
+    return recipe.get("name") if isinstance(recipe, dict) else recipe
 
 
 def _spelt_alike(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ every tensor that it would hold is counted, and so is every multiplication. Noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,17 +48,14 @@ class Cost:
         """Bytes on the device when most is held."""
         return sum(self.memory.values())
 
-    def lines(self, recipe: Recipe, device: str, *, keep: int = 2) -> list[str]:
-        """The cost as people read it; `keep`: how many checkpoints stay.
+    def total(self, recipe: Recipe) -> float:
+        """FLOPs of the whole training, the images that it learns from included."""
+        return self.before + recipe.steps * recipe.batch * (self.forwards * self.flops + self.alignment_flops)
 
-        Hours are derived for a GPU alone: small networks are far from a CPU's rate of matrix products.
-        """
-        hours = "its speed on this CPU shows after ten steps"
+    def lines(self, recipe: Recipe, device: str, *, keep: int = 2) -> list[str]:
+        """The cost as people read it; `keep`: how many checkpoints stay."""
         images, each = recipe.steps * recipe.batch, self.forwards * self.flops + self.alignment_flops
-        if device.startswith("cuda"):
-            whole = images * each + self.before
-            hours = f"{whole / 3600e14:.3g} hours at 100 TFLOP/s (an H200 sustained 200, docs/results.md)"
-        first = f"; before the first, {self.before / 1e15:.3g} PFLOP for the teacher's images" if self.before else ""
+        made = f", {self.before / 1e15:.3g} of them before the first, for the teacher's images" if self.before else ""
         clip = f" and {self.alignment_flops / 1e12:.3g} for the CLIP loss" if self.alignment_flops else ""
         return [
             "",
@@ -77,8 +75,31 @@ class Cost:
             "",
             f"{self.forwards:g} UNet forwards of {self.flops / 1e12:.3g} TFLOP an image{clip}: {each / 1e12:.3g} TFLOP",
             f"{counted(recipe.steps, 'step')} of {recipe.batch}: {counted(images, 'image')}, "
-            f"{images * each / 1e15:.3g} PFLOP{first}; {hours}",
+            + _time(self.total(recipe), device, made),
         ]
+
+
+def _time(flops: float, device: str, made: str = "") -> str:
+    """FLOPs, what some of them are for, and their hours.
+
+    Hours are derived for a GPU alone: small networks are far from a CPU's rate of matrix products.
+    """
+    hours = "its speed on this CPU shows after ten steps"
+    if device.startswith("cuda"):
+        hours = f"{flops / 3600e14:.3g} hours at 100 TFLOP/s (an H200 sustained 200, docs/results.md)"
+    return f"{flops / 1e15:.3g} PFLOP{made}; {hours}"
+
+
+def together(trainings: Sequence[tuple[Recipe, Cost]], device: str) -> list[str]:
+    """What trainings one after another need, and the merging of their two students, which are full ones by then."""
+    students, total = 4 * trainings[0][1].parameters["UNet"], sum(cost.total(recipe) for recipe, cost in trainings)
+    return [
+        "",
+        f"{f'all {len(trainings)} trainings, one after another: expected peak':56} "
+        f"{max(cost.peak for _, cost in trainings) / GIB:10.3f} GiB",
+        f"{'two students while they are merged, in host memory':56} {2 * students / GIB:10.3f} GiB",
+        f"all {len(trainings)} trainings: {_time(total, device)}",
+    ]
 
 
 def smaller(recipe: Recipe, execution: ExecutionOptions) -> str:

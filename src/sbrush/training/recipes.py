@@ -14,7 +14,7 @@ stickers-guided
 
 lcm and guided learn from images: the teacher's own, or --images.
 
-Which one to take: docs/recipes.md.
+Recipes of several trainings, swiftbrush-v2 and stickers-v2: merged.py. Which one to take: docs/recipes.md.
 """
 
 from __future__ import annotations

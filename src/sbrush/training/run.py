@@ -109,36 +109,8 @@ class Run:
         return TeacherReference(**json.loads((self.out / "samples" / "teacher.json").read_text(encoding="utf-8")))
 
     def claim(self) -> AbstractContextManager[object]:
-        """Locks the folder for this run, for as long as what is returned is held.
-
-        SbrushError if the folder holds something else or another configuration, is in use, or cannot be written.
-        """
-        shown = printable(self.out)
-        file = self.out / "config.json"
-        check_folder(self.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.out, os.W_OK):
-                raise PermissionError(13, "Permission denied")
-            with ExitStack() as held:
-                held.enter_context(hold(self.out / LOCK, wait=False))
-                if not file.is_file():
-                    write_json(file, self.config)
-                before = read_config(self.out)
-                check_same(before, self.config, self.out)
-                if before.get("extended_by", []) != self.config["extended_by"]:
-                    write_json(file, self.config)
-                return held.pop_all()
-        except Timeout as taken:
-            left = f"; if there is none, remove {printable(taken.lock_file)}" if taken.lock_file.endswith(SOFT) else ""
-            raise SbrushError(
-                f"another run is using {shown}", f"wait for it, or name another folder with --out{left}", code=2
-            ) from None
-        except OSError as problem:
-            raise SbrushError(
-                f"cannot write to {shown}: {problem.strerror}",
-                "make room there or change its permissions, or name another folder with --out",
-            ) from None
+        """Locks the folder for this run, for as long as what is returned is held: see `claim` below."""
+        return claim(self.out, self.config)
 
     def start(self, teacher: Model, *, after_step: int) -> list[dict[str, Any]]:
         """Cuts the log back to the step that training resumes from, and draws the teacher's grid once.
@@ -230,6 +202,39 @@ class Run:
         rows = [list(row) for row in drawn.split(len(chosen))]
         labels = [f"seed {seed}" for seed in range(1, GRID_SEEDS + 1)]
         images.save_png(self.out / "samples" / name, images.image_grid(rows, row_labels=labels, column_labels=chosen))
+
+
+def claim(out: Path, config: dict[str, Any]) -> AbstractContextManager[object]:
+    """Locks a folder for what `config` says, for as long as what is returned is held; writes it to config.json.
+
+    SbrushError if the folder holds something else or another configuration, is in use, or cannot be written.
+    """
+    shown = printable(out)
+    file = out / "config.json"
+    check_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        with ExitStack() as held:
+            held.enter_context(hold(out / LOCK, wait=False))
+            if not file.is_file():
+                write_json(file, config)
+            before = read_config(out)
+            check_same(before, config, out)
+            if before.get("extended_by", []) != config.get("extended_by", []):
+                write_json(file, config)
+            return held.pop_all()
+    except Timeout as taken:
+        left = f"; if there is none, remove {printable(taken.lock_file)}" if taken.lock_file.endswith(SOFT) else ""
+        raise SbrushError(
+            f"another run is using {shown}", f"wait for it, or name another folder with --out{left}", code=2
+        ) from None
+    except OSError as problem:
+        raise SbrushError(
+            f"cannot write to {shown}: {problem.strerror}",
+            "make room there or change its permissions, or name another folder with --out",
+        ) from None
 
 
 def _loggable(value: object) -> bool:
