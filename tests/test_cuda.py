@@ -39,6 +39,8 @@ def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, fam
     monkeypatch.setattr("sbrush.training.methods.vsd.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
     teacher = load_shapes(str(request.getfixturevalue(family)))
     reference = TeacherReference([0.0] * 4, [1.0] * 4, [1.0] * 4, 1.0, 1.0)
+    # So are its own scheduler's numbers, when a distiller is made.
+    monkeypatch.setattr(VSD, "scheduler", VSD.sampling(recipe).scheduler(teacher.scheduler, recipe.t_init))
     with fake_cuda() as accelerator:
         for network in teacher.networks:
             network.to_empty(device="cpu")
