@@ -203,7 +203,8 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("workers.shutdown(cancel_futures=True)", "workers.shutdown(wait=False)", "test_prefetch.py"),
     ],
     "models/schedule.py": [
-        ("teacher.betas[: t_init + 1]", "teacher.betas[:t_init]", "test_few_prompts.py::test_a_grid_is_drawn_as_the_student_will_be"),
+        ("teacher.betas[: t_init + 1]", "teacher.betas[:t_init]",
+         "test_few_prompts.py::test_a_grid_is_drawn_as_the_student_will_be"),
         ("own.config.num_train_timesteps - 1", "own.config.num_train_timesteps // 2", "test_schedule.py"),
         ("{**own, **known}", "{**known, **own}", "test_schedule.py"),
     ],

@@ -37,6 +37,7 @@ def exported(teacher, folder, t_init=None):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_student_folder_gives_the_same_image_in_plain_diffusers(tmp_path, prediction, t_init, half):
     from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from safetensors.torch import load_file
     from transformers import CLIPTextModel
 
     source = build_tiny_teacher(tmp_path / "teacher", prediction=prediction)
