@@ -143,6 +143,13 @@ def test_what_a_budget_buys(monkeypatch, tmp_path):
     assert steps == {paper: 200, v2: 95, half: 400}
 
 
+def test_the_images_that_a_method_learns_from_are_part_of_its_budget():
+    lcm = next(row for row in ROWS if row.label == "LCM")
+    before = runs.forwards_before(lcm)
+    assert before == 500 * 12 * 2 / 32 and runs.forwards_before(ROWS[1]) == 0
+    assert runs.steps_within(lcm, before + 100 * runs.forwards_a_step(lcm)) == 100
+
+
 def test_the_same_minutes_are_had_from_the_rates_of_the_first_seed(monkeypatch, tmp_path):
     rows = [Row(BASE, "stickers"), Row("twice as slow", "stickers"), Row("as fast", "stickers")]
     monkeypatch.setattr(runs, "forwards", lambda recipe: 9.0)

@@ -76,7 +76,9 @@ class Making:
         budget = Budget("minutes-like-swiftbrush" if minutes is None else f"minutes-{minutes:g}")
         jobs = []
         for job in rated.values():
-            steps = max(1, round(seconds * job.steps / job.seconds))
+            forwards, before = job.steps * runs.forwards_a_step(job.row), runs.forwards_before(job.row)
+            forwards = (forwards + before) * seconds / job.seconds - before  # those that are left for steps
+            steps = max(1, round(forwards / runs.forwards_a_step(job.row)))
             near = abs(steps / job.steps - 1) <= ENOUGH
             own = [other for other in first if other.row == job.row]
             jobs += own if near else runs.plan(
@@ -114,7 +116,7 @@ class Making:
             ]
             made = [run for run in made if run["draws"]]
             if made:
-                forwards = own[0].steps * runs.forwards_a_step(row)
+                forwards = runs.forwards_before(row) + own[0].steps * runs.forwards_a_step(row)
                 found.append(Result(row.label, row.recipe, row.settings, own[0].steps, forwards, made))
         return found
 
@@ -135,7 +137,8 @@ class Making:
         return runs.plan(row, budget, range(self.request.seeds), self.request.work, steps=steps)
 
     def _student(self, job: Job) -> Task:
-        training = self.rates.training(job.steps * runs.forwards_a_step(job.row))
+        forwards = runs.forwards_before(job.row) + job.steps * runs.forwards_a_step(job.row)
+        training = self.rates.training(forwards)
         drawing = self.rates.drawing(job.row, self._images)
 
         def make() -> None:

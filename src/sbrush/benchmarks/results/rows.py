@@ -1,6 +1,7 @@
 """What the table compares, a line each: the teacher, SwiftBrush, its ablations and successors, and its rivals.
 
-Every student is of the `stickers` recipe with the settings named here, so that two rows differ in their method alone.
+Every student of VSD is of the `stickers` recipe with the settings named here, so that two rows differ in their method
+alone. Its rivals have their own recipes, and learn from the teacher's images.
 `SWIFTBRUSH` is the paper's loss at the built-in world's size: its weight, guidance on both scores, null prompts. The
 learning rates, the start and the timesteps stay those of the recipe.
 """
@@ -43,6 +44,7 @@ class Row:
 
 
 SWIFTBRUSH = ("gap=vsd", "guide_lora=true", "shared_forward=false", "null_chance=0.1")
+IMAGES = ("images=500",)  # that the teacher makes for its rivals to learn from; their forwards are part of the budget
 CLIP = ("clip_weight=1.0", "clip_tau=0.28")
 BASE = "SwiftBrush"  # the row whose minutes all others get
 ROWS = (
@@ -55,4 +57,9 @@ ROWS = (
     Row("clamped CLIP loss", "stickers", (*SWIFTBRUSH, *CLIP)),
     Row("v2: CLIP, merged", "stickers-v2", SWIFTBRUSH),
     Row("few-step", "stickers", (*SWIFTBRUSH, "student_steps=4"), draws=(1, 2, 4)),
+    Row("LCM", "stickers-lcm", IMAGES, draws=(1, 2, 4)),
+    *(
+        Row(f"guided, halved to {steps}", "stickers-guided", (*IMAGES, f"student_steps={steps}"), draws=(steps,))
+        for steps in (1, 2, 4)
+    ),
 )

@@ -22,7 +22,8 @@ from pathlib import Path
 from sbrush.benchmarks.results.rows import Row
 from sbrush.console import SbrushError, printable
 from sbrush.models.parts import read_json
-from sbrush.training.cost import Monitoring, estimate
+from sbrush.training.cost import Monitoring, Prepared, estimate
+from sbrush.training.methods import METHODS
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
 from sbrush.training.run import read_log
@@ -75,8 +76,12 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """What its training took, by its logs: without loading, exporting and what was lost by a kill."""
-        return sum(seconds_of(self.run / folder, part.batch) for folder, part in self.row.parts().items())
+        """What its training took, by its logs: without loading, exporting and what was lost by a kill.
+
+        The images that it learns from, if any, are taken to cost what as many forwards of its steps do.
+        """
+        logged = sum(seconds_of(self.run / folder, part.batch) for folder, part in self.row.parts().items())
+        return logged * (1 + forwards_before(self.row) / (self.steps * forwards_a_step(self.row)))
 
     def train(self, prompts: Path, *, threads: int) -> None:
         """Trains it to its end, from where it stopped. SbrushError, which names its log, if that fails."""
@@ -141,7 +146,21 @@ def forwards_a_step(row: Row) -> float:
 
 def steps_within(row: Row, budget: float) -> int:
     """How many steps of each of a row's trainings a budget of UNet forwards of a batch of BATCH buys: 1 at least."""
-    return max(1, round(budget / forwards_a_step(row)))
+    return max(1, round((budget - forwards_before(row)) / forwards_a_step(row)))
+
+
+def forwards_before(row: Row) -> float:
+    """UNet forwards of a batch of BATCH before the first step: of the teacher, whose images some learn from."""
+    return sum(_forwards_for_images(part) for part in row.parts().values())
+
+
+@cache
+def _forwards_for_images(recipe: Recipe) -> float:
+    if not METHODS[recipe.method].from_images:
+        return 0.0
+    prepared = Prepared(images=recipe.images, generated=True)
+    cost = estimate(None, recipe, ExecutionOptions(), prepared=prepared, monitoring=Monitoring(grids=False))
+    return cost.before / cost.flops / BATCH
 
 
 def seconds_of(run: Path, batch: int) -> float:
