@@ -59,6 +59,7 @@ def make(tmp_path, monkeypatch, prompt_file):
         results.main(**given | {"budget": 1.2, "minutes": 0, "jobs": 1, "device": "cpu", "only": None} | options)
 
     monkeypatch.setattr(results, "ROWS", FEW)
+    monkeypatch.setattr(results.os, "cpu_count", lambda: 1)  # or torch would keep that many threads for other tests
     monkeypatch.setattr(runs, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(runs, "distil", distil)
     monkeypatch.setattr(Rates, "measure", classmethod(lambda cls, **_: Rates(0.1, 0.01, 0.01)))
