@@ -122,7 +122,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, tiny_teacher, prom
 
 def test_recipes_stand_side_by_side(prompt_file):
     table = sbrush("distill", prompt_file, "--recipes").stdout
-    for said in ("swiftbrush", "stickers", "student_lr", "244000"):
+    for said in ("swiftbrush", "stickers", "student_lr", "244000", "lcm", "stickers-guided", "this run"):
         assert said in table
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -270,33 +268,32 @@ def test_one_step_cannot_be_taught_from_pure_noise(tmp_path, prompt_file):
 )
 def test_two_processes_make_the_student_of_one_and_one_can_go_on(tmp_path, tiny_teacher, recipe, options):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na red fish\na blue car\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
-    def run(start, name):
-        command = [*start, "-m", "sbrush", "distill", "prompts.txt", "--teacher", str(tiny_teacher), "--out", name]
-        command += ["--recipe", recipe, "--steps", "4", "--batch", "4", "--student-lr", "1e-3", "--device", "cpu"]
-        command += ["--precision", "float32", "--checkpoint-every", "3", "--grid-every", "0", "--log-every", "1"]
-        command += ["--set", "image_steps=2", *options]
-        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
+    def run(name, processes=1):
+        done = sbrush(
+            "distill", tmp_path / "prompts.txt", "--teacher", tiny_teacher, "--out", tmp_path / name,
+            "--recipe", recipe, "--steps", 4, "--batch", 4, "--student-lr", 1e-3, "--device", "cpu",
+            "--precision", "float32", "--checkpoint-every", 3, "--grid-every", 0, "--log-every", 1,
+            "--set", "image_steps=2", *options, processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
         log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        weights = load_file(tmp_path / name / "student" / "unet" / "diffusion_pytorch_model.safetensors")
-        return weights, log, ran.stderr
+        return load_file(tmp_path / name / "student" / "unet" / "diffusion_pytorch_model.safetensors"), log, done.stderr
 
-    one, log, _ = run([sys.executable], "one")
+    one, log, _ = run("one")
     start = dict(load_teacher(str(tiny_teacher)).unet.named_parameters())
 
     def agrees(other):
         learnt = [torch.cat([(weights[k] - start[k]).flatten() for k in start]) for weights in (one, other)]
         assert torch.cosine_similarity(*learnt, dim=0) > 0.999 and abs(learnt[0].norm() / learnt[1].norm() - 1) < 1e-3
 
-    two, other_log, _ = run(launch, "two")
+    two, other_log, _ = run("two", processes=2)
     agrees(two)
     for key in ("student_loss", "student_grad"):
         assert log[0][key] == pytest.approx(other_log[0][key], rel=1e-3), key
     shutil.rmtree(tmp_path / "two" / "student")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000004")
-    rest, _, said = run([sys.executable], "two")
+    rest, _, said = run("two")
     assert "resuming after step 3" in said
     agrees(rest)
 

@@ -124,7 +124,7 @@ def test_both_kinds_of_evaluation_generate_under_the_arithmetic(
         for name in ("student_images", "teacher_images"):
             monkeypatch.setattr(module, name, images)
     arithmetic = pick_arithmetic("auto", "cuda", "eval")
-    there = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    there = SimpleNamespace(device=SimpleNamespace(type="cuda"), rungs=lambda steps: (999,))
     monkeypatch.setattr(candidates, "digest", lambda model: "digest")
     teacher = candidates.teacher_candidate(there, 2, 3.0, arithmetic=arithmetic)  # type: ignore[arg-type]
     assert teacher.cache_key == "digest float32 with TF32 products cuda"  # other than on the CPU

@@ -90,7 +90,14 @@ class Stub:
         monkeypatch.setattr(artist, "fingerprint", lambda model: "f" * 16)
         monkeypatch.setattr(artist, "student_images", self.draw)
 
-    def draw(self, student, prompts, seeds, *, batch):
+    def rungs(self, steps):
+        return (999,)
+
+    @property
+    def sampler(self):
+        return self
+
+    def draw(self, student, prompts, seeds, *, batch, **_):
         self.calls.append(list(seeds))
         for seed in seeds:
             image = torch.full((1, 3, 8, 8), seed % 256, dtype=torch.uint8)

@@ -65,8 +65,8 @@ def test_the_student_is_the_mean_of_a_full_and_a_lora_student_trained_alike(undi
 @pytest.mark.parametrize(
     ("owner", "name", "which"),
     [
-        (Run, "export", 1),  # the full student is trained, and not written
-        (plan, "prepare", 2),  # between the two trainings
+        pytest.param(Run, "export", 1, marks=pytest.mark.slow),  # the full student is trained, and not written
+        pytest.param(plan, "prepare", 2, marks=pytest.mark.slow),  # between the two trainings
         (VSD, "step", 5),  # within the second
         (merge, "export_student", 1),  # while the students are merged
     ],

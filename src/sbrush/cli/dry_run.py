@@ -131,11 +131,19 @@ def _told(recipe: Recipe) -> str:
 
 
 def print_recipes(parts: Mapping[str, Recipe]) -> None:
-    """The recipes side by side, and this run's beside them: one, named "", or those of each of its trainings."""
+    """The recipes side by side, and this run's beside them: one, named "", or those of each of its trainings.
+
+    Those of VSD come first, those of the other methods in a table of their own: a terminal is not wide enough for all.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("setting", *RECIPES, *(f"this run {folder}".rstrip() for folder in parts), title=None, box=None)
-    for field in dataclasses.fields(Recipe):
-        table.add_row(field.name, *(str(getattr(r, field.name)) for r in (*RECIPES.values(), *parts.values())))
-    Console(markup=False, highlight=False).print(table)
+    for of_vsd in (True, False):
+        shown = {name: recipe for name, recipe in RECIPES.items() if (recipe.method == "vsd") is of_vsd}
+        for folder, recipe in parts.items():
+            if (recipe.method == "vsd") is of_vsd:
+                shown[f"this run {folder}".rstrip()] = recipe
+        table = Table("setting", *shown, title=None, box=None)
+        for field in dataclasses.fields(Recipe):
+            table.add_row(field.name, *(str(getattr(recipe, field.name)) for recipe in shown.values()))
+        Console(markup=False, highlight=False).print(table)
