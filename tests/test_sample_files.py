@@ -83,6 +83,7 @@ class Stub:
     """A student without networks: an image says its seed. `alive`: the images that are in memory."""
 
     name, image_size, about, text_parts = "stub", (8, 8), {"recipe": {}}, ()
+    guidance_input = None
 
     def __init__(self, monkeypatch):
         self.alive, self.calls = weakref.WeakSet(), []
