@@ -86,8 +86,9 @@ def distill(
     student_steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps in which the student is to draw an image: 1, 2 or 4. Each more costs half a UNet forward in "
-            "training and a whole one in drawing. A student of 4 draws in 1 to 4. Default: the recipe's, 1.",
+            help="Steps in which the student is to draw an image: 1, 2 or 4 (lcm: 1 to 50). Each more costs a UNet "
+            "forward in drawing, and half a one in training. A student of 4 draws in 1 to 4. Default: the recipe's: 4 "
+            "for lcm, else 1.",
             min=1,
             max=1000,
         ),
@@ -338,7 +339,7 @@ def distill(
         ),
     ] = False,
 ) -> None:  # fmt: skip
-    """Distil a teacher into a one-step student, from prompts alone."""
+    """Distil a teacher into a student of one step or a few; from prompts alone, but for lcm and guided."""
     name = recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"
     given: dict[str, Any] = {
         "steps": steps, "student_steps": student_steps, "batch": batch, "guidance": guidance, "student_lr": student_lr,

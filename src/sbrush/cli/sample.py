@@ -241,7 +241,7 @@ def _check_comparison(context: typer.Context, compare: bool) -> None:
     if not compare and (useless := next(given, None)):
         raise SbrushError(
             f"--{useless.replace('_', '-')} is for the teacher, and nothing is compared with one",
-            "add --compare, or leave it out: a student draws in one step and without guidance",
+            "add --compare, or leave it out: it does not change the student's image",
             code=2,
         )
 
