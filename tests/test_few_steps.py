@@ -224,6 +224,34 @@ def test_a_training_step_takes_one_rung_of_its_own_random_numbers_for_the_whole_
     assert taken == expected and set(taken) == {0, 1, 2, 3}
 
 
+def test_the_lora_teacher_learns_a_token_of_the_rung_in_hand_and_the_teacher_is_told_nothing(tiny_teacher, monkeypatch):
+    from accelerate import Accelerator
+
+    from sbrush.models.unet import Role
+    from sbrush.prompts import ShuffledPrompts, make_prompts
+
+    recipe = dataclasses.replace(
+        RECIPES["swiftbrush"], batch=2, student_steps=4, tell_rung=True, lora_rank=2, lora_alpha=2, null_chance=0.0
+    )
+    made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True))
+    made._rung_tokens.data.fill_(2.0)
+    told: dict[Role, list] = {"teacher": [], "lora_teacher": []}
+    score = VSD._score
+
+    def watch(self, role, x_t, t, prompts, scale):
+        told[role].append(prompts)
+        return score(self, role, x_t, t, prompts, scale)
+
+    monkeypatch.setattr(VSD, "_score", watch)
+    before = made._rung_tokens.detach().clone()
+    made.step(1, ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 3))
+    changed = (made._rung_tokens.detach() != before).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [StepNoise(3, 1, range(2), torch.device("cpu")).index(4)]
+    for plain, hinted in zip(told["teacher"][0], told["lora_teacher"][0], strict=True):
+        difference = hinted["tokens"] - plain["tokens"]
+        assert torch.allclose(difference[:, 0], torch.tensor(2.0)) and not difference[:, 1:].any()
+
+
 def test_a_run_of_several_steps_is_exported_merged_and_drawn(tmp_path, tiny_teacher, prompt_file):
     for seed in (0, 1):
         done = sbrush("distill", prompt_file, "--teacher", tiny_teacher, "--student-steps", 2, "--seed", seed,

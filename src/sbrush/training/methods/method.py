@@ -129,3 +129,13 @@ def split_batch(recipe: Recipe, execution: ExecutionOptions, process: int, world
         )
     size, first = local // execution.micro_batches, process * local
     return [range(first + i * size, first + (i + 1) * size) for i in range(execution.micro_batches)]
+
+
+def progress_line(entry: Mapping[str, float | None], **figures: str) -> str:
+    """A log entry in a few words: images/s, `figures` as label=key of the entry, the latents' mean and deviation."""
+    if None in (entry["x0_mean"], *(entry[key] for key in figures.values())):
+        return f"no finite step of the last ones; {entry['skipped']} skipped"
+    said = "".join(f"{label.replace('_', ' ')} {entry[key]:.3g}, " for label, key in figures.items())
+    return f"{entry['images_per_second']:.3g} images/s, {said}x0 {entry['x0_mean']:+.2f} ± {entry['x0_std']:.2f}" + (
+        f", {entry['skipped']} skipped" if entry["skipped"] else ""
+    )

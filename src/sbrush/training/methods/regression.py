@@ -35,7 +35,7 @@ from sbrush.prompts import ShuffledPrompts
 from sbrush.training.accounting import Held, conditioning_shapes, kernels
 from sbrush.training.alignment import Alignment
 from sbrush.training.images import TrainingImages
-from sbrush.training.methods.method import Machine, Method, Rehearsal, split_batch
+from sbrush.training.methods.method import Machine, Method, Rehearsal, progress_line, split_batch
 from sbrush.training.networks import Networks
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
@@ -187,13 +187,7 @@ class Regression(Networks, Method):
 
     def summary(self, entry: Mapping[str, float | None]) -> str:
         """A log entry in a few words, for the progress line."""
-        if entry["student_loss"] is None or entry["x0_mean"] is None:
-            return f"no finite step of the last ones; {entry['skipped']} skipped"
-        return (
-            f"{entry['images_per_second']:.3g} images/s, loss {entry['student_loss']:.3g}, "
-            f"x0 {entry['x0_mean']:+.2f} ± {entry['x0_std']:.2f}"
-            + (f", {entry['skipped']} skipped" if entry["skipped"] else "")
-        )
+        return progress_line(entry, loss="student_loss")
 
     @classmethod
     def check(cls, recipe: Recipe, teacher: Model) -> None:

@@ -23,7 +23,7 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
 from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
-from sbrush.training.methods.method import Machine, Method, Rehearsal, split_batch
+from sbrush.training.methods.method import Machine, Method, Rehearsal, progress_line, split_batch
 from sbrush.training.methods.rehearsal import rehearse
 from sbrush.training.networks import Networks, average_gradients
 from sbrush.training.recipes import Recipe
@@ -126,13 +126,7 @@ class VSD(Networks, Method):
 
     def summary(self, entry: Mapping[str, float | None]) -> str:
         """A log entry in a few words, for the progress line."""
-        if entry["gap"] is None or entry["x0_mean"] is None:
-            return f"no finite step of the last ones; {entry['skipped']} skipped"
-        return (
-            f"{entry['images_per_second']:.3g} images/s, gap {entry['gap']:.3g}, "
-            f"LoRA loss {entry['lora_loss']:.3g}, x0 {entry['x0_mean']:+.2f} ± {entry['x0_std']:.2f}"
-            + (f", {entry['skipped']} skipped" if entry["skipped"] else "")
-        )
+        return progress_line(entry, gap="gap", LoRA_loss="lora_loss")
 
     @classmethod
     def check(cls, recipe: Recipe, teacher: Model) -> None:
