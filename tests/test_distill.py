@@ -24,7 +24,7 @@ from conftest import build_tiny_teacher, sbrush
 from launch import launch
 from sbrush import core
 from sbrush.console import SbrushError
-from sbrush.models.load import load_shapes, load_teacher
+from sbrush.models.load import load_shapes, load_student, load_teacher
 from sbrush.models.unet import set_role
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts, make_prompts, read_prompts
@@ -274,6 +274,29 @@ def test_the_students_learning_rate_rises_while_the_lora_teacher_learns_at_full_
     assert same == lora > SMALL.lora_lr / 2
 
 
+def test_the_lora_teacher_may_learn_alone_at_first(tiny_teacher):
+    ours = distiller(tiny_teacher, dataclasses.replace(SMALL, steps=5, warmup=2, lora_lead=2, shared_forward=False))
+    order = ShuffledPrompts(PROMPTS, 0)
+
+    def changed(step):
+        before = [[p.detach().clone() for p in part] for part in (ours.trained.values(), ours.lora.values())]
+        metrics = ours.step(step, order)
+        now = (ours.trained.values(), ours.lora.values())
+        moved = [
+            any(not torch.equal(p, b) for p, b in zip(part, old, strict=True))
+            for part, old in zip(now, before, strict=True)
+        ]
+        return moved, metrics["student_grad"] > 0
+
+    assert [changed(step) for step in (1, 2, 3)] == [
+        ([False, True], False), ([False, True], False), ([True, True], True)
+    ]  # fmt: skip
+    assert not any(p.grad is not None and p.grad.any() for p in ours.trained.values())
+    assert [ours.recipe.student_lr_at(s) for s in (2, 3, 4)] == pytest.approx(
+        [0, SMALL.student_lr / 2, SMALL.student_lr]
+    )
+
+
 def test_the_students_learning_rate_rises_stays_and_falls_to_the_end():
     recipe = dataclasses.replace(SMALL, steps=100, warmup=10, cooldown=0.5, student_lr=1.0)
     assert [recipe.student_lr_at(s) for s in (1, 10, 50, 51, 76, 100)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.02])
@@ -375,6 +398,20 @@ def test_init_starts_from_another_student(tmp_path, tiny_teacher):
     ours = VSD(second.teacher, SMALL, seed=3, accelerator=second.accelerator, init=second.init)
     weights = student_weights(tmp_path / "first")
     assert all(torch.equal(p, weights[name]) for name, p in ours.student.named_parameters())
+
+
+def test_init_may_name_the_built_in_student(tmp_path, prompt_file, monkeypatch):
+    run = sbrush(
+        "distill", prompt_file, "--init", "stickers", "--out", tmp_path / "run", "--steps", 1, "--batch", 2,
+        "--grid-every", 0, "--student-lr", 1e-30,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    shipped, ours = load_student(), student_weights(tmp_path / "run")
+    assert all(torch.allclose(p, ours[name], rtol=0, atol=1e-20) for name, p in shipped.unet.named_parameters())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stickers").mkdir()  # a folder of this name goes first
+    refused = sbrush("sample", "a cat", "--student", "stickers", "-o", tmp_path / "cat.png")
+    assert refused.returncode == 2 and "no Stable Diffusion model" in refused.stderr
 
 
 def test_an_init_that_means_something_else_by_noise_words_or_output_is_refused(tmp_path, tiny_teacher, tiny_xl):

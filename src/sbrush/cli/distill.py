@@ -130,7 +130,8 @@ def distill(
     init: Annotated[
         str | None,
         typer.Option(
-            help="Start from this student (folder, run or Hub id) instead of a copy of the teacher.",
+            help="Start from this student (folder, run or Hub id; stickers: the built-in one) instead of a copy of the "
+            "teacher.",
             callback=check_student,
             rich_help_panel=SETTINGS,
         ),

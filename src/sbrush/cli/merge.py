@@ -19,7 +19,7 @@ def merge(
     one: Annotated[
         str,
         typer.Argument(
-            help="First student: its folder, the --out of its run, or a Hub id.",
+            help="First student: its folder, the --out of its run, or a Hub id; stickers: the built-in one.",
             metavar="FIRST",
             callback=check_student,
         ),

@@ -30,7 +30,7 @@ from sbrush.models.places import BUILT_IN_TEACHER, FAMILIES, find_teacher, locat
 from sbrush.models.schedule import noise_scale, read_scheduler, scheduler_class
 from sbrush.models.single_file import Entry, convert, known_configuration, read_header
 from sbrush.models.snapshot import Snapshot
-from sbrush.models.source import is_single_file
+from sbrush.models.source import is_built_in, is_single_file
 
 FORMAT = 1  # of sbrush.json
 MOST_STEPS = 1000  # of a student
@@ -68,14 +68,14 @@ def load_student(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """A one-step student from a folder or a Hub id; None is the shipped student, which shares its teacher's parts.
+    """A student from a folder or a Hub id; None is the built-in one, which shares its teacher's parts.
 
     A run's folder stands for the student in it, one of its checkpoints for what the student was then.
 
     Its step is at the schedule's T, of noise as its own scheduler scales it; or, with `start_timestep`, there, of unit
     noise taken for x_t, as DMD2's is at 399.
     """
-    if source is None:
+    if source is None or is_built_in(source):
         places, name = [BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)"
     else:
         places, name = [locate_student(source)], source

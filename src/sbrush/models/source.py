@@ -8,6 +8,7 @@ from pathlib import Path
 from sbrush.console import SbrushError, printable
 from sbrush.storage.files import check_name
 
+BUILT_IN_STUDENT = "stickers"  # its name where no name means something else, as --init does
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LAYOUT = "give a folder in Stable Diffusion's format (model_index.json, unet/, vae/ ...), a Hub id, or nothing"
 
@@ -15,6 +16,11 @@ LAYOUT = "give a folder in Stable Diffusion's format (model_index.json, unet/, v
 def is_single_file(source: str) -> bool:
     """Whether a teacher's name is that of a file of weights, whether or not there is one."""
     return source.lower().endswith((".safetensors", *PICKLES)) and not Path(source).expanduser().is_dir()
+
+
+def is_built_in(student: str) -> bool:
+    """Whether a student's name is that of the one that comes with sbrush; a folder of that name goes first."""
+    return student == BUILT_IN_STUDENT and not Path(student).exists()
 
 
 def check_file(file: Path) -> None:
@@ -47,6 +53,8 @@ def check_source(source: str, *, single_file: bool = False) -> None:
 
     `single_file`: whether a .safetensors is one too, as for teachers.
     """
+    if not single_file and is_built_in(source):
+        return
     check_name(Path(source))
     try:
         if single_file and is_single_file(source):

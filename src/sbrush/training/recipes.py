@@ -60,6 +60,7 @@ class Recipe:
     reparameterised: bool = True  # False: the paper's ablation
     method: str = "vsd"  # what trains the student: a key of training.methods.METHODS
     student_steps: int = 1  # steps in which the student is to draw an image
+    lora_lead: int = 0  # steps at the beginning in which the LoRA teacher alone learns, for a student from --init
     tell_rung: bool = False  # whether the LoRA teacher is told which of them its images come from, see methods/vsd.py
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
@@ -114,6 +115,8 @@ class Recipe:
             raise ValueError("pairs tie noise to the image of one step: they go with student_steps=1")
         if self.student_steps > 1 and not self.reparameterised:
             raise ValueError("a student without re-parameterisation takes one step: it has no noise to go on with")
+        if self.lora_lead and (self.gap == "sds" or self.lora_lead >= self.steps):
+            raise ValueError("lora_lead needs a LoRA teacher, and leaves steps for the student")
         if self.guidance_to is not None and self.guidance_to < self.guidance:
             raise ValueError("guidance_to is at least guidance")
         if self.w_max < self.w_min:
@@ -148,7 +151,8 @@ class Recipe:
 
     def student_lr_at(self, step: int) -> float:
         """The student's learning rate in a step, counted from 1."""
-        return self.student_lr * min(step / max(1, self.warmup), self._falling(step))
+        risen = max(0, step - self.lora_lead) / max(1, self.warmup)
+        return self.student_lr * min(risen, self._falling(step))
 
     def lora_lr_at(self, step: int) -> float:
         """The LoRA teacher's learning rate in a step, counted from 1."""

@@ -168,11 +168,12 @@ class VSD(Networks, Method):
                 if micro.lora_loss is not None:
                     self._backward(micro.lora_loss, "lora_teacher")
             micro_batches.append(micro)
-        student_grad = self.apply(self.student_optimizer, self.trained)
+        student_grad = lora_grad = torch.zeros((), device=schedule.alpha.device)
+        if step > recipe.lora_lead:
+            student_grad = self.apply(self.student_optimizer, self.trained)
         self.ema.update(step)
 
         lora_losses = [micro.lora_loss for micro in micro_batches if micro.lora_loss is not None]
-        lora_grad = torch.zeros((), device=schedule.alpha.device)
         for update in range(recipe.lora_updates if recipe.gap != "sds" else 0):
             if update > 0 or not recipe.shared_forward:
                 lora_losses = []
@@ -220,7 +221,9 @@ class VSD(Networks, Method):
         set_role(self.student, "student")
         rung = draw.index(len(self._rungs)) if len(self._rungs) > 1 else 0
         z, t_init = self._go_down(z, rung, draw, cond)
-        output = self._as_student(z, t_init, cond)
+        learns = step > recipe.lora_lead
+        with torch.set_grad_enabled(learns):
+            output = self._as_student(z, t_init, cond)
         x0 = core.student_x0(
             output.float(), z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised
         )
@@ -260,7 +263,8 @@ class VSD(Networks, Method):
                 cosine = self.alignment.cosines(x0, texts)
             student_loss = student_loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
             extra["clip_cosine"] = cosine.detach().mean()
-        self._backward(student_loss, "student")
+        if learns:
+            self._backward(student_loss, "student")
         metrics = {
             "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
         }  # fmt: skip
