@@ -20,7 +20,7 @@ from sbrush.console import Progress, SbrushError, info, progress
 from sbrush.storage.files import write_json
 
 ASKED_EVERY = 5.0  # seconds between two looks at how far the trainings have come
-ENOUGH = 0.05  # a run whose minutes are so near to those asked for is not made again
+ENOUGH = 0.1  # a run whose minutes are so near to those asked for is not made again
 
 
 @dataclass(frozen=True)
