@@ -15,6 +15,8 @@ from PIL import Image
 
 from conftest import build_tiny_teacher, sbrush
 from sbrush.console import SbrushError
+from sbrush.models import load
+from sbrush.models.load import load_teacher
 from sbrush.sampling import artist, files, images
 from sbrush.sampling.files import SampleRequest, sample_to_files
 from sbrush.sampling.targets import MOST_IN_GRID, Images, Target, read_record, slug
@@ -82,21 +84,19 @@ def test_prompts_that_are_alike_and_a_prompt_of_wide_letters(tmp_path, tiny_teac
 class Stub:
     """A student without networks: an image says its seed. `alive`: the images that are in memory."""
 
-    name, image_size, about, text_parts = "stub", (8, 8), {"recipe": {}}, ()
-    guidance_input = None
+    name, image_size, about = "stub", (8, 8), {"recipe": {}}
+    guidance_input, runtime, fingerprint, sampler_name = None, None, "f" * 16, "Stub"
 
     def __init__(self, monkeypatch):
         self.alive, self.calls = weakref.WeakSet(), []
-        monkeypatch.setattr(files, "load_student", lambda *_, **__: self)
-        monkeypatch.setattr(artist, "fingerprint", lambda model: "f" * 16)
+        monkeypatch.setattr(files, "open_student", lambda *_, **__: self)
         monkeypatch.setattr(artist, "student_images", self.draw)
 
     def rungs(self, steps):
         return (999,)
 
-    @property
-    def sampler(self):
-        return self
+    def truncated_prompts(self, texts):
+        return 0
 
     def draw(self, student, prompts, seeds, *, batch, **_):
         self.calls.append(list(seeds))
@@ -320,8 +320,7 @@ def test_what_o_cannot_mean(tmp_path, monkeypatch, out):
 
 def test_compare_takes_the_teacher_that_the_student_names(tmp_path, student, tiny_teacher, monkeypatch):
     loaded = []
-    monkeypatch.setattr(artist, "load_teacher", lambda source, **_: loaded.append(source) or load_teacher(source))
-    from sbrush.models.load import load_teacher
+    monkeypatch.setattr(load, "load_teacher", lambda source, **_: loaded.append(source) or load_teacher(source))
 
     options = ["--student", student, "--compare", "--teacher-steps", 2, "-o", tmp_path / "x.png"]
     assert sbrush("sample", "a cat", *options).returncode == 0 and loaded == [str(tiny_teacher)]

@@ -211,9 +211,9 @@ def test_truncated_prompts_are_those_that_the_tokenizer_cuts(clips_own):
     ]
     texts = [" ".join(chance.choices(words, k=chance.choice((3, 20, 35, 60)))) for _ in range(300)]
     expected = sum(len(ids) > 77 for ids in clips_own(texts, verbose=False).input_ids)
-    assert 50 < expected < 250 and truncated_prompts(model(clips_own), texts) == expected
+    assert 50 < expected < 250 and truncated_prompts(model(clips_own).text_parts, texts) == expected
     edge = ["a " * 75, "a " * 76, "x" * 80]  # 77 tokens, 78, and a word of few
-    assert truncated_prompts(model(clips_own), edge) == 1
+    assert truncated_prompts(model(clips_own).text_parts, edge) == 1
 
 
 def test_a_tokenizer_whose_tokens_reach_over_spaces_is_counted_text_by_text():
@@ -223,7 +223,7 @@ def test_a_tokenizer_whose_tokens_reach_over_spaces_is_counted_text_by_text():
         return SimpleNamespace(input_ids=[[1] * len(text) for text in texts])  # a token a letter, spaces too
 
     counted = type("Spaced", (), {"__call__": staticmethod(call), "model_max_length": 10})()
-    assert truncated_prompts(SimpleNamespace(text_parts=((counted, None),)), ["ab cd efg", "ab cd"]) == 1
+    assert truncated_prompts(((counted, None),), ["ab cd efg", "ab cd"]) == 1
 
 
 def test_every_command_states_how_many_prompts_are_cut_off(tmp_path, tiny_teacher):

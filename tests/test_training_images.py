@@ -11,8 +11,8 @@ from PIL import Image
 
 from conftest import sbrush
 from sbrush.console import SbrushError
+from sbrush.models.latents import for_decoder, for_encoder
 from sbrush.models.load import load_teacher
-from sbrush.models.model import for_decoder, for_encoder
 from sbrush.prompts import captions_as_prompts, make_prompts
 from sbrush.sampling.generation import teacher_latents
 from sbrush.sampling.image_folder import ImageFolder

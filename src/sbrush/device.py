@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from sbrush.console import SbrushError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -160,6 +162,8 @@ def process_group(device: str) -> Iterator[PartialState]:
 
     They wait for each other as long as it takes. SbrushError if one of them ends before its time.
     """
+    from accelerate import PartialState  # which takes a second to import, and drawing does not need it
+
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         with nullcontext() if state.is_main_process else redirect_stderr(nowhere):

@@ -68,8 +68,7 @@ def compare_with_free_memory(request: RunRequest) -> None:
 def dry_run(request: RunRequest, merged: MergedRecipe | None = None) -> None:
     """Prints what the run would need, or each training of a merged recipe; the first process speaks for all."""
     from sbrush.device import launched, pick_device, trains_in_bf16
-    from sbrush.models.tokenizers import truncated_prompts
-    from sbrush.sampling.files import note_unknown_words
+    from sbrush.sampling.notes import note_unknown_words
     from sbrush.training.cost import together
     from sbrush.training.methods import METHODS
     from sbrush.training.sharding import asked_for
@@ -89,7 +88,7 @@ def dry_run(request: RunRequest, merged: MergedRecipe | None = None) -> None:
     facts = {
         "teacher": request.teacher or "stickers (built in)",
         "prompts": request.prompts.describe(),
-        "truncated prompts": truncated_prompts(teacher, request.prompts.texts),
+        "truncated prompts": teacher.truncated_prompts(request.prompts.texts),
         "recipe": f"{merged.name if merged else _told(request.recipe)}; --recipes prints all settings",
         "seed": request.seed,
         "device": f"{request.device}, {number_format}",

@@ -20,6 +20,14 @@ MACHINE, REPORT, ELSEWHERE = (
 )  # panels of --help
 
 
+class Runtime(StrEnum):
+    """The choices of --runtime; see sampling.opening."""
+
+    auto = "auto"
+    onnx = "onnx"
+    torch = "torch"
+
+
 class Precision(StrEnum):
     """Number formats of networks that draw."""
 
@@ -125,6 +133,15 @@ StartFlag = Annotated[
         "399 for DMD2's students.",
         min=1,
         rich_help_panel=ELSEWHERE,
+    ),
+]
+RuntimeFlag = Annotated[
+    Runtime,
+    typer.Option(
+        "--runtime",
+        help="Library that draws: onnx is onnxruntime, on the CPU in float32 and quick to start; torch is torch. auto "
+        "takes onnx for the built-in world's students and for those that were exported to it.",
+        rich_help_panel=MACHINE,
     ),
 ]
 TeacherFlag = Annotated[str | None, teacher_option()]

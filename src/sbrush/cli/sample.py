@@ -19,6 +19,8 @@ from sbrush.cli.flags import (
     JsonFlag,
     Precision,
     PrecisionFlag,
+    Runtime,
+    RuntimeFlag,
     StartFlag,
     StepsFlag,
     StudentFlag,
@@ -155,6 +157,7 @@ def sample(
     ] = 32,
     device: DeviceFlag = "auto",
     precision: PrecisionFlag = Precision.auto,
+    runtime: RuntimeFlag = Runtime.auto,
 ) -> None:
     """Draw images in one step, or in a few with a student that was trained for it.
 
@@ -167,6 +170,9 @@ def sample(
         info("note: a seed that is given twice is drawn once")
     _check_comparison(context, compare)
     edit = _read_edit(image, strength, mask, compare=compare)
+    if runtime is Runtime.onnx and (edit or compare):
+        flag = "--image" if edit else "--compare"
+        raise SbrushError(f"{flag} needs torch", "leave out --runtime onnx", code=2)
     target = Target.parse(out)
     _check_stdout(target, json_)
     target.check(len(images), compare=compare)
@@ -181,7 +187,7 @@ def sample(
         images, target, student=student, steps=steps, start_timestep=start_timestep, edit=edit, compare=compare,
         teacher=teacher, teacher_config=teacher_config, teacher_steps=teacher_steps,
         teacher_guidance=teacher_guidance, metadata=metadata, overwrite=overwrite, batch=batch, device=where,
-        dtype=pick_dtype(precision.value, where, "sample"),
+        dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
     )  # fmt: skip
     listed: list[dict[str, Any]] = []
     written = 0

@@ -13,7 +13,6 @@ from sbrush.evaluate.request import StickersRequest
 from sbrush.evaluate.stickers import Candidate, evaluate_stickers, pairs
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
-from sbrush.models.tokenizers import truncated_prompts
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.stickers.judge import Judge
 
@@ -44,7 +43,7 @@ def evaluate(request: StickersRequest) -> Report:
         candidates, Judge.load(device=device), n=request.limit, per_caption=request.diversity, fresh=request.fresh
     )
     texts = [caption.text for caption, _ in pairs(request.limit)]
-    result.protocol["truncated_prompts"] = f"{truncated_prompts(one, texts)}"
+    result.protocol["truncated_prompts"] = f"{one.truncated_prompts(texts)}"
     result.write(request.report)
     return result
 

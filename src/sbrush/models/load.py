@@ -79,6 +79,12 @@ def load_student(
         places, name = [BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)"
     else:
         places, name = [locate_student(source)], source
+    if (places[0] / "unet" / "model.onnx").is_file():
+        raise SbrushError(
+            f"{printable(name)} was exported to ONNX, which sbrush sample draws with on the CPU, and nothing else here",
+            "take the student that it was exported from",
+            code=2,
+        )
     if (places[0] / "state.json").is_file():
         model = _of_checkpoint(places[0], device, dtype)
     else:

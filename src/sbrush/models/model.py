@@ -8,6 +8,7 @@ v prediction sigma_t-weighted mix of x0 = x - s u and eps = x + (1 - s) u (tests
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,12 +24,14 @@ from sbrush.console import SbrushError
 from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
 from sbrush.models.ladder import Ladder
+from sbrush.models.latents import for_decoder, for_encoder, to_images
 from sbrush.models.schedule import as_ddim
-from sbrush.models.tokenizers import tokenize
+from sbrush.models.tokenizers import tokenize, truncated_prompts
 
 # Pixels decoded at once, two images of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
 # would have 2^32 values, more than cuDNN counts.
 DECODED = 1 << 19
+VALUES = 4096  # of each tensor, in a fingerprint
 GUIDANCE = 7.5  # the scale of models that name none: Stable Diffusion's own
 
 
@@ -79,6 +82,37 @@ class Model:
     def sampler(self) -> SchedulerMixin:
         """The scheduler with which plain diffusers draws this student's images."""
         return self.ladder.scheduler if self.ladder else self.scheduler
+
+    @property
+    def runtime(self) -> str | None:
+        """The library that draws, if it is not torch; see sampling/opening.py."""
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell models apart: a hash over values of every tensor, and over how a step is taken."""
+        schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
+        step: tuple[object, ...] = (self.start_timestep, self.noise_scale, self.about.get("reparameterised", True))
+        if self.guidance_input is not None:
+            step += (self.guidance_input,)
+        if self.ladder:
+            step += (self.sampler_name, self.sampler.config.get("original_inference_steps"))
+        whole = hashlib.sha256(repr((schedule, step)).encode())
+        for network in self.networks:
+            for tensor in network.state_dict().values():
+                some = tensor.flatten()[:: max(1, tensor.numel() // VALUES)]
+                whole.update(some.float().cpu().numpy().tobytes())
+        return whole.hexdigest()[:16]
+
+    @property
+    def fresh_noise(self) -> bool:
+        """Whether each of its steps as a student takes fresh noise."""
+        return self.ladder is not None and self.ladder.fresh
+
+    @property
+    def sampler_name(self) -> str:
+        """Its class, as diffusers calls it."""
+        return type(self.sampler).__name__
 
     def rungs(self, steps: int | None = None) -> tuple[int, ...]:
         """The timesteps of a student's steps from noise on. `steps` None: as many as it was trained for.
@@ -151,6 +185,15 @@ class Model:
         height, width = self.image_size
         return max(1, DECODED // (height * width))
 
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens, start and end included."""
+        return self.text_parts[0][0].model_max_length
+
+    def truncated_prompts(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than a text encoder reads, so that their ends are cut off."""
+        return truncated_prompts(self.text_parts, texts)
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """What the UNet is told of each text: "tokens" [B, L, D] in the text encoder's dtype; see with_guidance.
@@ -217,10 +260,7 @@ class Model:
             pixels = self.vae.decode(part).sample.float()
             if self.vae.dtype == torch.float16:  # read below: here the host would wait for the device
                 finite.append(pixels.isfinite().all())
-            if truncate:
-                images.append(((pixels + 1) * 127.5).clamp(0, 255).to(torch.uint8))
-            else:
-                images.append((pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8))
+            images.append(to_images(pixels, truncate=truncate))
         if finite and not torch.stack(finite).all():
             raise FloatingPointError(f"the decoder of {self.name} overflows in float16")
         return torch.cat(images).cpu()
@@ -241,33 +281,3 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
 def embedded_guidance(conditioning: Conditioning) -> dict[str, Tensor]:
     """The embedding of a guidance scale, if there is one, as diffusers' UNets take it."""
     return {"timestep_cond": conditioning["guidance"]} if "guidance" in conditioning else {}
-
-
-def for_encoder(vae: Any, latents: Tensor) -> Tensor:
-    """A VAE's latents at the UNet's scale: the inverse of for_decoder."""
-    scale: float = vae.config.scaling_factor
-    if (statistics := _statistics(vae, latents)) is None:
-        return latents * scale
-    mean, std = statistics
-    return (latents - mean) * scale / std
-
-
-def for_decoder(vae: Any, x0: Tensor) -> Tensor:
-    """Latents of the UNet's scale, [B, C, H, W], as a VAE's decoder takes them: x0 / scale, or x0 std / scale + mean.
-
-    The mean and standard deviation of each channel are the VAE's latents_mean and latents_std, if it has them.
-    """
-    scale: float = vae.config.scaling_factor
-    if (statistics := _statistics(vae, x0)) is None:
-        return x0 / scale
-    mean, std = statistics
-    return x0 * std / scale + mean
-
-
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A VAE's latents_mean and latents_std, [1, C, 1, 1] each; None if it has none."""
-    means, deviations = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-    if means is None or deviations is None:
-        return None
-    mean, std = (like.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (means, deviations))
-    return mean, std

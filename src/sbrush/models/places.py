@@ -11,7 +11,7 @@ from sbrush.models.model import Model
 from sbrush.models.parts import digest_of_parts, read_json
 from sbrush.models.sdxl import ModelXL
 from sbrush.models.snapshot import Snapshot
-from sbrush.models.source import is_built_in, is_single_file, local_folder
+from sbrush.models.source import is_built_in, is_single_file, local_folder, local_student
 
 BUILT_IN_TEACHER = "stickers (built in)"  # as configurations and students name it
 FAMILIES: dict[str, type[Model]] = {family.pipeline: family for family in (Model, ModelXL)}
@@ -26,10 +26,7 @@ def resolve(source: str, *, weights: bool = True) -> Path:
 
 def locate_student(source: str) -> Path:
     """The folder of a student by path, run or Hub id; SbrushError if there is none. A Hub's is fetched."""
-    folder = resolve(source)
-    if not (folder / "model_index.json").is_file() and (folder / "student" / "model_index.json").is_file():
-        return folder / "student"
-    return folder
+    return local_student(source) or resolve(source)
 
 
 def teacher_of(student: Model | str | None) -> str | None:

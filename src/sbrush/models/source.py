@@ -48,6 +48,14 @@ def local_folder(source: str) -> Path | None:
     return None
 
 
+def local_student(source: str) -> Path | None:
+    """The folder of a student by path or run; None for a Hub id. SbrushError if it is neither."""
+    folder = local_folder(source)
+    if folder and not (folder / "model_index.json").is_file() and (folder / "student" / "model_index.json").is_file():
+        return folder / "student"
+    return folder
+
+
 def check_source(source: str, *, single_file: bool = False) -> None:
     """SbrushError if a name cannot be a model's, as far as can be seen without loading it.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from sbrush.console import SbrushError, info, printable
+from sbrush.console import SbrushError, printable
 
 if TYPE_CHECKING:
     from sbrush.models.model import Model
@@ -80,10 +80,10 @@ def _mismatch(tokenizer: CLIPTokenizer, encoder: PreTrainedModel) -> str | None:
     return None
 
 
-def truncated_prompts(model: Model, texts: Sequence[str]) -> int:
-    """How many of the texts are longer than a text encoder of the model reads, so that their ends are cut off."""
+def truncated_prompts(parts: Iterable[tuple[CLIPTokenizer, object]], texts: Sequence[str]) -> int:
+    """How many of the texts are longer than one of the text encoders reads. `parts`: see Model.text_parts."""
     cut = set[int]()
-    for tokenizer, _ in model.text_parts:
+    for tokenizer, _ in parts:
         length, lengths = tokenizer.model_max_length, _Lengths(tokenizer)
         # A letter of ASCII is one token at most; start and end are one each.
         long = [i for i, text in enumerate(texts) if len(text) + 2 > length or not text.isascii()]
@@ -119,11 +119,3 @@ class _Lengths:
             return []
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         return [len(ids) for ids in self._tokenizer(list(texts), **options).input_ids]
-
-
-def note_truncated_prompts(model: Model, texts: Sequence[str]) -> int:
-    """The same, said in one line if there are any: two prompts that differ behind the cut are the same image."""
-    if count := truncated_prompts(model, texts):
-        length = model.text_parts[0][0].model_max_length
-        info(f"note: {count} of {len(texts)} prompts are longer than the {length} tokens read; their ends are cut off")
-    return count

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import sbrush
 from sbrush.console import SbrushError, count
-from sbrush.models.load import load_teacher
-from sbrush.models.model import Model
-from sbrush.models.places import teacher_of
-from sbrush.sampling.editing import Edit
-from sbrush.sampling.generation import guidance_scale_of, student_images, teacher_images
+from sbrush.sampling.generation import Drawer, guidance_scale_of, student_images, teacher_images
 
-VALUES = 4096  # of each tensor, in a fingerprint
+if TYPE_CHECKING:  # not needed by a student that draws without diffusers
+    from sbrush.models.model import Model
+    from sbrush.sampling.editing import Edit
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,9 @@ class Comparison:
 
         `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
         """
+        from sbrush.models.load import load_teacher
+        from sbrush.models.places import teacher_of
+
         source = teacher or teacher_of(student)
         try:
             model = load_teacher(source, config=config, device=str(student.device), dtype=dtype)
@@ -62,7 +62,7 @@ class Artist:
     `steps`: the student's; None: as many as it was trained for. `edit`: the image that it starts from.
     """
 
-    student: Model
+    student: Drawer
     precision: str
     compare: Comparison | None = None
     start_timestep: int | None = None
@@ -85,12 +85,13 @@ class Artist:
         """What an image depends on besides its prompt and its seed; None for what does not apply."""
         compare = self.compare
         return {
-            "weights": fingerprint(self.student),
+            "weights": self.student.fingerprint,
             "precision": self.precision,
+            "runtime": self.student.runtime,
             "start_timestep": self.start_timestep,
             "steps": self.taken,
             **(self.edit.drawn_by if self.edit else {"image": None, "strength": None, "mask": None}),
-            "teacher_weights": fingerprint(compare.teacher) if compare else None,
+            "teacher_weights": compare.teacher.fingerprint if compare else None,
             "teacher_steps": compare.steps if compare else None,
             "teacher_guidance": compare.guidance if compare else None,
         }
@@ -107,7 +108,7 @@ class Artist:
 
     @property
     def _sampler(self) -> str:
-        return f"sbrush, {type(self.student.sampler).__name__}"
+        return f"sbrush, {self.student.sampler_name}"
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int) -> Iterator[tuple[Tensor, ...]]:
         """The student's image, uint8 [3, H, W], of each prompt with its seed; with a teacher, its image behind it."""
@@ -120,19 +121,3 @@ class Artist:
             )
         for batches in zip(*drawn, strict=True):
             yield from zip(*batches, strict=True)
-
-
-def fingerprint(model: Model) -> str:
-    """16 hex digits that tell models apart: a hash over values of every tensor, and over how a step is taken."""
-    schedule = sorted((key, value) for key, value in model.scheduler.config.items() if not key.startswith("_"))
-    step: tuple[object, ...] = (model.start_timestep, model.noise_scale, model.about.get("reparameterised", True))
-    if model.guidance_input is not None:
-        step += (model.guidance_input,)
-    if model.ladder:
-        step += (type(model.sampler).__name__, model.sampler.config.get("original_inference_steps"))
-    whole = hashlib.sha256(repr((schedule, step)).encode())
-    for network in model.networks:
-        for tensor in network.state_dict().values():
-            some = tensor.flatten()[:: max(1, tensor.numel() // VALUES)]
-            whole.update(some.float().cpu().numpy().tobytes())
-    return whole.hexdigest()[:16]

@@ -16,8 +16,8 @@ from torch.nn.functional import adaptive_max_pool2d, avg_pool2d, max_pool2d
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.core import add_noise
-from sbrush.models.model import Model
 from sbrush.sampling.edit_request import EditRequest
+from sbrush.sampling.generation import Drawer
 
 FEATHER = 32  # a mask's edge is soft over two such parts of an image's shorter side
 
@@ -38,7 +38,7 @@ class Edit:
         """The place of the rung that is nearest to `strength`, counting rungs[0] as 1."""
         return min(range(len(rungs)), key=lambda place: abs(rungs[place] - self.strength * rungs[0]))
 
-    def start(self, student: Model, noise: Tensor, rung: int) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    def start(self, student: Drawer, noise: Tensor, rung: int) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """x_t of the image at a rung, for each noise [B, C, H', W'], and what core.student_input takes for `known`."""
         latent = student.encode_images(self.image[None])
         t = torch.full((len(noise),), rung, device=noise.device)
@@ -71,7 +71,7 @@ class Edit:
         return about | ({} if self.mask is None else {"mask": _digest(self.mask)})
 
 
-def check_edit(student: Model, steps: int | None) -> None:
+def check_edit(student: Drawer, steps: int | None) -> None:
     """SbrushError if a student cannot start from an image: it needs a rung below pure noise."""
     if len(student.rungs(steps)) < 2:
         raise SbrushError(
@@ -81,7 +81,7 @@ def check_edit(student: Model, steps: int | None) -> None:
         )
 
 
-def fit_edit(request: EditRequest, student: Model) -> Edit:
+def fit_edit(request: EditRequest, student: Drawer) -> Edit:
     """The image and its mask, cut from their middle and scaled to the student's size, which a note tells."""
     (height, width), image, mask = student.image_size, request.image, request.mask
     if image.size != (width, height):

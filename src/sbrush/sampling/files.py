@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sbrush import console
-from sbrush.console import SbrushError, count, info, printable, progress
-from sbrush.models.load import load_student
-from sbrush.models.model import Model
-from sbrush.models.tokenizers import note_truncated_prompts
+from sbrush.console import SbrushError, info, printable, progress
 from sbrush.sampling.artist import Artist, Comparison
 from sbrush.sampling.edit_request import EditRequest
-from sbrush.sampling.editing import check_edit, fit_edit
-from sbrush.sampling.generation import Overflow, student_images
+from sbrush.sampling.generation import Drawer, Overflow, student_images
 from sbrush.sampling.images import cell_size, encode_png, image_grid, save_png, to_image
+from sbrush.sampling.notes import note_truncated_prompts, note_unknown_words
+from sbrush.sampling.opening import Runtime, open_student
 from sbrush.sampling.targets import KEY, KEYS, Images, Target, check_same, find_records, read_keys
-from sbrush.stickers.world import unknown_words
 from sbrush.storage.files import write_json
+
+if TYPE_CHECKING:
+    from sbrush.models.model import Model
 
 COLUMNS = 8  # of a grid: more seeds are wrapped
 LARGEST_GRID = 80_000_000  # pixels; Pillow takes a file of 89 million for an attack
-NAMED_WORDS = 10  # unknown words that a note names
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class SampleRequest:
     batch: int = 32
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    runtime: Runtime = "auto"
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,6 @@ class Saved:
     prompt: str
     seed: int
     new: bool = True
-
-
-def note_unknown_words(model: Model, prompts: Iterable[str]) -> None:
-    """Tells of the words that no caption of the built-in world holds, if the model is of that world."""
-    if model.about.get("world") != "stickers":
-        return
-    if words := sorted({word for prompt in prompts for word in unknown_words(prompt)}):
-        more = f" and {count(len(words) - NAMED_WORDS, 'other')}" if len(words) > NAMED_WORDS else ""
-        info(f"note: the built-in world has never seen: {printable(', '.join(words[:NAMED_WORDS]))}{more}")
 
 
 def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
@@ -106,6 +97,8 @@ def _load(request: SampleRequest) -> Artist:
     student.rungs(request.steps)  # or SbrushError
     edit = None
     if request.edit:
+        from sbrush.sampling.editing import check_edit, fit_edit
+
         check_edit(student, request.steps)
         edit = fit_edit(request.edit, student)
     note_unknown_words(student, request.images.prompts)
@@ -113,19 +106,21 @@ def _load(request: SampleRequest) -> Artist:
     compare = None
     if request.compare:
         compare = Comparison.load(
-            student, request.teacher, config=request.teacher_config, steps=request.teacher_steps,
+            cast("Model", student), request.teacher, config=request.teacher_config, steps=request.teacher_steps,
             guidance=request.teacher_guidance, dtype=dtype,
         )  # fmt: skip
     return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep, request.steps, edit)
 
 
-def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:
+def _load_student(request: SampleRequest) -> tuple[Drawer, torch.dtype]:
     """The student, and its number format: that asked for, or float32, with a note, if float16 overflows.
 
     Its first image decides, so that a command that is given again decides alike.
     """
     start, device = request.start_timestep, request.device
-    student = load_student(request.student, start_timestep=start, device=device, dtype=request.dtype)
+    # Only torch encodes an image to start from, or has a teacher for comparison in memory too.
+    runtime = "torch" if request.runtime == "auto" and (request.edit or request.compare) else request.runtime
+    student = open_student(request.student, start_timestep=start, device=device, dtype=request.dtype, runtime=runtime)
     if request.dtype != torch.float16:
         return student, request.dtype
     prompt, seed = request.images[0]
@@ -134,7 +129,7 @@ def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:
         return student, request.dtype
     except Overflow:
         info(f"note: {printable(student.name)} overflows in float16; it draws in float32")
-        return load_student(request.student, start_timestep=start, device=device), torch.float32
+        return open_student(request.student, start_timestep=start, device=device, runtime="torch"), torch.float32
 
 
 def _check_done(

@@ -3,22 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from sbrush.console import SbrushError, count, printable
-from sbrush.core import Conditioning, Denoiser, guide, student_input, student_x0, with_null
-from sbrush.models.model import GUIDANCE, Model
+from sbrush.core import Conditioning, Denoiser, NoiseSchedule, Prediction, guide, student_input, student_x0, with_null
 from sbrush.noise import image_noise, step_noises
-from sbrush.sampling.editing import Edit
+
+if TYPE_CHECKING:  # a student whose networks are ONNX graphs draws without diffusers
+    from diffusers import DDIMScheduler
+
+    from sbrush.models.model import Model
+    from sbrush.sampling.editing import Edit
+
+
+class Drawer(Protocol):
+    """What drawing asks of a student: models.model.Model and onnx.model.OnnxModel are such."""
+
+    name: str
+    about: dict[str, Any]
+    noise_scale: float
+    start_timestep: int | None
+
+    @property
+    def runtime(self) -> str | None: ...
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def prediction(self) -> Prediction: ...
+    @property
+    def fresh_noise(self) -> bool: ...
+    @property
+    def sampler_name(self) -> str: ...
+    @property
+    def guidance_input(self) -> float | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def longest_prompt(self) -> int: ...
+    def truncated_prompts(self, texts: Sequence[str]) -> int: ...
+    def rungs(self, steps: int | None = None) -> tuple[int, ...]: ...
+    def encode(self, texts: Sequence[str]) -> Conditioning: ...
+    def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor: ...
+    def encode_images(self, images: Tensor) -> Tensor: ...
+    def decode(self, x0: Tensor, *, truncate: bool = False) -> Tensor: ...
 
 
 class Overflow(SbrushError):
     """Latents or images that are not finite: there is no image of them."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Drawer) -> None:
         super().__init__(
             f"{printable(model.name)} draws no image: its numbers overflow",
             "try --precision float32; if that does not help, its weights are damaged",
@@ -26,7 +68,7 @@ class Overflow(SbrushError):
 
 
 def student_images(
-    student: Model,
+    student: Drawer,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -48,7 +90,7 @@ def student_images(
 
 @torch.inference_mode()
 def student_latents(
-    student: Model,
+    student: Drawer,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -59,7 +101,7 @@ def student_latents(
     """The same before decoding: x0, float32 [b, C, H, W] on the student's device."""
     reparameterised = student.about.get("reparameterised", True)
     rungs, schedule, prediction = student.rungs(steps), student.schedule, student.prediction
-    fresh = len(rungs) - 1 if student.ladder and student.ladder.fresh else 0
+    fresh = len(rungs) - 1 if student.fresh_noise else 0
     entry = edit.entry(rungs) if edit else 0
     for some_prompts, some_seeds in _batches(prompts, seeds, batch):
         cond = _embed(student, some_prompts)
@@ -113,7 +155,7 @@ def ddim(
     guidance: float,
 ) -> Tensor:
     """The teacher's image of noise z [B, C, H, W]: from T on in `steps` steps of DDIM, guided. Float32, like z."""
-    scheduler, x = DDIMScheduler.from_config(scheduler.config), z.float()
+    scheduler, x = type(scheduler).from_config(scheduler.config), z.float()
     scheduler.set_timesteps(steps)
     for step in scheduler.timesteps:
         t = torch.full((len(x),), int(step), device=x.device)  # nothing waits for that, as a copy to a GPU would
@@ -129,16 +171,18 @@ def ddim(
 
 def guidance_scale_of(teacher: Model, guidance: float | None) -> float:
     """The guidance scale asked for, else the one that the teacher's folder names, else Stable Diffusion's own 7.5."""
+    from sbrush.models.model import GUIDANCE
+
     return guidance if guidance is not None else float(teacher.about.get("guidance", GUIDANCE))
 
 
-def describe_steps(student: Model, steps: int | None = None) -> str:
+def describe_steps(student: Drawer, steps: int | None = None) -> str:
     """How many steps a student takes, as reports say it."""
     taken = count(len(student.rungs(steps)), "step")
     return taken if student.start_timestep is None else f"{taken} at t = {student.start_timestep}"
 
 
-def _decoded(model: Model, latents: Iterator[Tensor], truncate: bool) -> Iterator[Tensor]:
+def _decoded(model: Drawer, latents: Iterator[Tensor], truncate: bool) -> Iterator[Tensor]:
     """The latents' images; Overflow if a latent, or what the decoder makes of it, is not finite."""
     for x0 in latents:
         if not x0.isfinite().all():
@@ -157,7 +201,7 @@ def _batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterato
         yield prompts[start : start + size], seeds[start : start + size]
 
 
-def _embed(model: Model, prompts: Sequence[str]) -> Conditioning:
+def _embed(model: Drawer, prompts: Sequence[str]) -> Conditioning:
     """The conditioning of each prompt, each distinct one encoded once."""
     distinct = list(dict.fromkeys(prompts))
     place = {prompt: i for i, prompt in enumerate(distinct)}

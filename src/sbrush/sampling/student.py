@@ -11,16 +11,20 @@ from PIL import Image
 
 from sbrush.console import SbrushError, printable
 from sbrush.device import pick_device, pick_dtype
-from sbrush.models import load
-from sbrush.models.model import Model
-from sbrush.sampling.generation import student_images
+from sbrush.sampling.generation import Drawer, student_images
 from sbrush.sampling.images import to_image
+from sbrush.sampling.opening import Runtime, open_student
 
 LARGEST_SEED = 10**18 - 1  # as on the command line
 
 
 def load_student(
-    source: str | None = None, *, start_timestep: int | None = None, device: str = "auto", precision: str = "auto"
+    source: str | None = None,
+    *,
+    start_timestep: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    runtime: Runtime = "auto",
 ) -> Student:
     """A one-step student, ready to draw.
 
@@ -32,6 +36,8 @@ def load_student(
         device: "auto" (CUDA where there is a card, else the CPU), "cpu", "cuda" or "cuda:1".
         precision: Number format of the networks: "auto" (float16 on CUDA, float32 on the CPU), "float32", "bfloat16"
             or "float16".
+        runtime: "onnx" draws with onnxruntime on the CPU in float32, if the student has graphs for it, and "torch" with
+            torch; "auto" takes the first that can. `model.unet` and the other networks are there with "torch" alone.
 
     Returns:
         The student, with its weights in memory.
@@ -41,7 +47,7 @@ def load_student(
     """
     where = pick_device(device)
     dtype = pick_dtype(precision, where, "sample")
-    return Student(load.load_student(source, start_timestep=start_timestep, device=where, dtype=dtype))
+    return Student(open_student(source, start_timestep=start_timestep, device=where, dtype=dtype, runtime=runtime))
 
 
 class Student:
@@ -51,7 +57,7 @@ class Student:
     `model.device` where it runs.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Drawer) -> None:
         self.model = model
 
     @overload

@@ -20,7 +20,8 @@ from sbrush.device import launched
 from sbrush.metrics.clip import ClipScorer
 from sbrush.models.checks import check_configuration, read_network, untrained_network
 from sbrush.models.configurations import TINY_VAE
-from sbrush.models.model import Model, for_decoder
+from sbrush.models.latents import for_decoder
+from sbrush.models.model import Model
 from sbrush.models.parts import DIFFUSERS, digest_of, network_files, refuse_pointer
 from sbrush.stickers.judge import Judge
 from sbrush.training.request import AlignmentRequest

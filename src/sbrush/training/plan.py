@@ -12,9 +12,8 @@ from sbrush.device import trains_in_bf16
 from sbrush.models.export import check_exportable
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
-from sbrush.models.tokenizers import note_truncated_prompts
 from sbrush.prompts import Prompts
-from sbrush.sampling.files import note_unknown_words
+from sbrush.sampling.notes import note_truncated_prompts, note_unknown_words
 from sbrush.training import sharding
 from sbrush.training.alignment import Alignment
 from sbrush.training.config import make_config

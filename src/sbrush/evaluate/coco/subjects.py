@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from sbrush.evaluate.coco.protocols import Protocol
 from sbrush.evaluate.request import CocoRequest
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.places import locate_student
-from sbrush.models.tokenizers import truncated_prompts
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.storage import checkpoint
 
@@ -73,7 +71,7 @@ class Generator:
             f"{one.name}, {describe_steps(one, steps)}",
             about | self._how,
             images,
-            truncated=partial(truncated_prompts, one),
+            truncated=one.truncated_prompts,
         )
 
     def _teacher(self, guidance: float | None) -> Subject:
@@ -91,7 +89,7 @@ class Generator:
             return self.arithmetic.each(drawn, self.device)
 
         name = f"{many.name}, {steps} steps, guidance {scale:g}"
-        return Subject(name, about | self._how, images, truncated=partial(truncated_prompts, many))
+        return Subject(name, about | self._how, images, truncated=many.truncated_prompts)
 
     @property
     def _batch(self) -> int:

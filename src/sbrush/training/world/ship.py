@@ -2,6 +2,7 @@
 
 python -m sbrush.training.world.ship teacher       teacher and judge, as teach.py left them
 python -m sbrush.training.world.ship guidance      the teacher's guidance scale, chosen on validation captions
+python -m sbrush.training.world.ship graphs        the networks' architecture as ONNX; needs sbrush[onnx]
 python -m sbrush.training.world.ship student DIR   a student, or the one in a run's folder
 """
 
@@ -24,6 +25,8 @@ from sbrush.models.card import model_card
 from sbrush.models.load import BUILT_IN, FORMAT, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.models.single_file import published_name
+from sbrush.onnx.export import write_graphs
+from sbrush.onnx.model import GRAPHS
 from sbrush.sampling.generation import teacher_images
 from sbrush.stickers import networks
 from sbrush.stickers.judge import Judge
@@ -74,6 +77,13 @@ def guidance(
     chosen = min(scale for scale, mean in means.items() if mean > max(means.values()) - 0.005)
     file = BUILT_IN / "teacher" / "sbrush.json"
     write_json(file, json.loads(file.read_text()) | {"guidance": chosen})
+
+
+@app.command()
+def graphs(to: Annotated[Path, typer.Option(help="Where the package keeps them.")] = GRAPHS) -> None:
+    """The architecture of the built-in student's networks as ONNX, with which onnxruntime draws."""
+    write_graphs(load_student(), to)
+    follow_umask(to)
 
 
 @app.command()
