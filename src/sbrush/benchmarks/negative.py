@@ -39,7 +39,7 @@ from sbrush.storage.files import atomic_write, write_json
 
 FIRST_SEED = 3_000_000
 COLOUR = "red"
-SCALES = {"nag": (0.25, 0.5, 1.0, 2.0), "nasa": (0.1, 0.2, 0.4, 0.7)}
+SCALES = {"nag": (0.5, 1.0, 4.0), "nasa": (0.1, 0.2, 0.4)}
 SHOWN = 10  # seeds of "a cat" on the grid
 Pair = tuple[Caption, int]
 

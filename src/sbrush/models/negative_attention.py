@@ -32,13 +32,13 @@ DEFAULTS: dict[NegativeMethod, dict[int, NegativeGuidance]] = {
         SD15: NegativeGuidance("nag", 2.0, limit=2.5, blend=0.375),
         SD21: NegativeGuidance("nag", 2.0, limit=2.5, blend=0.375),
         SDXL: NegativeGuidance("nag", 2.0, limit=2.5, blend=0.5),
-        BUILT_IN: NegativeGuidance("nag", 2.0, limit=2.5, blend=0.375),
+        BUILT_IN: NegativeGuidance("nag", 4.0, limit=1.0, blend=1.0),
     },
     "nasa": {
         SD15: NegativeGuidance("nasa", 0.1),
         SD21: NegativeGuidance("nasa", 0.2),
         SDXL: NegativeGuidance("nasa", 0.2),
-        BUILT_IN: NegativeGuidance("nasa", 0.2),
+        BUILT_IN: NegativeGuidance("nasa", 0.4),
     },
 }
 
@@ -50,8 +50,8 @@ def negative_guidance(
 
     One that is not known gets Stable Diffusion 1.5's.
     """
-    family = DEFAULTS[method]
-    found = family.get(unet.config.cross_attention_dim, family[SD15])
+    families, width = DEFAULTS[method], unet.config.cross_attention_dim
+    found = families.get(width if isinstance(width, int) else SD15, families[SD15])
     return found if scale is None else NegativeGuidance(method, scale, found.limit, found.blend)
 
 
