@@ -27,6 +27,7 @@ from sbrush.console import count, info, progress
 from sbrush.metrics.fid import fid
 from sbrush.models.load import load_student
 from sbrush.models.model import Model
+from sbrush.models.negative import NegativeMethod
 from sbrush.models.negative_attention import negative_guidance
 from sbrush.sampling.generation import student_images
 from sbrush.sampling.guidance import with_negative
@@ -39,7 +40,7 @@ from sbrush.storage.files import atomic_write, write_json
 
 FIRST_SEED = 3_000_000
 COLOUR = "red"
-SCALES = {"nag": (0.5, 1.0, 4.0), "nasa": (0.1, 0.2, 0.4)}
+SCALES: dict[NegativeMethod, tuple[float, ...]] = {"nag": (0.5, 1.0, 4.0), "nasa": (0.1, 0.2, 0.4)}
 SHOWN = 10  # seeds of "a cat" on the grid
 Pair = tuple[Caption, int]
 
