@@ -122,8 +122,9 @@ def _plot(figures: dict[str, Any], path: Path) -> None:
         )
         below.set_xlabel(label)
         for one in (above, below):
-            one.set_ylim(bottom=0)
             one.grid(alpha=0.3)
+    for row in axes:  # at the end, for the limits of a row are one
+        row[0].set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=8)
     axes[1, 0].legend(fontsize=8)
     figure.suptitle(
