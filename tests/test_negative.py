@@ -407,6 +407,22 @@ def test_words_that_the_world_has_never_seen_are_told_of_a_negative_prompt_too(t
     request = SampleRequest(Images(["a cat"], [1]), Target.parse(str(tmp_path / "x.png")), negative=Negative("blurry"))
     told = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sbrush.sampling.files.info", told.append)
+        patch.setattr("sbrush.sampling.notes.info", told.append)
         list(sample_to_files(request))
     assert any("has never seen: blurry" in line for line in told)
+
+
+def test_a_student_drawn_by_onnxruntime_is_loaded_for_torch(tmp_path, capsys):
+    student = package.load_student(device="cpu")
+    assert student.model.runtime == "onnx"
+    first = student("a cat", 1, negative="red")
+    assert "needs torch" in capsys.readouterr().err
+    assert student("a cat", 1, negative="red").tobytes() == first.tobytes() != student("a cat", 1).tobytes()
+    assert capsys.readouterr().err == "" and student.model.runtime == "onnx"
+    done = sbrush("sample", "a cat", "--negative", "red", "--seed", 1, "--device", "cpu", "-o", tmp_path / "cat.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "cat.png") as image:
+        assert image.convert("RGB").tobytes() == first.tobytes()
+    for flag in (["--negative", "red"], ["--guidance", 3]):
+        refused = sbrush("sample", "a cat", "--runtime", "onnx", *flag, "-o", tmp_path / "cat.png")
+        assert refused.returncode == 2 and f"{flag[0]} needs torch" in refused.stderr
