@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations results bench bench-eval teach wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results bench bench-eval teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -86,6 +86,9 @@ full-size: $(READY)  ## Stable Diffusion's full sizes, random weights: needs 24 
 
 ablations: $(READY)  ## the paper's ablations on the built-in world, with an image each
 	$(BIN)/python -m sbrush.benchmarks.ablations
+
+negative: $(READY)  ## what a negative prompt does to the built-in student, by method and scale, into docs/negative
+	$(BIN)/python -m sbrush.benchmarks.negative
 
 results: $(READY)  ## all methods side by side, into docs/results.md: hours; SEEDS, BUDGET, MINUTES, PAIRS, ARGS=--list
 	$(BIN)/python -m sbrush.benchmarks.results $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) \

@@ -22,6 +22,7 @@ from sbrush.cli.flags import (
     teacher_config_option,
     teacher_option,
 )
+from sbrush.cli.negative import NegativeFlag, NegativeMethodFlag, NegativeScaleFlag, read_negative_flags
 from sbrush.console import SbrushError, info, printable
 from sbrush.evaluate.request import (
     CocoData,
@@ -75,6 +76,9 @@ def evaluate(
     student: StudentFlag = None,
     steps: StepsFlag = None,
     start_timestep: StartFlag = None,
+    negative: NegativeFlag = None,
+    negative_method: NegativeMethodFlag = None,
+    negative_scale: NegativeScaleFlag = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -280,7 +284,8 @@ def evaluate(
 ) -> None:
     """Measure a student, its teacher and real images: FID, CLIP score, accuracy, diversity."""
     _check_given(context, coco=coco_30k, teacher=teacher is not None, sweep=sweep is not None, clip_score=clip_score)
-    models = Models(student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance)
+    away = read_negative_flags(negative, negative_method, negative_scale)
+    models = Models(student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance, away)
     execution = Execution(device, precision.value, batch)
     if coco_30k:
         version = hps_version.value if hps_version else None

@@ -27,6 +27,13 @@ from sbrush.cli.flags import (
     teacher_config_option,
     teacher_option,
 )
+from sbrush.cli.negative import (
+    GuidanceFlag,
+    NegativeFlag,
+    NegativeMethodFlag,
+    NegativeScaleFlag,
+    read_negative_flags,
+)
 from sbrush.cli.seeds import parse_seeds
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.sampling.targets import Images, Target, find_records
@@ -100,6 +107,10 @@ def sample(
             rich_help_panel=EDIT,
         ),
     ] = None,
+    negative: NegativeFlag = None,
+    negative_method: NegativeMethodFlag = None,
+    negative_scale: NegativeScaleFlag = None,
+    guidance: GuidanceFlag = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -170,8 +181,9 @@ def sample(
         info("note: a seed that is given twice is drawn once")
     _check_comparison(context, compare)
     edit = _read_edit(image, strength, mask, compare=compare)
-    if runtime is Runtime.onnx and (edit or compare):
-        flag = "--image" if edit else "--compare"
+    away = read_negative_flags(negative, negative_method, negative_scale)
+    if runtime is Runtime.onnx and (edit or compare or away or guidance is not None):
+        flag = "--image" if edit else "--compare" if compare else "--negative" if away else "--guidance"
         raise SbrushError(f"{flag} needs torch", "leave out --runtime onnx", code=2)
     target = Target.parse(out)
     _check_stdout(target, json_)
@@ -184,8 +196,8 @@ def sample(
 
     where = pick_device(device)
     request = SampleRequest(
-        images, target, student=student, steps=steps, start_timestep=start_timestep, edit=edit, compare=compare,
-        teacher=teacher, teacher_config=teacher_config, teacher_steps=teacher_steps,
+        images, target, student=student, steps=steps, start_timestep=start_timestep, edit=edit, negative=away,
+        guidance=guidance, compare=compare, teacher=teacher, teacher_config=teacher_config, teacher_steps=teacher_steps,
         teacher_guidance=teacher_guidance, metadata=metadata, overwrite=overwrite, batch=batch, device=where,
         dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from sbrush.evaluate.stickers import Candidate, evaluate_stickers, pairs
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
+from sbrush.sampling.guidance import teacher_with_negative, with_negative
 from sbrush.stickers.judge import Judge
 
 FLOAT32 = Arithmetic()
@@ -27,6 +28,7 @@ def evaluate(request: StickersRequest) -> Report:
     dtype = arithmetic.dtype
     one = load_student(models.student, start_timestep=models.start_timestep, device=device, dtype=dtype)
     many = load_teacher(models.teacher, config=models.teacher_config, device=device, dtype=dtype)
+    one, many = with_negative(one, models.negative), teacher_with_negative(many, models.negative)
     scale = guidance_scale_of(many, models.teacher_guidance)
     info(
         f"student {printable(one.name)}, teacher {printable(many.name)} at guidance {scale:g}, "
@@ -44,6 +46,8 @@ def evaluate(request: StickersRequest) -> Report:
     )
     texts = [caption.text for caption, _ in pairs(request.limit)]
     result.protocol["truncated_prompts"] = f"{one.truncated_prompts(texts)}"
+    if one.negative:
+        result.protocol.update({name: f"{value}" for name, value in one.negative.drawn_by.items()})
     result.write(request.report)
     return result
 
@@ -70,4 +74,6 @@ def teacher_candidate(
 
     name = f"teacher, {count(steps, 'step')}"
     key = f"{digest(model)} {arithmetic} {model.device.type}"
+    if model.null_prompt:
+        key += f" away from {model.null_prompt}"
     return Candidate(name, images, steps=steps, guidance=guidance, cache_key=key)

@@ -15,6 +15,7 @@ from sbrush.console import SbrushError, printable
 if TYPE_CHECKING:
     from sbrush.evaluate.coco.gallery import Gallery
     from sbrush.prompts.texts import Texts
+    from sbrush.sampling.negative_request import Negative
 
 PER_CAPTION = 100  # images of each open caption, at most, unless asked for
 
@@ -30,6 +31,7 @@ class Models:
     teacher_config: str | None = None  # of a .safetensors teacher
     teacher_steps: int = 25
     teacher_guidance: float | None = None  # None: the scale that its folder names, else 7.5
+    negative: Negative | None = None  # the student's, and in its guidance the teacher's
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
 from sbrush.models.ladder import Ladder
 from sbrush.models.latents import for_decoder, for_encoder, to_images
+from sbrush.models.negative_attention import NegativePrompt, guided_away
 from sbrush.models.schedule import as_ddim
 from sbrush.models.tokenizers import tokenize, truncated_prompts
 
@@ -42,6 +43,8 @@ class Model:
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
     each part was read from, `sources` which other files its weights come from. A student's one step is at
     `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`.
+
+    Away from what: a student's attention from its `negative` prompt, a teacher's guidance from its `null_prompt`.
     """
 
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
@@ -72,6 +75,8 @@ class Model:
     start_timestep: int | None = None
     noise_scale: float = 1.0
     ladder: Ladder | None = None
+    negative: NegativePrompt | None = None
+    null_prompt: str = ""
 
     def as_student(self, scheduler: SchedulerMixin, about: dict[str, Any]) -> Self:
         """This model as a student that is sampled with `scheduler`; `about` is its sbrush.json."""
@@ -220,8 +225,8 @@ class Model:
         return conditioning | {"guidance": guidance_embedding(w, self.unet.config.time_cond_proj_dim)}
 
     def null(self) -> Conditioning:
-        """What it is told when it is told nothing, for guidance: the empty prompt, a batch of one."""
-        return self.encode([""])
+        """What guidance moves away from: the `null_prompt`, which is the empty one as a rule. A batch of one."""
+        return self.encode([self.null_prompt])
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of a `network` of this architecture, wrapped or not: [B, C, H, W], see `prediction`.
@@ -233,9 +238,10 @@ class Model:
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own UNet as a core.Denoiser, in the UNet's own dtype."""
         dtype = self.unet.dtype
-        return self.predict(
-            self.unet, x_t.to(dtype), t, {name: value.to(dtype) for name, value in conditioning.items()}
-        )
+        with guided_away(self.unet, self.negative):
+            return self.predict(
+                self.unet, x_t.to(dtype), t, {name: value.to(dtype) for name, value in conditioning.items()}
+            )
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ class ModelXL(Model):
         return self.with_guidance({"tokens": torch.cat(hidden, dim=-1), "pooled": encoded.text_embeds.to(self.device)})
 
     def null(self) -> Conditioning:
-        """Zeros where the folder says so, as the published teachers' do; else the empty prompt. A batch of one."""
-        conditioning = self.encode([""])
-        if not self.index.get("force_zeros_for_empty_prompt", True):
+        """Zeros for the empty prompt where the folder says so, as the published teachers' do. A batch of one."""
+        conditioning = self.encode([self.null_prompt])
+        if self.null_prompt or not self.index.get("force_zeros_for_empty_prompt", True):
             return conditioning
         return {name: torch.zeros_like(value) for name, value in conditioning.items()}
 

@@ -71,6 +71,7 @@ class OnnxModel:
 
     runtime: str | None = "onnx"
     guidance_input: float | None = None
+    negative: None = None  # its attention is what it is
     start_timestep: int | None = None
     device = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 import sbrush
-from sbrush.console import SbrushError, count
+from sbrush.console import SbrushError, count, info
 from sbrush.sampling.generation import Drawer, guidance_scale_of, student_images, teacher_images
 
 if TYPE_CHECKING:  # not needed by a student that draws without diffusers
     from sbrush.models.model import Model
     from sbrush.sampling.editing import Edit
+    from sbrush.sampling.negative_request import Negative
+
+NEGATIVE = ("negative", "negative_method", "negative_scale")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class Comparison:
                 problem.hint = f"the student names that teacher; --teacher MODEL takes another. {problem.hint}"
             raise
         return cls(model, steps, guidance_scale_of(model, guidance))
+
+    def with_negative(self, negative: Negative | None) -> Comparison:
+        """The same, its guidance taking a negative prompt; a note if it is not guided."""
+        if negative and self.guidance == 1:
+            info("note: the teacher draws without guidance, and so without the negative prompt")
+        from sbrush.sampling.guidance import teacher_with_negative
+
+        return replace(self, teacher=teacher_with_negative(self.teacher, negative))
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class Artist:
             "start_timestep": self.start_timestep,
             "steps": self.taken,
             **(self.edit.drawn_by if self.edit else {"image": None, "strength": None, "mask": None}),
+            **(self.student.negative.drawn_by if self.student.negative else dict.fromkeys(NEGATIVE)),
             "teacher_weights": compare.teacher.fingerprint if compare else None,
             "teacher_steps": compare.steps if compare else None,
             "teacher_guidance": compare.guidance if compare else None,

@@ -23,6 +23,7 @@ from sbrush.sampling.artist import Artist, Comparison
 from sbrush.sampling.edit_request import EditRequest
 from sbrush.sampling.generation import Drawer, Overflow, student_images
 from sbrush.sampling.images import cell_size, encode_png, image_grid, save_png, to_image
+from sbrush.sampling.negative_request import Negative
 from sbrush.sampling.notes import note_truncated_prompts, note_unknown_words
 from sbrush.sampling.opening import Runtime, open_student
 from sbrush.sampling.targets import KEY, KEYS, Images, Target, check_same, find_records, read_keys
@@ -39,8 +40,9 @@ LARGEST_GRID = 80_000_000  # pixels; Pillow takes a file of 89 million for an at
 class SampleRequest:
     """What is to be drawn, by whom, and where it goes.
 
-    `teacher` None with `compare` is the one that the student names. `metadata`: whether an image's file says how it was
-    drawn. `overwrite`: whether images that a folder has are drawn again.
+    `guidance`: the scale, for a student that takes one. `teacher` None with `compare` is the one that the student
+    names. `metadata`: whether an image's file says how it was drawn. `overwrite`: whether images that a folder has are
+    drawn again.
     """
 
     images: Images
@@ -49,6 +51,8 @@ class SampleRequest:
     steps: int | None = None
     start_timestep: int | None = None
     edit: EditRequest | None = None
+    negative: Negative | None = None
+    guidance: float | None = None
     compare: bool = False
     teacher: str | None = None
     teacher_config: str | None = None
@@ -101,14 +105,14 @@ def _load(request: SampleRequest) -> Artist:
 
         check_edit(student, request.steps)
         edit = fit_edit(request.edit, student)
-    note_unknown_words(student, request.images.prompts)
+    note_unknown_words(student, [*request.images.prompts, *([request.negative.text] if request.negative else [])])
     note_truncated_prompts(student, request.images.prompts)
     compare = None
     if request.compare:
         compare = Comparison.load(
             cast("Model", student), request.teacher, config=request.teacher_config, steps=request.teacher_steps,
             guidance=request.teacher_guidance, dtype=dtype,
-        )  # fmt: skip
+        ).with_negative(request.negative)  # fmt: skip
     return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep, request.steps, edit)
 
 
@@ -117,10 +121,20 @@ def _load_student(request: SampleRequest) -> tuple[Drawer, torch.dtype]:
 
     Its first image decides, so that a command that is given again decides alike.
     """
-    start, device = request.start_timestep, request.device
-    # Only torch encodes an image to start from, or has a teacher for comparison in memory too.
-    runtime = "torch" if request.runtime == "auto" and (request.edit or request.compare) else request.runtime
-    student = open_student(request.student, start_timestep=start, device=device, dtype=request.dtype, runtime=runtime)
+    start, device, steered = request.start_timestep, request.device, request.negative or request.guidance is not None
+    # Only torch encodes an image to start from, has a teacher in memory too, or attention for a negative prompt.
+    needs_torch = request.edit or request.compare or steered
+    runtime = "torch" if request.runtime == "auto" and needs_torch else request.runtime
+
+    def load(dtype: torch.dtype, runtime: Runtime) -> Drawer:
+        student = open_student(request.student, start_timestep=start, device=device, dtype=dtype, runtime=runtime)
+        if not steered:
+            return student
+        from sbrush.sampling.guidance import at_guidance, with_negative
+
+        return with_negative(at_guidance(cast("Model", student), request.guidance), request.negative)
+
+    student = load(request.dtype, runtime)
     if request.dtype != torch.float16:
         return student, request.dtype
     prompt, seed = request.images[0]
@@ -129,7 +143,7 @@ def _load_student(request: SampleRequest) -> tuple[Drawer, torch.dtype]:
         return student, request.dtype
     except Overflow:
         info(f"note: {printable(student.name)} overflows in float16; it draws in float32")
-        return open_student(request.student, start_timestep=start, device=device, runtime="torch"), torch.float32
+        return load(torch.float32, "torch"), torch.float32
 
 
 def _check_done(

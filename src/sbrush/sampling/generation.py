@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a student whose networks are ONNX graphs draws without diff
     from diffusers import DDIMScheduler
 
     from sbrush.models.model import Model
+    from sbrush.models.negative_attention import NegativePrompt
     from sbrush.sampling.editing import Edit
 
 
@@ -45,6 +46,8 @@ class Drawer(Protocol):
     def sampler_name(self) -> str: ...
     @property
     def guidance_input(self) -> float | None: ...
+    @property
+    def negative(self) -> NegativePrompt | None: ...
     @property
     def fingerprint(self) -> str: ...
     @property

@@ -92,7 +92,7 @@ def _chunks(metadata: dict[str, Any] | None) -> PngImagePlugin.PngInfo:
 
 
 def parameters(metadata: dict[str, Any]) -> str:
-    """Metadata as AUTOMATIC1111's viewers read it: the prompt, then one line of "Key: value" pairs."""
+    """Metadata as AUTOMATIC1111's viewers read it: the prompt, the negative one, a line of "Key: value" pairs."""
     pairs = {
         "Steps": metadata["steps"],
         "Sampler": metadata["sampler"],
@@ -102,7 +102,10 @@ def parameters(metadata: dict[str, Any]) -> str:
         "Model": str(metadata["model"]).replace(",", " "),
         "Version": f"sbrush {metadata['version']}",
     }
-    return metadata["prompt"].replace("\n", " ") + "\n" + ", ".join(f"{k}: {v}" for k, v in pairs.items())
+    lines = [metadata["prompt"], ", ".join(f"{k}: {v}" for k, v in pairs.items())]
+    if negative := metadata.get("negative"):
+        lines.insert(1, f"Negative prompt: {negative}")
+    return "\n".join(line.replace("\n", " ") for line in lines)
 
 
 def _fit(text: str, width: int, font: Any) -> str:

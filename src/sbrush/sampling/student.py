@@ -5,15 +5,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import chain
-from typing import overload
+from typing import TYPE_CHECKING, cast, overload
 
 from PIL import Image
 
-from sbrush.console import SbrushError, printable
+from sbrush.console import SbrushError, info, printable
 from sbrush.device import pick_device, pick_dtype
 from sbrush.sampling.generation import Drawer, student_images
 from sbrush.sampling.images import to_image
+from sbrush.sampling.negative_request import Negative
 from sbrush.sampling.opening import Runtime, open_student
+
+if TYPE_CHECKING:
+    from sbrush.models.model import Model
 
 LARGEST_SEED = 10**18 - 1  # as on the command line
 
@@ -47,7 +51,8 @@ def load_student(
     """
     where = pick_device(device)
     dtype = pick_dtype(precision, where, "sample")
-    return Student(open_student(source, start_timestep=start_timestep, device=where, dtype=dtype, runtime=runtime))
+    model = open_student(source, start_timestep=start_timestep, device=where, dtype=dtype, runtime=runtime)
+    return Student(model, source)
 
 
 class Student:
@@ -57,11 +62,21 @@ class Student:
     `model.device` where it runs.
     """
 
-    def __init__(self, model: Drawer) -> None:
+    def __init__(self, model: Drawer, source: str | None = None) -> None:
         self.model = model
+        self._source = source
+        self._torch = model if model.runtime is None else None  # a negative prompt alters its attention
 
     @overload
-    def __call__(self, prompts: str, seed: int = 0, *, steps: int | None = None, batch: int = 32) -> Image.Image: ...
+    def __call__(
+        self,
+        prompts: str,
+        seed: int = 0,
+        *,
+        steps: int | None = None,
+        negative: str | Negative | None = None,
+        batch: int = 32,
+    ) -> Image.Image: ...
 
     @overload
     def __call__(
@@ -70,12 +85,19 @@ class Student:
         seed: int | Sequence[int] = 0,
         *,
         steps: int | None = None,
+        negative: str | Negative | None = None,
         batch: int = 32,
     ) -> list[Image.Image]: ...
 
     @overload
     def __call__(
-        self, prompts: str, seed: Sequence[int], *, steps: int | None = None, batch: int = 32
+        self,
+        prompts: str,
+        seed: Sequence[int],
+        *,
+        steps: int | None = None,
+        negative: str | Negative | None = None,
+        batch: int = 32,
     ) -> list[Image.Image]: ...
 
     def __call__(
@@ -84,6 +106,7 @@ class Student:
         seed: int | Sequence[int] = 0,
         *,
         steps: int | None = None,
+        negative: str | Negative | None = None,
         batch: int = 32,
     ) -> Image.Image | list[Image.Image]:
         """Draws one image for each pair of prompt and seed.
@@ -96,14 +119,15 @@ class Student:
             seed: One seed from 0 on, or a list of them. One seed serves every prompt, one prompt every seed; two lists
                 of one length are taken in pairs.
             steps: Steps of the student. None: as many as it was trained for.
+            negative: What the images are not to show: a text, or a `Negative` with its method and scale.
             batch: Images that the networks draw at once. Fewer take less memory.
 
         Returns:
             An RGB image for one prompt and one seed; a list of images, in order, if either is a list.
 
         Raises:
-            SbrushError: A prompt is empty, a seed is no whole number from 0 on, the two lists differ in length, or
-                the student does not take so many steps.
+            SbrushError: A prompt is empty, a seed is no whole number from 0 on, the two lists differ in length,
+                the student does not take so many steps, or the negative prompt is too long for it.
         """
         single = isinstance(prompts, str) and not isinstance(seed, Sequence)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -113,11 +137,22 @@ class Student:
             seeds = seeds * len(texts)
         elif len(texts) == 1:
             texts = texts * len(seeds)
+        model = self.model if negative is None else self._away_from(negative)
         images = [
             to_image(image)
-            for image in chain.from_iterable(student_images(self.model, texts, seeds, steps=steps, batch=batch))
+            for image in chain.from_iterable(student_images(model, texts, seeds, steps=steps, batch=batch))
         ]
         return images[0] if single else images
+
+    def _away_from(self, negative: str | Negative) -> Drawer:
+        """The student with a negative prompt. One that onnxruntime draws is loaded again, for torch, the first time."""
+        negative = Negative(negative) if isinstance(negative, str) else negative
+        from sbrush.sampling.guidance import with_negative
+
+        if self._torch is None:
+            info("note: a negative prompt needs torch: loading the student again")
+            self._torch = open_student(self._source, runtime="torch")
+        return with_negative(cast("Model", self._torch), negative)
 
     def __repr__(self) -> str:
         height, width = self.model.image_size

@@ -16,6 +16,7 @@ from sbrush.evaluate.request import CocoRequest
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.places import locate_student
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
+from sbrush.sampling.guidance import teacher_with_negative, with_negative
 from sbrush.storage import checkpoint
 
 
@@ -59,9 +60,11 @@ class Generator:
     def _student(self, name: str | None) -> Subject:
         start, steps = self.request.models.start_timestep, self.request.models.steps
         one = load_student(name, start_timestep=start, device=self.device, dtype=self.arithmetic.dtype)
+        one = with_negative(one, self.request.models.negative)
         scale = 1 if one.guidance_input is None else one.guidance_input
         about = {"kind": "student", "sha256": digest(one), "steps": len(one.rungs(steps)), "guidance": scale}
         about |= {"start_timestep": one.start_timestep, "noise_scale": one.noise_scale}
+        about |= one.negative.drawn_by if one.negative else {}
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
             drawn = student_images(one, texts, seeds, steps=steps, batch=self._batch, truncate=self._truncate)
@@ -79,8 +82,10 @@ class Generator:
         many = load_teacher(
             models.teacher, config=models.teacher_config, device=self.device, dtype=self.arithmetic.dtype
         )
+        many = teacher_with_negative(many, models.negative)
         steps, scale = models.teacher_steps, guidance_scale_of(many, guidance)
         about = {"kind": "teacher", "sha256": digest(many), "steps": steps, "guidance": scale}
+        about |= {"negative": many.null_prompt} if many.null_prompt else {}
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
             drawn = teacher_images(
