@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results bench bench-eval teach wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results bench bench-eval bench-sample teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -96,6 +96,9 @@ results: $(READY)  ## all methods side by side, into docs/results.md: hours; SEE
 
 bench: $(READY)  ## the training step against the baseline and the roofline; SIZE=sd21 for SD 2.1's, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.training $(if $(SIZE),--size $(SIZE) --minutes 6)
+
+bench-sample: $(READY)  ## one image, warm and cold, beside the bare networks and plain diffusers; SIZE=sd21 on a GPU
+	$(BIN)/python -m sbrush.benchmarks.sampling $(if $(SIZE),--size $(SIZE))
 
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the baseline; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --images 3000 --minutes 6)
