@@ -19,7 +19,7 @@ def trained(work, steps, *, stop_after=None):
             raise KeyboardInterrupt
         return (net(torch.ones(1, 1)) - torch.rand(1, generator=draw)).pow(2).sum()
 
-    teach._train("one", work, steps, {"net": net}, optimizer, loss, lr=lambda step: 0.1 / step, average=average)
+    teach.train("one", work, steps, {"net": net}, optimizer, loss, lr=lambda step: 0.1 / step, average=average)
     return net.weight.item(), average.tensors["weight"].item()
 
 

@@ -15,6 +15,7 @@ from sbrush.cli.flags import (
     ColumnFlag,
     DeviceFlag,
     JsonFlag,
+    LoraFlag,
     Precision,
     StartFlag,
     StepsFlag,
@@ -32,6 +33,7 @@ from sbrush.evaluate.request import (
     Models,
     StickersRequest,
 )
+from sbrush.models.lora_request import parse_loras
 
 TEACHER, WORLD = "The teacher beside the student", "Built-in world alone"
 COCO, COCO_METRICS = "COCO-30K: captions and images", "COCO-30K: metrics"
@@ -75,6 +77,7 @@ def evaluate(
     student: StudentFlag = None,
     steps: StepsFlag = None,
     start_timestep: StartFlag = None,
+    lora: LoraFlag = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -280,7 +283,8 @@ def evaluate(
 ) -> None:
     """Measure a student, its teacher and real images: FID, CLIP score, accuracy, diversity."""
     _check_given(context, coco=coco_30k, teacher=teacher is not None, sweep=sweep is not None, clip_score=clip_score)
-    models = Models(student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance)
+    loras = parse_loras(lora)
+    models = Models(student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance, loras)
     execution = Execution(device, precision.value, batch)
     if coco_30k:
         version = hps_version.value if hps_version else None

@@ -14,6 +14,7 @@ from sbrush.console import SbrushError, printable
 
 if TYPE_CHECKING:
     from sbrush.evaluate.coco.gallery import Gallery
+    from sbrush.models.lora_request import LoraRequest
     from sbrush.prompts.texts import Texts
 
 PER_CAPTION = 100  # images of each open caption, at most, unless asked for
@@ -30,6 +31,7 @@ class Models:
     teacher_config: str | None = None  # of a .safetensors teacher
     teacher_steps: int = 25
     teacher_guidance: float | None = None  # None: the scale that its folder names, else 7.5
+    loras: tuple[LoraRequest, ...] = ()  # of student and teacher
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from sbrush.console import SbrushError
 from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
 from sbrush.models.ladder import Ladder
+from sbrush.models.lora_request import AddedLora
 from sbrush.models.schedule import as_ddim
 from sbrush.models.tokenizers import tokenize
 
@@ -38,7 +39,8 @@ class Model:
 
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
     each part was read from, `sources` which other files its weights come from. A student's one step is at
-    `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`.
+    `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`. `loras` are in its
+    weights, see lora.add_loras.
     """
 
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
@@ -69,6 +71,7 @@ class Model:
     start_timestep: int | None = None
     noise_scale: float = 1.0
     ladder: Ladder | None = None
+    loras: tuple[AddedLora, ...] = ()
 
     def as_student(self, scheduler: SchedulerMixin, about: dict[str, Any]) -> Self:
         """This model as a student that is sampled with `scheduler`; `about` is its sbrush.json."""

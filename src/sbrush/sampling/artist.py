@@ -43,11 +43,12 @@ class Comparison:
     ) -> Comparison:
         """With `teacher`, as load_teacher takes it, else with the one that the student names.
 
-        `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
+        It gets the student's LoRAs. `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
         """
         source = teacher or teacher_of(student)
         try:
-            model = load_teacher(source, config=config, device=str(student.device), dtype=dtype)
+            loras = [lora.request for lora in student.loras]
+            model = load_teacher(source, config=config, loras=loras, device=str(student.device), dtype=dtype)
         except SbrushError as problem:
             if teacher is None:
                 problem.hint = f"the student names that teacher; --teacher MODEL takes another. {problem.hint}"
@@ -89,6 +90,7 @@ class Artist:
             "precision": self.precision,
             "start_timestep": self.start_timestep,
             "steps": self.taken,
+            "loras": [lora.about for lora in self.student.loras] or None,
             **(self.edit.drawn_by if self.edit else {"image": None, "strength": None, "mask": None}),
             "teacher_weights": fingerprint(compare.teacher) if compare else None,
             "teacher_steps": compare.steps if compare else None,

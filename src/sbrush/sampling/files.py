@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from sbrush import console
 from sbrush.console import SbrushError, count, info, printable, progress
 from sbrush.models.load import load_student
+from sbrush.models.lora_request import LoraRequest
 from sbrush.models.model import Model
 from sbrush.models.tokenizers import note_truncated_prompts
 from sbrush.sampling.artist import Artist, Comparison
@@ -49,6 +51,7 @@ class SampleRequest:
     student: str | None = None
     steps: int | None = None
     start_timestep: int | None = None
+    loras: tuple[LoraRequest, ...] = ()
     edit: EditRequest | None = None
     compare: bool = False
     teacher: str | None = None
@@ -124,8 +127,10 @@ def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:
 
     Its first image decides, so that a command that is given again decides alike.
     """
-    start, device = request.start_timestep, request.device
-    student = load_student(request.student, start_timestep=start, device=device, dtype=request.dtype)
+    load = partial(
+        load_student, request.student, start_timestep=request.start_timestep, loras=request.loras, device=request.device
+    )
+    student = load(dtype=request.dtype)
     if request.dtype != torch.float16:
         return student, request.dtype
     prompt, seed = request.images[0]
@@ -134,7 +139,7 @@ def _load_student(request: SampleRequest) -> tuple[Model, torch.dtype]:
         return student, request.dtype
     except Overflow:
         info(f"note: {printable(student.name)} overflows in float16; it draws in float32")
-        return load_student(request.student, start_timestep=start, device=device), torch.float32
+        return load(), torch.float32
 
 
 def _check_done(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import overload
 
@@ -12,6 +12,7 @@ from PIL import Image
 from sbrush.console import SbrushError, printable
 from sbrush.device import pick_device, pick_dtype
 from sbrush.models import load
+from sbrush.models.lora_request import LoraRequest, parse_loras
 from sbrush.models.model import Model
 from sbrush.sampling.generation import student_images
 from sbrush.sampling.images import to_image
@@ -20,7 +21,12 @@ LARGEST_SEED = 10**18 - 1  # as on the command line
 
 
 def load_student(
-    source: str | None = None, *, start_timestep: int | None = None, device: str = "auto", precision: str = "auto"
+    source: str | None = None,
+    *,
+    start_timestep: int | None = None,
+    loras: Iterable[str | LoraRequest] = (),
+    device: str = "auto",
+    precision: str = "auto",
 ) -> Student:
     """A one-step student, ready to draw.
 
@@ -29,6 +35,8 @@ def load_student(
             was then) or a Hub id. None is the student that comes with sbrush, for the built-in world.
         start_timestep: For a student that was trained to take its noise for x_t at an earlier timestep than its
             scheduler says, such as 399 for DMD2's. None reads it from the scheduler.
+        loras: LoRAs made for the student's teacher, added to its weights: each as `sbrush sample --lora` takes it, a
+            file, a folder, a Hub id or "blueprint", with ":WEIGHT" behind it for another weight than 1.
         device: "auto" (CUDA where there is a card, else the CPU), "cpu", "cuda" or "cuda:1".
         precision: Number format of the networks: "auto" (float16 on CUDA, float32 on the CPU), "float32", "bfloat16"
             or "float16".
@@ -37,11 +45,13 @@ def load_student(
         The student, with its weights in memory.
 
     Raises:
-        SbrushError: There is no such student, device or precision, or its files are damaged. `hint` says what to do.
+        SbrushError: There is no such student, LoRA, device or precision, files are damaged, or a LoRA was made for
+            another base. `hint` says what to do.
     """
+    requests = parse_loras(loras)
     where = pick_device(device)
     dtype = pick_dtype(precision, where, "sample")
-    return Student(load.load_student(source, start_timestep=start_timestep, device=where, dtype=dtype))
+    return Student(load.load_student(source, start_timestep=start_timestep, loras=requests, device=where, dtype=dtype))
 
 
 class Student:
