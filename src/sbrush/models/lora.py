@@ -134,7 +134,7 @@ def _convert(shown: str, tensors: dict[str, Tensor], settings: dict[str, Any] | 
 def _check_fit(file: LoraFile, model: Model) -> None:
     """SbrushError if the model has no layer, or none of that shape, for one of a LoRA's tensors."""
     misfits = [name for name in file.layers if not name.startswith(tuple(f"{part}." for part in _networks(model)))]
-    names = [file.name_of(file.layers[name], name) for name in misfits]
+    names, odd = [file.name_of(file.layers[name], name) for name in misfits], list[str]()
     for part, network in _networks(model).items():
         modules = dict(network.named_modules())
         try:
@@ -142,8 +142,14 @@ def _check_fit(file: LoraFile, model: Model) -> None:
         except ValueError as problem:  # diffusers cannot tell in which layout they are
             raise _misfit(file, list(file.tensors), model) from problem
         names += [file.name_of(tensor, name) for name, tensor in layers.items() if not _fits(name, tensor, modules)]
+        odd += [file.name_of(tensor, name) for name, tensor in layers.items() if not _paired(name, layers)]
     if names:
         raise _misfit(file, names, model)
+    if odd:
+        raise SbrushError(
+            f"the LoRA {file.shown} is damaged: {printable(odd[0])} has no other half of the same rank",
+            "fetch or save it again",
+        )
 
 
 def _by_module(layers: dict[str, Tensor], network: nn.Module, *, text: bool) -> dict[str, Tensor]:
@@ -167,6 +173,13 @@ def _fits(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> bool:
     if found[2] == "B":
         return tensor.shape[0] == module.weight.shape[0]
     return tensor.shape[1:] == module.weight.shape[1:]
+
+
+def _paired(name: str, layers: Mapping[str, Tensor]) -> bool:
+    """Whether a module has both lora_A [r, ...] and lora_B [..., r, ...]."""
+    module = re.sub(r"\.lora_[AB]\.\w+$", "", name)
+    a, b = (layers.get(f"{module}.lora_{half}.weight") for half in "AB")
+    return a is not None and b is not None and a.shape[0] == b.shape[1]
 
 
 def _add(file: LoraFile, model: Model, weight: float) -> None:
