@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,13 +228,22 @@ def test_what_an_evaluation_caches_and_reports_depends_on_them(tmp_path, sd):
         assert len({about["sha256"] for about in abouts}) == 3
 
 
-def test_sbrush_eval_measures_with_them(tmp_path, tiny_stickers):
+def test_sbrush_eval_measures_with_them(tmp_path, tiny_stickers, monkeypatch):
+    from sbrush.evaluate import candidates
+
     made = layers_of(load_teacher(str(tiny_stickers)))
     file = written(tmp_path / "x.safetensors", in_layout(made, "kohya", xl=False))
+    measured = []
+
+    def few(request):
+        measured.append(candidates_evaluate(replace(request, limit=4, per_caption=2)))
+        return measured[-1]
+
+    candidates_evaluate = candidates.evaluate
+    monkeypatch.setattr(candidates, "evaluate", few)
     done = sbrush(
-        "eval", "--student", tiny_stickers, "--teacher", tiny_stickers, "--limit", 100, "--diversity", 2, "--device",
-        "cpu", "--teacher-steps", 1, "--report", tmp_path / "r.html", "--json", "--lora", f"{file}:0.5",
-        XDG_CACHE_HOME=str(tmp_path / "cache"),
+        "eval", "--student", tiny_stickers, "--teacher", tiny_stickers, "--device", "cpu", "--teacher-steps", 1,
+        "--report", tmp_path / "r.html", "--json", "--lora", f"{file}:0.5", XDG_CACHE_HOME=str(tmp_path / "cache"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["protocol"]["loras"].startswith(f"{file} (weight 0.5, sha256 ")

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from sbrush.console import out, progress
+from sbrush.console import count, out, progress
 from sbrush.metrics.accuracy import attribute_accuracy
 from sbrush.metrics.fid import fid
 from sbrush.models.load import load_student, load_teacher
@@ -38,7 +38,6 @@ from sbrush.stickers.style import PALETTE, draw_blueprint
 from sbrush.stickers.world import BACKGROUNDS, COLOURS, Caption, random_caption, random_sticker, stream
 
 LORA = "blueprint"
-STEPS = 25  # of the teacher
 FIRST_SEED = 3_000_000
 SHOWN = ("a cat", "a small red cat on a mint background", "a big yellow car", "a fish", "a house on a cream background")
 
@@ -58,10 +57,13 @@ def main(
     images: Annotated[int, typer.Option(help="Captions, each drawn once for every seed.", min=4)] = 300,
     seeds: Annotated[int, typer.Option(help="Seeds: so many times all captions.", min=2)] = 3,
     weights: Annotated[str, typer.Option(help="Weights of the LoRA.")] = "0,0.5,1",
+    teacher_steps: Annotated[int, typer.Option(help="DDIM steps of the teacher.", min=1, max=1000)] = 25,
     grid: Annotated[Path | None, typer.Option(help="PNG file for a sample grid.")] = None,
 ) -> None:
     """Prints the table, and writes the grid."""
-    models = {name: draw for weight in map(float, weights.split(",")) for name, draw in _models(weight).items()}
+    models = {
+        name: draw for weight in map(float, weights.split(",")) for name, draw in _models(weight, teacher_steps).items()
+    }
     models = dict(sorted(models.items(), key=lambda item: item[0].startswith("teacher")))
     judge, captions = Judge.load(), [random_caption(stream("style", i)) for i in range(images)]
     rows = [Row(name, [], [], []) for name in (*models, "stickers drawn in the style")]
@@ -101,15 +103,15 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _models(weight: float) -> dict[str, Draw]:
+def _models(weight: float, steps: int) -> dict[str, Draw]:
     """The student and the teacher with the LoRA at a weight; 0 is without it."""
     loras = [LoraRequest(LORA, weight)] if weight else []
     label = f"LoRA at {weight:g}" if weight else "without LoRA"
     student, teacher = load_student(loras=loras), load_teacher(loras=loras)
     return {
         f"student, 1 step, {label}": partial(student_images, student, batch=50),
-        f"teacher, {STEPS} steps, {label}": partial(
-            teacher_images, teacher, steps=STEPS, guidance=guidance_scale_of(teacher, None), batch=50
+        f"teacher, {count(steps, 'step')}, {label}": partial(
+            teacher_images, teacher, steps=steps, guidance=guidance_scale_of(teacher, None), batch=50
         ),
     }
 
