@@ -23,7 +23,7 @@ def test_it_is_blue_on_night_whatever_the_sticker_with_white_for_ink():
 
 
 def test_the_benchmark_measures_models_and_drawn_stickers(tmp_path, capsys):
-    benchmark.main(images=4, seeds=2, weights="1", grid=tmp_path / "grid.png", teacher_steps=1)
+    benchmark.main(images=6, seeds=2, weights="1", grid=tmp_path / "grid.png", teacher_steps=1)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| student, 1 step, LoRA at 1", "| teacher, 1 step, LoRA at 1", "| stickers drawn in the style",

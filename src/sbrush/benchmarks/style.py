@@ -1,6 +1,6 @@
 """How well the one-step student takes on the built-in LoRA's style, beside its teacher.  `make style`
 
-    python -m sbrush.benchmarks.style --images 300 --seeds 3 --grid docs/blueprint.png
+    python -m sbrush.benchmarks.style --images 100 --seeds 3 --grid docs/blueprint.png
 
 Both draw the same captions and seeds with the LoRA "blueprint" at several weights. Measured are
 
@@ -27,7 +27,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from sbrush.console import count, out, progress
 from sbrush.metrics.accuracy import attribute_accuracy
-from sbrush.metrics.fid import fid
+from sbrush.metrics.fid import fid, fid_error
 from sbrush.models.load import load_student, load_teacher
 from sbrush.models.lora_request import LoraRequest
 from sbrush.sampling.generation import guidance_scale_of, student_images, teacher_images
@@ -45,16 +45,16 @@ Draw = Callable[[Sequence[str], Sequence[int]], Iterator[Tensor]]
 
 
 class Row(NamedTuple):
-    """One model's measures, each for every seed."""
+    """One model's measures, each for every seed, and the judge's features of its images, [images, width]."""
 
     name: str
     colours: list[float]
-    fid: list[float]
     kind: list[float]
+    features: list[Tensor]
 
 
 def main(
-    images: Annotated[int, typer.Option(help="Captions, each drawn once for every seed.", min=4)] = 300,
+    images: Annotated[int, typer.Option(help="Captions, each drawn once for every seed.", min=4)] = 100,
     seeds: Annotated[int, typer.Option(help="Seeds: so many times all captions.", min=2)] = 3,
     weights: Annotated[str, typer.Option(help="Weights of the LoRA.")] = "0,0.5,1",
     teacher_steps: Annotated[int, typer.Option(help="DDIM steps of the teacher.", min=1, max=1000)] = 25,
@@ -67,9 +67,10 @@ def main(
     models = dict(sorted(models.items(), key=lambda item: item[0].startswith("teacher")))
     judge, captions = Judge.load(), [random_caption(stream("style", i)) for i in range(images)]
     rows = [Row(name, [], [], []) for name in (*models, "stickers drawn in the style")]
+    real = list[Tensor]()
     with progress("measuring the style", len(rows) * seeds, unit="measurements") as bar:
         for seed in range(seeds):
-            real = judge.features(_real(captions, f"style-reference-{seed}"))
+            real.append(judge.features(_real(captions, f"style-reference-{seed}")))
             numbers = [FIRST_SEED + seed * images + i for i in range(images)]
             for row in rows:
                 if row.name in models:
@@ -78,10 +79,10 @@ def main(
                     drawn = _real(captions, f"style-other-{seed}")
                 features = judge.features(drawn)
                 row.colours.append(style_colours(drawn))
-                row.fid.append(fid(real, features))
+                row.features.append(features)
                 row.kind.append(attribute_accuracy(captions, judge.classify(features))["kind"])
                 bar.advance()
-    out(table(rows))
+    out(table(rows, torch.cat(real)))
     if grid:
         save_png(grid, _grid(models))
 
@@ -94,12 +95,13 @@ def style_colours(images: Tensor) -> float:
     return (nearest < len(PALETTE)).float().mean().item()
 
 
-def table(rows: Sequence[Row]) -> str:
-    """In Markdown: means over the seeds, and standard deviations."""
+def table(rows: Sequence[Row], real: Tensor) -> str:
+    """In Markdown: means over the seeds with standard deviations; FID of all images, with its standard error."""
     lines = ["| model | colours of the style | FID to the style | kind seen by the judge |", "|---|---|---|---|"]
     for row in rows:
         colours, kind = (f"{100 * mean(x):.1f} ± {100 * stdev(x):.1f} %" for x in (row.colours, row.kind))
-        lines.append(f"| {row.name} | {colours} | {mean(row.fid):.0f} ± {stdev(row.fid):.0f} | {kind} |")
+        drawn = torch.cat(row.features)
+        lines.append(f"| {row.name} | {colours} | {fid(real, drawn):.0f} ± {fid_error(real, drawn):.0f} | {kind} |")
     return "\n".join(lines)
 
 

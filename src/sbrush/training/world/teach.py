@@ -162,14 +162,16 @@ def teacher(work: Work = WORK, steps: Steps = 7000, batch: Batch = 64, lr: float
 
 
 @app.command()
-def lora(work: Work = WORK, steps: Steps = 800, batch: Batch = 32, lr: float = 2e-3, threads: Threads = 0) -> None:
+def lora(work: Work = WORK, steps: Steps = 350, batch: Batch = 32, lr: float = 2e-3, threads: Threads = 0) -> None:
     """LoRA of the shipped teacher: a style, by the teacher's own loss. It goes into the package at once."""
     from sbrush.training.world.style import train_lora
 
     _device(threads)
 
     def stage(net: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[int, torch.Generator], Tensor]) -> None:
-        train("lora", work, steps, {"net": net}, optimizer, loss, lr=_warm_cosine(lr, steps))
+        train(
+            "lora", work, steps, {"net": net}, optimizer, loss, lr=lambda s: lr * min(1, s / 50) * (1 - s / (steps + 1))
+        )
 
     train_lora(stage, batch=batch, lr=lr)
 
