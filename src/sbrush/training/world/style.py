@@ -82,8 +82,8 @@ def _latents(teacher: Model, stickers: list[Sticker]) -> Tensor:
 def _diffusion_loss(teacher: Model, x0: Tensor, captions: list[str], draw: torch.Generator) -> Tensor:
     """The mean squared error of the v prediction, as diffusers' LoRA script has it.
 
-    The teacher's own weight, min-SNR-5, is next to nothing at T, where a one-step student works: a LoRA trained with it
-    left the student's backgrounds as they were (docs/log.md).
+    The teacher's own weight, min-SNR-5, is next to nothing at T, where a one-step student works: of a LoRA trained with
+    it the teacher's own single step took on less (docs/log.md).
     """
     noise = torch.randn(x0.shape, generator=draw)
     t = torch.randint(len(teacher.schedule), (len(x0),), generator=draw)
