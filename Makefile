@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results bench bench-eval bench-sample teach wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -94,6 +94,9 @@ results: $(READY)  ## all methods side by side, into docs/results.md: hours; SEE
 	$(BIN)/python -m sbrush.benchmarks.results $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PAIRS),--pairs $(PAIRS)) $(ARGS)
 
+style: $(READY)  ## how well student and teacher take on the built-in LoRA's style; minutes
+	$(BIN)/python -m sbrush.benchmarks.style
+
 bench: $(READY)  ## the training step against the baseline and the roofline; SIZE=sd21 for SD 2.1's, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.training $(if $(SIZE),--size $(SIZE) --minutes 6)
 
@@ -103,18 +106,23 @@ bench-sample: $(READY)  ## one image, warm and cold, beside the bare networks an
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the baseline; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --images 3000 --minutes 6)
 
-teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, student
+teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, LoRA, student; ARGS=lora: one of them
+ifneq ($(ARGS),)
+	$(BIN)/python -m sbrush.training.world.teach $(ARGS)
+else
 	$(BIN)/python -m sbrush.training.world.teach vae
 	$(BIN)/python -m sbrush.training.world.teach judge
 	$(BIN)/python -m sbrush.training.world.teach teacher
 	$(BIN)/python -m sbrush.training.world.ship teacher
 	$(BIN)/python -m sbrush.training.world.ship guidance
+	$(BIN)/python -m sbrush.training.world.teach lora
 	for seed in 0 1; do \
 	  $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed && \
 	  { ! grep -q '"extended_by": \[\]' runs/seed-$$seed/config.json || \
 	    $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed --extend 3000; } || exit 1; done
 	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
 	$(BIN)/python -m sbrush.training.world.ship student runs/shipped
+endif
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw an image with it
 	rm -rf dist

@@ -28,6 +28,9 @@ METRICS = "test_coco.py::TestMetrics"
 PLAIN_DIFFUSERS = "test_models.py::test_a_student_folder_gives_the_same_image_in_plain_diffusers"
 SAME_COMMAND = "test_sample_files.py::test_the_same_command_goes_on_and_the_result_is_the_same_to_the_bit"
 NEVER_REPLACED = "test_sample_files.py::test_what_was_drawn_otherwise_is_never_replaced_but_by_overwrite"
+LORA = "test_lora.py::test_images_are_plain_diffusers_in_every_layout"
+LORA_MISFIT = "test_lora.py::test_a_lora_that_does_not_fit_is_refused_and_changes_nothing"
+LORA_COMMAND = "test_lora.py::test_the_command_line_draws_with_them_and_records_them"
 
 BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
     "training/loop.py": [
@@ -223,6 +226,11 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         (".mul(255).round().to(", ".mul(255).to(", "test_protocols.py::test_dmd2s_protocol_alone_truncates"),
     ],
     "models/load.py": [
+        ("_with_loras(load_student(source, start_timestep=start_timestep), loras",
+         "_with_loras(load_student(source, start_timestep=start_timestep, dtype=dtype), loras",
+         "test_lora.py::test_bfloat16_gets_the_rounded_sum"),
+        ("    if not model.loras:\n", "    if True:\n",
+         "test_lora.py::test_what_an_evaluation_caches_and_reports_depends_on_them"),
         ("noise_scale(config) if student else 1.0", "1.0", "test_schedule.py"),
         ('{**table, **ONE_STEP} if student else table', "table",
          "test_configurations.py::test_a_students_scheduler_that_leaves_noise_is_refused_and_a_teachers_is_replaced"),
@@ -242,5 +250,24 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("if record.get(key) != value]", "if record.get(key, value) != value]",
          "test_sample_files.py::test_a_file_of_other_origin_is_never_replaced"),
         ("        if len(encoded) + len(code) > SLUG:\n            break\n", "", "test_sample_files.py"),
+    ],
+    "models/lora.py": [
+        ("            module.scale_layer(weight)\n", "", LORA),
+        ('"network_alphas": file.alphas', '"network_alphas": None', LORA),
+        ("            _remove(network)\n", "            pass\n", LORA),
+        ('"metadata": file.settings', '"metadata": None',
+         "test_lora.py::test_sdxl_blocks_by_kohyas_own_numbers_and_diffusers_own_settings"),
+        ("    if names:\n", "    if False:\n", LORA_MISFIT),
+        ("not tensor.float().isfinite().all()", "False", LORA_MISFIT),
+        ("model.loras + added", "model.loras", LORA_COMMAND),
+    ],
+    "models/lora_request.py": [
+        ("weight = _number(tail) if colon and not _exists(text) else None", "weight = _number(tail) if colon else None",
+         "test_lora.py::test_names_with_colons"),
+    ],
+    "sampling/artist.py": [
+        ("[lora.about for lora in self.student.loras] or None", "None", LORA_COMMAND),
+        ("loras = [lora.request for lora in student.loras]", "loras = ()",
+         "test_lora.py::test_the_teacher_beside_it_gets_the_same"),
     ],
 }  # fmt: skip

@@ -22,6 +22,7 @@ from sbrush.evaluate.check import LIMIT, check
 from sbrush.evaluate.request import CocoData, CocoOutput, CocoRequest, MetricWeights, Models, StickersRequest
 from sbrush.evaluate.stickers import Candidate, cache_place, diversity_pairs, pairs
 from sbrush.models.load import load_teacher
+from sbrush.models.lora_request import LoraRequest
 from sbrush.sampling.generation import guidance_scale_of
 from sbrush.stickers.judge import Judge
 
@@ -123,6 +124,7 @@ def test_what_cannot_work_is_refused_without_torch(tmp_path: Path, arguments: li
     "request_, says",
     [
         (CocoRequest(Models(student="a", teacher="b")), "several things"),
+        (CocoRequest(images=Path("drawn"), models=Models(loras=(LoraRequest("blueprint"),))), "--lora is for a model"),
         (CocoRequest(sweep="1,x", models=Models(teacher="b")), "no list of guidance scales"),
         (CocoRequest(sweep="a,b", weights=MetricWeights(clip_score=False)), "against CLIP score"),
         (CocoRequest(sweep="a,b", output=CocoOutput(images=Path("kept"))), "overwrite each other"),

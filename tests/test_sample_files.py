@@ -85,6 +85,7 @@ class Stub:
     """A student without networks: an image says its seed. `alive`: the images that are in memory."""
 
     name, image_size, about = "stub", (8, 8), {"recipe": {}}
+    loras = ()
     guidance_input, runtime, negative, fingerprint, sampler_name = None, None, None, "f" * 16, "Stub"
 
     def __init__(self, monkeypatch):

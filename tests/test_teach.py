@@ -19,7 +19,7 @@ def trained(work, steps, *, stop_after=None):
             raise KeyboardInterrupt
         return (net(torch.ones(1, 1)) - torch.rand(1, generator=draw)).pow(2).sum()
 
-    teach._train("one", work, steps, {"net": net}, optimizer, loss, lr=lambda step: 0.1 / step, average=average)
+    teach.train("one", work, steps, {"net": net}, optimizer, loss, lr=lambda step: 0.1 / step, average=average)
     return net.weight.item(), average.tensors["weight"].item()
 
 
@@ -29,3 +29,27 @@ def test_it_starts_in_an_empty_folder_and_goes_on_from_its_checkpoint_exactly(tm
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "stopped", 5, stop_after=4)
     assert whole[0] != 0 and trained(tmp_path / "stopped", 5) == whole
+
+
+def test_the_lora_of_a_style_is_trained_on_the_shipped_teacher_and_fits_student_and_teacher(tmp_path, monkeypatch):
+    from sbrush.models.load import load_student, load_teacher
+    from sbrush.models.lora_request import LoraRequest
+    from sbrush.training.world import style
+
+    monkeypatch.setattr(style, "IMAGES", 4)
+    losses = []
+
+    def stage(net, optimizer, loss):
+        for step in (1, 2):
+            losses.append(loss(step, torch.Generator().manual_seed(step)))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    file = style.train_lora(stage, batch=2, lr=1e-2, to=tmp_path)
+    assert file == tmp_path / "loras" / "blueprint.safetensors" and all(loss.isfinite() for loss in losses)
+    request = LoraRequest(str(file))
+    for load in (load_student, load_teacher):
+        plain, styled = load().unet.state_dict(), load(loras=[request]).unet.state_dict()
+        changed = {name for name in plain if not torch.equal(plain[name], styled[name])}
+        assert changed and all("attentions" in name for name in changed)

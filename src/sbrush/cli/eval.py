@@ -15,6 +15,7 @@ from sbrush.cli.flags import (
     ColumnFlag,
     DeviceFlag,
     JsonFlag,
+    LoraFlag,
     Precision,
     StartFlag,
     StepsFlag,
@@ -33,6 +34,7 @@ from sbrush.evaluate.request import (
     Models,
     StickersRequest,
 )
+from sbrush.models.lora_request import parse_loras
 
 TEACHER, WORLD = "The teacher beside the student", "Built-in world alone"
 COCO, COCO_METRICS = "COCO-30K: captions and images", "COCO-30K: metrics"
@@ -79,6 +81,7 @@ def evaluate(
     negative: NegativeFlag = None,
     negative_method: NegativeMethodFlag = None,
     negative_scale: NegativeScaleFlag = None,
+    lora: LoraFlag = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -285,7 +288,10 @@ def evaluate(
     """Measure a student, its teacher and real images: FID, CLIP score, accuracy, diversity."""
     _check_given(context, coco=coco_30k, teacher=teacher is not None, sweep=sweep is not None, clip_score=clip_score)
     away = read_negative_flags(negative, negative_method, negative_scale)
-    models = Models(student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance, away)
+    loras = parse_loras(lora)
+    models = Models(
+        student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance, away, loras
+    )
     execution = Execution(device, precision.value, batch)
     if coco_30k:
         version = hps_version.value if hps_version else None

@@ -144,6 +144,17 @@ RuntimeFlag = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+LoraFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="LoRA made for the student's teacher (diffusers', PEFT's or kohya's layout): a .safetensors, a folder, "
+        "a Hub id (OWNER/NAME or OWNER/NAME/FILE), or blueprint, which comes with sbrush. A weight may follow, -10 to "
+        "10, by default 1. Give it again for more. A teacher beside the student gets the same.",
+        metavar="LORA[:WEIGHT]",
+        show_default=False,
+    ),
+]
 TeacherFlag = Annotated[str | None, teacher_option()]
 TeacherConfigFlag = Annotated[str | None, teacher_config_option()]
 ColumnFlag = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from sbrush.cli.flags import (
     ColumnFlag,
     DeviceFlag,
     JsonFlag,
+    LoraFlag,
     Precision,
     PrecisionFlag,
     Runtime,
@@ -36,6 +38,7 @@ from sbrush.cli.negative import (
 )
 from sbrush.cli.seeds import parse_seeds
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
+from sbrush.models.lora_request import LoraRequest, parse_loras
 from sbrush.sampling.targets import Images, Target, find_records
 
 if TYPE_CHECKING:
@@ -83,6 +86,7 @@ def sample(
     ] = "0",
     student: StudentFlag = None,
     steps: StepsFlag = None,
+    lora: LoraFlag = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -180,6 +184,7 @@ def sample(
     if len(images.seeds) < len(seeds):
         info("note: a seed that is given twice is drawn once")
     _check_comparison(context, compare)
+    loras = parse_loras(lora)
     edit = _read_edit(image, strength, mask, compare=compare)
     away = read_negative_flags(negative, negative_method, negative_scale)
     if runtime is Runtime.onnx and (edit or compare or away or guidance is not None):
@@ -196,8 +201,9 @@ def sample(
 
     where = pick_device(device)
     request = SampleRequest(
-        images, target, student=student, steps=steps, start_timestep=start_timestep, edit=edit, negative=away,
-        guidance=guidance, compare=compare, teacher=teacher, teacher_config=teacher_config, teacher_steps=teacher_steps,
+        images, target, student=student, steps=steps, start_timestep=start_timestep, loras=loras, edit=edit,
+        negative=away, guidance=guidance, compare=compare, teacher=teacher, teacher_config=teacher_config,
+        teacher_steps=teacher_steps,
         teacher_guidance=teacher_guidance, metadata=metadata, overwrite=overwrite, batch=batch, device=where,
         dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
     )  # fmt: skip
@@ -219,7 +225,7 @@ def sample(
     elif target.path and not target.folder:
         console.out(target.path)
     if target.path:
-        info(_next(texts, student, compare))
+        info(_next(texts, student, loras, compare))
 
 
 def _read_prompts(prompts: list[str], file: Path | None, column: str | None) -> list[str]:
@@ -290,9 +296,10 @@ def _check_stdout(target: Target, json_: bool) -> None:
         )
 
 
-def _next(texts: list[str], student: str | None, compare: bool) -> str:
+def _next(texts: list[str], student: str | None, loras: Sequence[LoraRequest], compare: bool) -> str:
     """What to try next."""
     named = ["--student", student] if student else []
+    named += [part for lora in loras for part in ("--lora", lora.text)]
     if len(texts) == 1 and not compare:
         return f"next: {printable(shlex.join(['sbrush', 'sample', texts[0], '--seed', '1-8', '--compare', *named]))}"
     return f"next: {printable(shlex.join(['sbrush', 'eval', *named]))}"

@@ -26,8 +26,10 @@ def evaluate(request: StickersRequest) -> Report:
     device = pick_device(request.execution.device)
     arithmetic = pick_arithmetic(request.execution.precision, device, "eval")
     dtype = arithmetic.dtype
-    one = load_student(models.student, start_timestep=models.start_timestep, device=device, dtype=dtype)
-    many = load_teacher(models.teacher, config=models.teacher_config, device=device, dtype=dtype)
+    one = load_student(
+        models.student, start_timestep=models.start_timestep, loras=models.loras, device=device, dtype=dtype
+    )
+    many = load_teacher(models.teacher, config=models.teacher_config, loras=models.loras, device=device, dtype=dtype)
     one, many = with_negative(one, models.negative), teacher_with_negative(many, models.negative)
     scale = guidance_scale_of(many, models.teacher_guidance)
     info(
@@ -45,11 +47,18 @@ def evaluate(request: StickersRequest) -> Report:
         candidates, Judge.load(device=device), n=request.limit, per_caption=request.diversity, fresh=request.fresh
     )
     texts = [caption.text for caption, _ in pairs(request.limit)]
+    if one.loras:
+        result.protocol["loras"] = describe_loras(one)
     result.protocol["truncated_prompts"] = f"{one.truncated_prompts(texts)}"
     if one.negative:
         result.protocol.update({name: f"{value}" for name, value in one.negative.drawn_by.items()})
     result.write(request.report)
     return result
+
+
+def describe_loras(model: Model) -> str:
+    """A model's LoRAs in words, for a report: "blueprint (weight 0.8, sha256 0123456789abcdef)"."""
+    return ", ".join("{name} (weight {weight:g}, sha256 {sha256})".format(**lora.about) for lora in model.loras)
 
 
 def student_candidate(

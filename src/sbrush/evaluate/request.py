@@ -14,6 +14,7 @@ from sbrush.console import SbrushError, printable
 
 if TYPE_CHECKING:
     from sbrush.evaluate.coco.gallery import Gallery
+    from sbrush.models.lora_request import LoraRequest
     from sbrush.prompts.texts import Texts
     from sbrush.sampling.negative_request import Negative
 
@@ -32,6 +33,7 @@ class Models:
     teacher_steps: int = 25
     teacher_guidance: float | None = None  # None: the scale that its folder names, else 7.5
     negative: Negative | None = None  # the student's, and in its guidance the teacher's
+    loras: tuple[LoraRequest, ...] = ()  # of student and teacher
 
 
 @dataclass(frozen=True)

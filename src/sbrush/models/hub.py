@@ -33,6 +33,36 @@ def fetch(source: str, parts: Iterable[str], *, weights: bool = True) -> Path:
         raise _explained(source, problem, endings) from problem
 
 
+def fetch_weights(source: str, name: str | None = None, *, usual: str) -> Path:
+    """One .safetensors of a repository: `name`, or else `usual`, or else the only one that it has.
+
+    Downloaded if it is not in the Hub's cache. SbrushError if it cannot be had, or if it is not clear which is meant.
+    """
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        if name is not None:
+            return Path(hf_hub_download(source, name))
+        try:
+            files = list_repo_files(source)
+        except (OfflineModeIsEnabled, ConnectionError):  # what is in the cache, then
+            folder = Path(snapshot_download(source, local_files_only=True))
+            files = [str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")]
+        found = sorted(file for file in files if file.endswith(".safetensors"))
+        if len(found) == 1 or usual in found:
+            return Path(hf_hub_download(source, usual if usual in found else found[0]))
+    except Exception as problem:
+        if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
+            raise SbrushError(f"{printable(source)} has no file {printable(name)}", "check its name", code=2) from None
+        raise _explained(source, problem, ("safetensors",)) from problem
+    raise SbrushError(
+        f"{printable(source)} holds {len(found) or 'no'} .safetensors files",
+        f"name one: {', '.join(printable(f'{source}/{file}') for file in found[:5])}" if found else "take another",
+        code=2,
+    )
+
+
 def _explained(source: str, problem: Exception, endings: Iterable[str]) -> SbrushError:
     from huggingface_hub import constants
     from huggingface_hub.errors import (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from sbrush.models.checks import (
 )
 from sbrush.models.configurations import GUIDED, ONE_STEP, TABLES
 from sbrush.models.ladder import Ladder
+from sbrush.models.lora import add_loras
+from sbrush.models.lora_request import LoraRequest
 from sbrush.models.model import Model
 from sbrush.models.parts import check_part, digest_of_parts, read_json
 from sbrush.models.places import BUILT_IN_TEACHER, FAMILIES, find_teacher, locate_student, resolve
@@ -45,12 +49,20 @@ KINDS = {
 
 
 def load_teacher(
-    source: str | None = None, *, config: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    source: str | None = None,
+    *,
+    config: str | None = None,
+    loras: Sequence[LoraRequest] = (),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
     """A teacher from a folder or Hub id in Stable Diffusion's format, or a .safetensors; None is the built-in one.
 
     `config`: for a .safetensors, the folder or Hub id whose configuration and tokenizer it takes; None: by its shapes.
+    `loras`: what is added to its weights.
     """
+    if loras:
+        return _with_loras(load_teacher(source, config=config), loras, device, dtype)
     _check_config(source, config)
     if source is None:
         return _load([BUILT_IN / "teacher"], BUILT_IN_TEACHER, device, dtype)
@@ -65,6 +77,7 @@ def load_student(
     source: str | None = None,
     *,
     start_timestep: int | None = None,
+    loras: Sequence[LoraRequest] = (),
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
@@ -73,8 +86,10 @@ def load_student(
     A run's folder stands for the student in it, one of its checkpoints for what the student was then.
 
     Its step is at the schedule's T, of noise as its own scheduler scales it; or, with `start_timestep`, there, of unit
-    noise taken for x_t, as DMD2's is at 399.
+    noise taken for x_t, as DMD2's is at 399. `loras`: what is added to its weights.
     """
+    if loras:
+        return _with_loras(load_student(source, start_timestep=start_timestep), loras, device, dtype)
     if source is None or is_built_in(source):
         places, name = [BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)"
     else:
@@ -99,6 +114,14 @@ def load_student(
             code=2,
         )
     return dataclasses.replace(model, start_timestep=start_timestep, noise_scale=1.0, ladder=None)
+
+
+def _with_loras(model: Model, loras: Sequence[LoraRequest], device: str, dtype: torch.dtype) -> Model:
+    """A model in float32 with LoRAs, then moved: in a shorter format the sum would lose more than the format does."""
+    model = add_loras(model, loras)
+    for network in model.networks:
+        nn.Module.to(network, device, dtype)
+    return model
 
 
 def _note_many_steps(model: Model) -> None:
@@ -142,8 +165,13 @@ def load_shapes(source: str | None, *, config: str | None = None) -> Model:
 
 
 def digest(model: Model) -> str:
-    """SHA-256 over the weights and configuration files that are read of a model, by name, and what it is made of."""
-    return digest_of_parts({part: model.folders[part] for part in model.parts}, model.sources)
+    """SHA-256 over the weights and configuration files that are read of a model, by name, and its LoRAs."""
+    own = digest_of_parts({part: model.folders[part] for part in model.parts}, model.sources)
+    if not model.loras:
+        return own
+    return hashlib.sha256(
+        repr((own, [(lora.sha256, lora.request.weight) for lora in model.loras])).encode()
+    ).hexdigest()
 
 
 def _check_config(source: str | None, config: str | None) -> None:

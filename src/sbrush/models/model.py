@@ -25,6 +25,7 @@ from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
 from sbrush.models.ladder import Ladder
 from sbrush.models.latents import for_decoder, for_encoder, to_images
+from sbrush.models.lora_request import AddedLora
 from sbrush.models.negative_attention import NegativePrompt, guided_away
 from sbrush.models.schedule import as_ddim
 from sbrush.models.tokenizers import tokenize, truncated_prompts
@@ -42,7 +43,8 @@ class Model:
 
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
     each part was read from, `sources` which other files its weights come from. A student's one step is at
-    `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`.
+    `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`. `loras` are in its
+    weights, see lora.add_loras.
 
     Away from what: a student's attention from its `negative` prompt, a teacher's guidance from its `null_prompt`.
     """
@@ -77,6 +79,7 @@ class Model:
     ladder: Ladder | None = None
     negative: NegativePrompt | None = None
     null_prompt: str = ""
+    loras: tuple[AddedLora, ...] = ()
 
     def as_student(self, scheduler: SchedulerMixin, about: dict[str, Any]) -> Self:
         """This model as a student that is sampled with `scheduler`; `about` is its sbrush.json."""

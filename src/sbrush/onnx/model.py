@@ -73,6 +73,7 @@ class OnnxModel:
     guidance_input: float | None = None
     negative: None = None  # its attention is what it is
     start_timestep: int | None = None
+    loras: tuple[()] = ()
     device = torch.device("cpu")
 
     def __init__(

@@ -43,14 +43,15 @@ class Comparison:
     ) -> Comparison:
         """With `teacher`, as load_teacher takes it, else with the one that the student names.
 
-        `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
+        It gets the student's LoRAs. `guidance` None is the teacher's own. SbrushError if the teacher cannot be had.
         """
         from sbrush.models.load import load_teacher
         from sbrush.models.places import teacher_of
 
         source = teacher or teacher_of(student)
         try:
-            model = load_teacher(source, config=config, device=str(student.device), dtype=dtype)
+            loras = [lora.request for lora in student.loras]
+            model = load_teacher(source, config=config, loras=loras, device=str(student.device), dtype=dtype)
         except SbrushError as problem:
             if teacher is None:
                 problem.hint = f"the student names that teacher; --teacher MODEL takes another. {problem.hint}"
@@ -101,6 +102,7 @@ class Artist:
             "runtime": self.student.runtime,
             "start_timestep": self.start_timestep,
             "steps": self.taken,
+            "loras": [lora.about for lora in self.student.loras] or None,
             **(self.edit.drawn_by if self.edit else {"image": None, "strength": None, "mask": None}),
             **(self.student.negative.drawn_by if self.student.negative else dict.fromkeys(NEGATIVE)),
             "teacher_weights": compare.teacher.fingerprint if compare else None,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sbrush import console
 from sbrush.console import SbrushError, info, printable, progress
+from sbrush.models.lora_request import LoraRequest
 from sbrush.sampling.artist import Artist, Comparison
 from sbrush.sampling.edit_request import EditRequest
 from sbrush.sampling.generation import Drawer, Overflow, student_images
@@ -50,6 +51,7 @@ class SampleRequest:
     student: str | None = None
     steps: int | None = None
     start_timestep: int | None = None
+    loras: tuple[LoraRequest, ...] = ()
     edit: EditRequest | None = None
     negative: Negative | None = None
     guidance: float | None = None
@@ -122,19 +124,20 @@ def _load_student(request: SampleRequest) -> tuple[Drawer, torch.dtype]:
     Its first image decides, so that a command that is given again decides alike.
     """
     start, device, steered = request.start_timestep, request.device, request.negative or request.guidance is not None
-    # Only torch encodes an image to start from, has a teacher in memory too, or attention for a negative prompt.
-    needs_torch = request.edit or request.compare or steered
-    runtime = "torch" if request.runtime == "auto" and needs_torch else request.runtime
 
     def load(dtype: torch.dtype, runtime: Runtime) -> Drawer:
-        student = open_student(request.student, start_timestep=start, device=device, dtype=dtype, runtime=runtime)
+        student = open_student(
+            request.student, start_timestep=start, loras=request.loras, device=device, dtype=dtype, runtime=runtime
+        )
         if not steered:
             return student
         from sbrush.sampling.guidance import at_guidance, with_negative
 
         return with_negative(at_guidance(cast("Model", student), request.guidance), request.negative)
 
-    student = load(request.dtype, runtime)
+    # Only torch encodes an image to start from, has a teacher in memory too, or attention for a negative prompt.
+    needs_torch = request.edit or request.compare or steered
+    student = load(request.dtype, "torch" if request.runtime == "auto" and needs_torch else request.runtime)
     if request.dtype != torch.float16:
         return student, request.dtype
     prompt, seed = request.images[0]

@@ -15,6 +15,7 @@ from sbrush.noise import image_noise, step_noises
 if TYPE_CHECKING:  # a student whose networks are ONNX graphs draws without diffusers
     from diffusers import DDIMScheduler
 
+    from sbrush.models.lora_request import AddedLora
     from sbrush.models.model import Model
     from sbrush.models.negative_attention import NegativePrompt
     from sbrush.sampling.editing import Edit
@@ -48,6 +49,8 @@ class Drawer(Protocol):
     def guidance_input(self) -> float | None: ...
     @property
     def negative(self) -> NegativePrompt | None: ...
+    @property
+    def loras(self) -> tuple[AddedLora, ...]: ...
     @property
     def fingerprint(self) -> str: ...
     @property

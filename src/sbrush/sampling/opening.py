@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from sbrush.console import SbrushError, printable
+from sbrush.models.lora_request import LoraRequest
 from sbrush.onnx.model import find
 from sbrush.sampling.generation import Drawer
 
@@ -21,6 +22,7 @@ def open_student(
     source: str | None = None,
     *,
     start_timestep: int | None = None,
+    loras: tuple[LoraRequest, ...] = (),
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     runtime: Runtime = "auto",
@@ -32,11 +34,12 @@ def open_student(
     """
     if runtime not in get_args(Runtime):
         raise SbrushError(f"no such runtime: {printable(runtime)}", "runtimes are auto, onnx and torch", code=2)
-    plain = start_timestep is None and device == "cpu" and dtype == torch.float32
+    plain = start_timestep is None and not loras and device == "cpu" and dtype == torch.float32
     if runtime != "torch" and plain and (found := find(source)):
         return found
     if runtime == "onnx":
-        why = "it has no ONNX graphs" if plain else "it runs on the CPU in float32, from the scheduler's own start"
+        only = "it runs on the CPU in float32, from the scheduler's own start, without LoRAs"
+        why = "it has no ONNX graphs" if plain else only
         raise SbrushError(
             f"onnxruntime cannot draw with {printable(source or 'this student')}: {why}",
             "sbrush export STUDENT --to onnx -o FOLDER, or --runtime torch",
@@ -44,4 +47,4 @@ def open_student(
         )
     from sbrush.models.load import load_student
 
-    return load_student(source, start_timestep=start_timestep, device=device, dtype=dtype)
+    return load_student(source, start_timestep=start_timestep, loras=loras, device=device, dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, cast, overload
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import pick_device, pick_dtype
+from sbrush.models.lora_request import LoraRequest, parse_loras
 from sbrush.sampling.generation import Drawer, student_images
 from sbrush.sampling.images import to_image
 from sbrush.sampling.negative_request import Negative
@@ -26,6 +27,7 @@ def load_student(
     source: str | None = None,
     *,
     start_timestep: int | None = None,
+    loras: Iterable[str | LoraRequest] = (),
     device: str = "auto",
     precision: str = "auto",
     runtime: Runtime = "auto",
@@ -37,6 +39,8 @@ def load_student(
             was then) or a Hub id. None is the student that comes with sbrush, for the built-in world.
         start_timestep: For a student that was trained to take its noise for x_t at an earlier timestep than its
             scheduler says, such as 399 for DMD2's. None reads it from the scheduler.
+        loras: LoRAs made for the student's teacher, added to its weights: each as `sbrush sample --lora` takes it, a
+            file, a folder, a Hub id or "blueprint", with ":WEIGHT" behind it for another weight than 1.
         device: "auto" (CUDA where there is a card, else the CPU), "cpu", "cuda" or "cuda:1".
         precision: Number format of the networks: "auto" (float16 on CUDA, float32 on the CPU), "float32", "bfloat16"
             or "float16".
@@ -47,11 +51,15 @@ def load_student(
         The student, with its weights in memory.
 
     Raises:
-        SbrushError: There is no such student, device or precision, or its files are damaged. `hint` says what to do.
+        SbrushError: There is no such student, LoRA, device or precision, files are damaged, or a LoRA was made for
+            another base. `hint` says what to do.
     """
+    requests = parse_loras(loras)
     where = pick_device(device)
     dtype = pick_dtype(precision, where, "sample")
-    model = open_student(source, start_timestep=start_timestep, device=where, dtype=dtype, runtime=runtime)
+    model = open_student(
+        source, start_timestep=start_timestep, loras=requests, device=where, dtype=dtype, runtime=runtime
+    )
     return Student(model, source)
 
 

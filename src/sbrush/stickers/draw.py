@@ -31,8 +31,8 @@ class Pen:
         self._scale = sticker.radius * SUPERSAMPLE
         self._fat = BORDER * SUPERSAMPLE if border else 0.0
         self.body = _tinted(COLOURS[sticker.colour], sticker.tint)
-        self.dark = _blend(self.body, INK, 0.35)
-        self.light = _blend(self.body, WHITE, 0.55)
+        self.dark = blend(self.body, INK, 0.35)
+        self.light = blend(self.body, WHITE, 0.55)
 
     def _at(self, point: Point) -> Point:
         return self._x + point[0] * self._scale, self._y + point[1] * self._scale
@@ -185,14 +185,14 @@ def mushroom(pen: Pen) -> None:
 _DRAWINGS = {f.__name__: f for f in (cat, dog, fish, bird, house, tree, car, boat, star, heart, flower, mushroom)}
 
 
-def draw(sticker: Sticker) -> Image.Image:
-    """The sticker's image: RGB, 64 x 64."""
+def draw(sticker: Sticker, pen: type[Pen] = Pen) -> Image.Image:
+    """The sticker's image: RGB, 64 x 64. `pen`: what draws it; style.py has another."""
     background = BACKGROUNDS[sticker.background]
     side = IMAGE_SIZE * SUPERSAMPLE
     image = Image.new("RGB", (side, side), background)
     canvas = ImageDraw.Draw(image)
     for border in (True, False):
-        _DRAWINGS[sticker.kind](Pen(canvas, sticker, border=border))
+        _DRAWINGS[sticker.kind](pen(canvas, sticker, border=border))
     return image.reduce(SUPERSAMPLE)
 
 
@@ -203,6 +203,7 @@ def _tinted(colour: Colour, tint: tuple[float, float, float]) -> Colour:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-def _blend(a: Colour, b: Colour, share: float) -> Colour:
+def blend(a: Colour, b: Colour, share: float) -> Colour:
+    """`share` of the way from one colour to another."""
     r, g, b_ = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return r, g, b_

@@ -14,6 +14,7 @@ from sbrush.evaluate.coco.measurement import Subject
 from sbrush.evaluate.coco.protocols import Protocol
 from sbrush.evaluate.request import CocoRequest
 from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.model import Model
 from sbrush.models.places import locate_student
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.sampling.guidance import teacher_with_negative, with_negative
@@ -59,12 +60,13 @@ class Generator:
 
     def _student(self, name: str | None) -> Subject:
         start, steps = self.request.models.start_timestep, self.request.models.steps
-        one = load_student(name, start_timestep=start, device=self.device, dtype=self.arithmetic.dtype)
+        loras = self.request.models.loras
+        one = load_student(name, start_timestep=start, loras=loras, device=self.device, dtype=self.arithmetic.dtype)
         one = with_negative(one, self.request.models.negative)
         scale = 1 if one.guidance_input is None else one.guidance_input
         about = {"kind": "student", "sha256": digest(one), "steps": len(one.rungs(steps)), "guidance": scale}
         about |= {"start_timestep": one.start_timestep, "noise_scale": one.noise_scale}
-        about |= one.negative.drawn_by if one.negative else {}
+        about |= (one.negative.drawn_by if one.negative else {}) | _loras(one)
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
             drawn = student_images(one, texts, seeds, steps=steps, batch=self._batch, truncate=self._truncate)
@@ -80,12 +82,16 @@ class Generator:
     def _teacher(self, guidance: float | None) -> Subject:
         models = self.request.models
         many = load_teacher(
-            models.teacher, config=models.teacher_config, device=self.device, dtype=self.arithmetic.dtype
+            models.teacher,
+            config=models.teacher_config,
+            loras=models.loras,
+            device=self.device,
+            dtype=self.arithmetic.dtype,
         )
         many = teacher_with_negative(many, models.negative)
         steps, scale = models.teacher_steps, guidance_scale_of(many, guidance)
         about = {"kind": "teacher", "sha256": digest(many), "steps": steps, "guidance": scale}
-        about |= {"negative": many.null_prompt} if many.null_prompt else {}
+        about |= ({"negative": many.null_prompt} if many.null_prompt else {}) | _loras(many)
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
             drawn = teacher_images(
@@ -108,3 +114,8 @@ class Generator:
     def _how(self) -> dict[str, Any]:
         """What an image depends on besides its model; the batch by rounding alone."""
         return {"precision": str(self.arithmetic), "batch": self._batch, "cast": self.protocol.cast}
+
+
+def _loras(model: Model) -> dict[str, Any]:
+    """What a manifest says of a model's LoRAs, if it has any."""
+    return {"loras": [lora.about for lora in model.loras]} if model.loras else {}

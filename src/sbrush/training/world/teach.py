@@ -3,8 +3,9 @@
     python -m sbrush.training.world.teach vae       images -> latents
     python -m sbrush.training.world.teach judge     images and captions -> one space, only for measuring
     python -m sbrush.training.world.teach teacher   captions -> latents, with the text encoder
+    python -m sbrush.training.world.teach lora      a LoRA of the shipped teacher, the style "blueprint": style.py
 
-ship.py puts what comes out into the package.
+ship.py puts what comes out of the first three into the package.
 
 Seeded and checkpointed: the same command resumes where it stopped. Training images are drawn once and kept in
 `--work`; what step s sees depends on the seed and s alone.
@@ -65,7 +66,7 @@ def vae(work: Work = WORK, steps: Steps = 1700, batch: Batch = 32, lr: float = 3
             error.abs().mean() + error.pow(2).mean() + 1e-4 * posterior.kl().float().mean() / posterior.mean[0].numel()
         )
 
-    _train("vae", work, steps, {"net": net}, optimizer, loss, lr=lambda s: lr * min(1, s / 50) * (1 - s / steps))
+    train("vae", work, steps, {"net": net}, optimizer, loss, lr=lambda s: lr * min(1, s / 50) * (1 - s / steps))
     net.eval()
     with torch.no_grad():
         sample = torch.cat([net.encode(_to_network(p, device)).latent_dist.mean for p in images[:2048].split(256)])
@@ -111,7 +112,7 @@ def judge(work: Work = WORK, steps: Steps = 2200, batch: Batch = 64, lr: float =
         hit, miss = (each * truth).sum() / truth.sum(), (each * (1 - truth)).sum() / (1 - truth).sum()
         return hit + miss
 
-    _train("judge", work, steps, {"net": net, "bias": _Holder(bias)}, optimizer, loss, lr=_warm_cosine(lr, steps))
+    train("judge", work, steps, {"net": net, "bias": _Holder(bias)}, optimizer, loss, lr=_warm_cosine(lr, steps))
     folder = work / "judge"
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in net.state_dict().items()}
@@ -154,10 +155,25 @@ def teacher(work: Work = WORK, steps: Steps = 7000, batch: Batch = 64, lr: float
         error = v.float() - (alpha * noise - sigma * x0)
         return (snr.clamp(max=5) / (snr + 1) * error.pow(2)).mean()
 
-    _train("teacher", work, steps, {"net": both}, optimizer, loss, lr=_warm_cosine(lr, steps), average=average)
+    train("teacher", work, steps, {"net": both}, optimizer, loss, lr=_warm_cosine(lr, steps), average=average)
     with average.inside():
         unet.save_pretrained(work / "unet")
         text.save_pretrained(work / "text_encoder")
+
+
+@app.command()
+def lora(work: Work = WORK, steps: Steps = 350, batch: Batch = 32, lr: float = 2e-3, threads: Threads = 0) -> None:
+    """LoRA of the shipped teacher: a style, by the teacher's own loss. It goes into the package at once."""
+    from sbrush.training.world.style import train_lora
+
+    _device(threads)
+
+    def stage(net: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[int, torch.Generator], Tensor]) -> None:
+        train(
+            "lora", work, steps, {"net": net}, optimizer, loss, lr=lambda s: lr * min(1, s / 50) * (1 - s / (steps + 1))
+        )
+
+    train_lora(stage, batch=batch, lr=lr)
 
 
 def drawn_images(work: Path, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
@@ -201,7 +217,7 @@ def _latents(work: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     return load_file(file)["latents"], labels
 
 
-def _train(
+def train(
     name: str,
     work: Path,
     steps: int,
