@@ -18,7 +18,6 @@ from sbrush.models.ladder import Sampling
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.lora import add_loras, made_for
 from sbrush.models.lora_request import BUILT_IN, LoraRequest, parse_loras
-from sbrush.sampling.artist import fingerprint
 from sbrush.sampling.generation import student_images, teacher_images
 
 ABOUT = {"version": "0", "teacher": "tiny", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
@@ -127,7 +126,7 @@ def test_images_are_plain_diffusers_in_every_layout(tmp_path, student):
                     assert torch.allclose(ours.state_dict()[name], value + change, atol=1e-5), (layout, part, name)
                 else:
                     assert torch.equal(ours.state_dict()[name], value), (layout, part, name)
-    assert (images["peft"] - images["kohya"]).abs().max() <= 1 and fingerprint(model) != fingerprint(plain)
+    assert (images["peft"] - images["kohya"]).abs().max() <= 1 and model.fingerprint != plain.fingerprint
 
 
 def test_sdxl_blocks_by_kohyas_own_numbers_and_diffusers_own_settings(tmp_path):
@@ -175,7 +174,7 @@ def test_the_command_line_draws_with_them_and_records_them(tmp_path, sd, monkeyp
     (named,) = record["loras"]
     assert named["name"] == "my:lora:2.safetensors" and named["weight"] == 0.5 and len(named["sha256"]) == 16
     model = load_student(str(sd), loras=[LoraRequest("my:lora:2.safetensors", 0.5)])
-    assert record["weights"] == fingerprint(model) != fingerprint(load_student(str(sd)))
+    assert record["weights"] == model.fingerprint != load_student(str(sd)).fingerprint
     pixels = torch.tensor(list(Image.open(file).convert("RGB").tobytes())).view(32, 32, 3).permute(2, 0, 1)
     assert torch.equal(pixels.float(), drawn(model))
 
@@ -202,7 +201,7 @@ def test_the_teacher_beside_it_gets_the_same(tmp_path, sd):
         assert done.returncode == 0, done.stderr
         records.append(json.loads(Image.open(tmp_path / f"{len(more)}.png").text["sbrush"]))
     teacher = load_teacher(str(sd.parent / "teacher"), loras=[LoraRequest(str(file), 0.5)])
-    assert records[1]["teacher_weights"] == fingerprint(teacher) != records[0]["teacher_weights"]
+    assert records[1]["teacher_weights"] == teacher.fingerprint != records[0]["teacher_weights"]
 
 
 def test_what_an_evaluation_caches_and_reports_depends_on_them(tmp_path, sd):
