@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -295,7 +295,7 @@ def _read_edit(image: Path | None, strength: float | None, mask: Path | None, *,
     return EditRequest.read(image, STRENGTH if strength is None else strength, mask)
 
 
-def _check_runtime(runtime: Runtime, asked: dict[str, object]) -> None:
+def _check_runtime(runtime: Runtime, asked: Mapping[str, object]) -> None:
     """SbrushError if onnxruntime is to draw what only torch can: flags by name, those that are given being true."""
     if runtime is Runtime.onnx and (flag := next((flag for flag, value in asked.items() if value), None)):
         raise SbrushError(f"{flag} needs torch", "leave out --runtime onnx", code=2)
