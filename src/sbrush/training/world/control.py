@@ -79,7 +79,7 @@ def train(
             ).sample
         return (v.float() - (alpha * noise - sigma * x0)).pow(2).mean()
 
-    teach._train(
+    teach.train(
         "control", work, steps, {"net": net}, optimizer, loss, lr=teach._warm_cosine(lr, steps, 50), average=average
     )
     with average.inside():
