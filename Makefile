@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample teach wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample teach teach-control wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -106,7 +106,7 @@ bench-sample: $(READY)  ## one image, warm and cold, beside the bare networks an
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the baseline; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --images 3000 --minutes 6)
 
-teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, LoRA, student; ARGS=lora: one of them
+teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, LoRA, ControlNet, student; ARGS=lora: one of them
 ifneq ($(ARGS),)
 	$(BIN)/python -m sbrush.training.world.teach $(ARGS)
 else
@@ -116,6 +116,8 @@ else
 	$(BIN)/python -m sbrush.training.world.ship teacher
 	$(BIN)/python -m sbrush.training.world.ship guidance
 	$(BIN)/python -m sbrush.training.world.teach lora
+	$(BIN)/python -m sbrush.training.world.control train
+	$(BIN)/python -m sbrush.training.world.control ship
 	for seed in 0 1; do \
 	  $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed && \
 	  { ! grep -q '"extended_by": \[\]' runs/seed-$$seed/config.json || \
@@ -123,6 +125,10 @@ else
 	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
 	$(BIN)/python -m sbrush.training.world.ship student runs/shipped
 endif
+
+teach-control: $(READY)  ## train the built-in world's ControlNet again, beside the shipped teacher
+	$(BIN)/python -m sbrush.training.world.control train
+	$(BIN)/python -m sbrush.training.world.control ship
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw an image with it
 	rm -rf dist

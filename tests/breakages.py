@@ -32,7 +32,29 @@ LORA = "test_lora.py::test_images_are_plain_diffusers_in_every_layout"
 LORA_MISFIT = "test_lora.py::test_a_lora_that_does_not_fit_is_refused_and_changes_nothing"
 LORA_COMMAND = "test_lora.py::test_the_command_line_draws_with_them_and_records_them"
 
+STEERED = "test_control.py::test_plain_diffusers_draws_the_same_image"
+IN_THE_LOOP = "test_steering.py::test_a_step_with_a_controlnet_is_the_formulas_written_out"
+
 BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
+    "models/control.py": [
+        ("mid = own_mid if mid is None else mid + own_mid", "mid = own_mid", STEERED),
+        ("conditioning_scale=control.scale", "conditioning_scale=1.0", STEERED),
+        ("added_cond_kwargs=added", "added_cond_kwargs=added and {k: 0 * v for k, v in added.items()}", STEERED),
+    ],
+    "sampling/control.py": [
+        ("return images.float() / 255", "return images.float() / 127.5 - 1", STEERED),
+        ("        check_control(control.network, model, source)\n", "        pass\n",
+         "test_control.py::test_a_teacher_of_another_base_is_not_steered"),
+    ],
+    "sampling/preprocess.py": [
+        ("(size > beside(0, -1)) & (size >= beside(0, 1))", "(size > beside(0, -1)) & (size > beside(0, 1))",
+         "test_preprocess.py::test_canny_finds_opencvs_edges_to_the_pixel"),
+        ("    return ~_flood(reached, ~differs)", "    return differs",
+         "test_preprocess.py::test_an_outline_is_the_edge_of_what_stands_on_the_background"),
+    ],
+    "training/methods/steering.py": [
+        ("self._preps = [PREPROCESSORS[control.prep]", "self._preps = [PREPROCESSORS['none']", IN_THE_LOOP),
+    ],
     "training/loop.py": [
         ("first = saved.step + 1", "first = saved.step", RESUMED),
         ("        method.load(saved)\n", "", RESUMED),

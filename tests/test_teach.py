@@ -53,3 +53,19 @@ def test_the_lora_of_a_style_is_trained_on_the_shipped_teacher_and_fits_student_
         plain, styled = load().unet.state_dict(), load(loras=[request]).unet.state_dict()
         changed = {name for name in plain if not torch.equal(plain[name], styled[name])}
         assert changed and all("attentions" in name for name in changed)
+
+
+def test_the_controlnet_is_trained_beside_the_teacher_and_shipped(tmp_path, monkeypatch):
+    from diffusers import ControlNetModel
+
+    from sbrush.models.load import load_teacher
+    from sbrush.models.load_control import load_control
+    from sbrush.training.world import control
+
+    monkeypatch.setattr(teach, "IMAGES", 8)
+    control.train(tmp_path / "work", steps=2, batch=4, lr=1e-3, threads=0)
+    control.ship(tmp_path / "work", to=tmp_path / "package")
+    shipped = load_control(str(tmp_path / "package" / "control" / "outline"), load_teacher())
+    start = ControlNetModel.from_unet(load_teacher().unet, conditioning_embedding_out_channels=control.HINT)
+    assert any(p.any() for p in shipped.controlnet_mid_block.parameters())
+    assert not any(p.any() for p in start.controlnet_mid_block.parameters())

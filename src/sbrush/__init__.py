@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sbrush import core as core
     from sbrush.console import SbrushError as SbrushError
+    from sbrush.sampling.control_request import Control as Control
     from sbrush.sampling.negative_request import Negative as Negative
     from sbrush.sampling.student import Student as Student
     from sbrush.sampling.student import load_student as load_student
 
 __version__ = "0.2.0"
-__all__ = ["Negative", "SbrushError", "Student", "__version__", "core", "load_student"]
+__all__ = ["Control", "Negative", "SbrushError", "Student", "__version__", "core", "load_student"]
 
 _HOMES = {
+    "Control": "sbrush.sampling.control_request",
     "Negative": "sbrush.sampling.negative_request",
     "SbrushError": "sbrush.console",
     "Student": "sbrush.sampling.student",

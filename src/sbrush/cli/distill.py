@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from sbrush import console
+from sbrush.cli.control import TrainedControlFlag, TrainedPrepFlag, TrainedScaleFlag, read_trained_control
 from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
 from sbrush.cli.dry_run import dry_run as dry_run_of
 from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
@@ -136,6 +137,9 @@ def distill(
             rich_help_panel=SETTINGS,
         ),
     ] = None,
+    control: TrainedControlFlag = None,
+    control_prep: TrainedPrepFlag = None,
+    control_scale: TrainedScaleFlag = None,
     extend: Annotated[
         int,
         typer.Option(
@@ -357,7 +361,8 @@ def distill(
         print_recipes(parts)
         return
     if merged:
-        check_options(extend=extend, init=init)
+        check_options(extend=extend, init=init, control=control is not None)
+    steering = read_trained_control(control, control_prep, control_scale, init=init)
     chosen = next(iter(parts.values()))  # all parts have one weight of the CLIP loss
     if not chosen.clip_weight and (clip_weights or tiny_vae):
         raise SbrushError(
@@ -391,7 +396,7 @@ def distill(
             micro_batches=micro_batches, checkpointing=checkpointing, ema_on_cpu=ema_on_cpu,
             compile="inductor" if compile_ else None,
         ),
-        alignment=AlignmentRequest(clip_weights, clip_model, tiny_vae), images=source,
+        alignment=AlignmentRequest(clip_weights, clip_model, tiny_vae), images=source, control=steering,
         validation=ValidationRequest(checked, validation_clip),
         trackers=[name.value for name in tracker or ()], text_cache=text_cache,
     )  # fmt: skip

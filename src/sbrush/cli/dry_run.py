@@ -29,11 +29,12 @@ def _cost(request: RunRequest, teacher: Model) -> Cost:
     from sbrush.device import launched, trains_in_bf16
     from sbrush.training.cost import Monitoring, Prepared, estimate
     from sbrush.training.methods import METHODS, Machine
-    from sbrush.training.plan import check, check_method
+    from sbrush.training.plan import check, check_control, check_method
     from sbrush.training.validation import Validation
 
     _, world = launched()
     check_method(request)
+    check_control(request)
     check(request.recipe, teacher, request.execution, world=world, init=request.init)
     images = 0
     if METHODS[request.recipe.method].from_images:
@@ -46,6 +47,7 @@ def _cost(request: RunRequest, teacher: Model) -> Cost:
         prepared=Prepared(
             len(request.prompts) if request.text_cache else 0, images,
             generated=images > 0 and request.images.folder is None and not request.images.drawn,
+            control=request.control.model if request.control else None,
         ),
         monitoring=Monitoring(request.every.grid > 0, judge),
     )  # fmt: skip
@@ -97,6 +99,8 @@ def dry_run(request: RunRequest, merged: MergedRecipe | None = None) -> None:
     }
     if METHODS[request.recipe.method].from_images:
         facts["images"] = _source(request.images)
+    if request.control:
+        facts["ControlNet"] = f"{request.control.model}, control images by {request.control.prep}"
     if request.validation.prompts:
         facts["validation prompts"] = request.validation.prompts.describe()
     for name, value in facts.items():

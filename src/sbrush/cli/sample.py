@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sbrush import console
+from sbrush.cli.control import (
+    ControlFlag,
+    ControlImageFlag,
+    ControlPrepFlag,
+    ControlScaleFlag,
+    read_control_flags,
+)
 from sbrush.cli.flags import (
     MACHINE,
     REPORT,
@@ -111,6 +118,10 @@ def sample(
             rich_help_panel=EDIT,
         ),
     ] = None,
+    control: ControlFlag = None,
+    control_image: ControlImageFlag = None,
+    control_scale: ControlScaleFlag = None,
+    control_prep: ControlPrepFlag = None,
     negative: NegativeFlag = None,
     negative_method: NegativeMethodFlag = None,
     negative_scale: NegativeScaleFlag = None,
@@ -187,9 +198,9 @@ def sample(
     loras = parse_loras(lora)
     edit = _read_edit(image, strength, mask, compare=compare)
     away = read_negative_flags(negative, negative_method, negative_scale)
-    if runtime is Runtime.onnx and (edit or compare or away or guidance is not None):
-        flag = "--image" if edit else "--compare" if compare else "--negative" if away else "--guidance"
-        raise SbrushError(f"{flag} needs torch", "leave out --runtime onnx", code=2)
+    controls = read_control_flags(control, control_image, control_scale, control_prep)
+    needing = {"--image": edit, "--compare": compare, "--control": controls, "--negative": away}
+    _check_runtime(runtime, needing | {"--guidance": guidance is not None})
     target = Target.parse(out)
     _check_stdout(target, json_)
     target.check(len(images), compare=compare)
@@ -202,9 +213,9 @@ def sample(
     where = pick_device(device)
     request = SampleRequest(
         images, target, student=student, steps=steps, start_timestep=start_timestep, loras=loras, edit=edit,
-        negative=away, guidance=guidance, compare=compare, teacher=teacher, teacher_config=teacher_config,
-        teacher_steps=teacher_steps,
-        teacher_guidance=teacher_guidance, metadata=metadata, overwrite=overwrite, batch=batch, device=where,
+        controls=controls, negative=away, guidance=guidance, compare=compare, teacher=teacher,
+        teacher_config=teacher_config, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
+        metadata=metadata, overwrite=overwrite, batch=batch, device=where,
         dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
     )  # fmt: skip
     listed: list[dict[str, Any]] = []
@@ -282,6 +293,12 @@ def _read_edit(image: Path | None, strength: float | None, mask: Path | None, *,
     from sbrush.sampling.edit_request import EditRequest
 
     return EditRequest.read(image, STRENGTH if strength is None else strength, mask)
+
+
+def _check_runtime(runtime: Runtime, asked: Mapping[str, object]) -> None:
+    """SbrushError if onnxruntime is to draw what only torch can: flags by name, those that are given being true."""
+    if runtime is Runtime.onnx and (flag := next((flag for flag, value in asked.items() if value), None)):
+        raise SbrushError(f"{flag} needs torch", "leave out --runtime onnx", code=2)
 
 
 def _check_stdout(target: Target, json_: bool) -> None:

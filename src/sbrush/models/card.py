@@ -55,6 +55,8 @@ def about_student(
     }
     if config.get("images") is not None:
         about["images"] = config["images"]
+    if config.get("control") is not None:
+        about["control"] = config["control"]
     if config.get("teacher_config") is not None:
         about["teacher_config"] = config["teacher_config"]
     about |= {key: teacher.about[key] for key in ("world", *STATED) if key in teacher.about}
@@ -257,6 +259,9 @@ def _origins(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if "init" in about:
         rows.append(("started as", f"{about['init']['student']} (licence: {_licence(about['init'])})"))
+    if "control" in about:
+        made = f"{about['control']['model']}, its control images made by {about['control']['prep']}"
+        rows.append(("prepared for the ControlNet", made))
     for part in about.get("merged", ()):
         said = f"{part['share']:g} of {part['student']} (SHA-256 {part['sha256']}, licence: {_licence(part)})"
         rows.append(("merged from", said))

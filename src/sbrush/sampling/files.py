@@ -6,6 +6,7 @@ format is kept, a batch that lacks one is drawn whole, so that each image is the
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from sbrush import console
 from sbrush.console import SbrushError, info, printable, progress
 from sbrush.models.lora_request import LoraRequest
 from sbrush.sampling.artist import Artist, Comparison
+from sbrush.sampling.control_request import Control
 from sbrush.sampling.edit_request import EditRequest
 from sbrush.sampling.generation import Drawer, Overflow, student_images
 from sbrush.sampling.images import cell_size, encode_png, image_grid, save_png, to_image
@@ -55,6 +57,7 @@ class SampleRequest:
     edit: EditRequest | None = None
     negative: Negative | None = None
     guidance: float | None = None
+    controls: tuple[Control, ...] = ()
     compare: bool = False
     teacher: str | None = None
     teacher_config: str | None = None
@@ -107,6 +110,12 @@ def _load(request: SampleRequest) -> Artist:
 
         check_edit(student, request.steps)
         edit = fit_edit(request.edit, student)
+    steering = None
+    if request.controls:
+        from sbrush.sampling.control import load_steering
+
+        steering = load_steering(student, request.controls)
+        student = steering.steer(student)
     note_unknown_words(student, [*request.images.prompts, *([request.negative.text] if request.negative else [])])
     note_truncated_prompts(student, request.images.prompts)
     compare = None
@@ -115,7 +124,11 @@ def _load(request: SampleRequest) -> Artist:
             cast("Model", student), request.teacher, config=request.teacher_config, steps=request.teacher_steps,
             guidance=request.teacher_guidance, dtype=dtype,
         ).with_negative(request.negative)  # fmt: skip
-    return Artist(student, str(dtype).removeprefix("torch."), compare, request.start_timestep, request.steps, edit)
+        if steering:
+            compare = dataclasses.replace(compare, teacher=steering.steer(compare.teacher))
+    return Artist(
+        student, str(dtype).removeprefix("torch."), compare, request.start_timestep, request.steps, edit, steering
+    )
 
 
 def _load_student(request: SampleRequest) -> tuple[Drawer, torch.dtype]:
@@ -135,8 +148,8 @@ def _load_student(request: SampleRequest) -> tuple[Drawer, torch.dtype]:
 
         return with_negative(at_guidance(cast("Model", student), request.guidance), request.negative)
 
-    # Only torch encodes an image to start from, has a teacher in memory too, or attention for a negative prompt.
-    needs_torch = request.edit or request.compare or steered
+    # Only torch encodes an image to start from, has a teacher or ControlNets too, or attention for a negative prompt.
+    needs_torch = request.edit or request.controls or request.compare or steered
     student = load(request.dtype, "torch" if request.runtime == "auto" and needs_torch else request.runtime)
     if request.dtype != torch.float16:
         return student, request.dtype

@@ -80,16 +80,18 @@ def student_images(
     *,
     steps: int | None = None,
     edit: Edit | None = None,
+    control: Tensor | None = None,
     batch: int = 32,
     truncate: bool = False,
 ) -> Iterator[Tensor]:
     """One image for each pair of prompt and seed, in order, as uint8 [b, 3, H, W] on the CPU.
 
     An image depends on its prompt and seed alone, and on what shares its batch only by rounding. `steps`: of the
-    student; None: as many as it was trained for. `edit`: an image to start from. `truncate`: see Model.decode. Raises
-    Overflow, or SbrushError if the student does not take so many steps.
+    student; None: as many as it was trained for. `edit`: an image to start from. `control`: images for the
+    student's ControlNets, float32 [P, N, 3, H, W] in 0 .. 1, P being 1 or the prompts. `truncate`: see Model.decode.
+    Raises Overflow, or SbrushError if the student does not take so many steps.
     """
-    latents = student_latents(student, prompts, seeds, steps=steps, edit=edit, batch=batch)
+    latents = student_latents(student, prompts, seeds, steps=steps, edit=edit, control=control, batch=batch)
     images = _decoded(student, latents, truncate)
     return map(edit.compose, images) if edit else images
 
@@ -102,6 +104,7 @@ def student_latents(
     *,
     steps: int | None = None,
     edit: Edit | None = None,
+    control: Tensor | None = None,
     batch: int = 32,
 ) -> Iterator[Tensor]:
     """The same before decoding: x0, float32 [b, C, H, W] on the student's device."""
@@ -109,8 +112,9 @@ def student_latents(
     rungs, schedule, prediction = student.rungs(steps), student.schedule, student.prediction
     fresh = len(rungs) - 1 if student.fresh_noise else 0
     entry = edit.entry(rungs) if edit else 0
-    for some_prompts, some_seeds in _batches(prompts, seeds, batch):
-        cond = _embed(student, some_prompts)
+    controls = _controls(student, control, len(prompts), batch)
+    for (some_prompts, some_seeds), steering in zip(_batches(prompts, seeds, batch), controls, strict=True):
+        cond = _embed(student, some_prompts) | steering
         noises = [noise.to(student.device) for noise in step_noises(some_seeds, student.latent_shape, 1 + fresh)]
         z, known = student.noise_scale * noises[0], None
         if edit:
@@ -129,24 +133,33 @@ def teacher_images(
     *,
     steps: int,
     guidance: float,
+    control: Tensor | None = None,
     batch: int = 32,
     truncate: bool = False,
 ) -> Iterator[Tensor]:
     """The same from a teacher, in `steps` DDIM steps from T on with classifier-free guidance."""
-    latents = teacher_latents(teacher, prompts, seeds, steps=steps, guidance=guidance, batch=batch)
+    latents = teacher_latents(teacher, prompts, seeds, steps=steps, guidance=guidance, control=control, batch=batch)
     return _decoded(teacher, latents, truncate)
 
 
 @torch.inference_mode()
 def teacher_latents(
-    teacher: Model, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, batch: int = 32
+    teacher: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    control: Tensor | None = None,
+    batch: int = 32,
 ) -> Iterator[Tensor]:
     """The same before decoding: x0, float32 [b, C, H, W] on the teacher's device."""
     null = teacher.null()
-    for some_prompts, some_seeds in _batches(prompts, seeds, batch):
+    controls = _controls(teacher, control, len(prompts), batch)
+    for (some_prompts, some_seeds), steering in zip(_batches(prompts, seeds, batch), controls, strict=True):
         x = image_noise(some_seeds, teacher.latent_shape).to(teacher.device)
-        cond = _embed(teacher, some_prompts)
-        yield ddim(teacher.denoise, teacher.scheduler, x, cond, null, steps=steps, guidance=guidance)
+        cond = _embed(teacher, some_prompts) | steering
+        yield ddim(teacher.denoise, teacher.scheduler, x, cond, null | steering, steps=steps, guidance=guidance)
 
 
 @torch.no_grad()
@@ -205,6 +218,17 @@ def _batches(prompts: Sequence[str], seeds: Sequence[int], size: int) -> Iterato
         raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds")
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size], seeds[start : start + size]
+
+
+def _controls(model: Drawer, control: Tensor | None, images: int, size: int) -> Iterator[Conditioning]:
+    """For each batch, what its conditioning has besides the prompts: "control", if there are control images."""
+    for start in range(0, images, size):
+        if control is None:
+            yield {}
+            continue
+        some = min(size, images - start)
+        own = control if len(control) == 1 else control[start : start + some]
+        yield {"control": own.to(model.device).expand(some, -1, -1, -1, -1)}
 
 
 def _embed(model: Drawer, prompts: Sequence[str]) -> Conditioning:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from PIL import Image
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import pick_device, pick_dtype
 from sbrush.models.lora_request import LoraRequest, parse_loras
+from sbrush.sampling.control_request import Control
 from sbrush.sampling.generation import Drawer, student_images
 from sbrush.sampling.images import to_image
 from sbrush.sampling.negative_request import Negative
@@ -20,6 +21,7 @@ from sbrush.sampling.opening import Runtime, open_student
 if TYPE_CHECKING:
     from sbrush.models.model import Model
 
+Steer = Control | Sequence[Control] | None
 LARGEST_SEED = 10**18 - 1  # as on the command line
 
 
@@ -73,7 +75,8 @@ class Student:
     def __init__(self, model: Drawer, source: str | None = None) -> None:
         self.model = model
         self._source = source
-        self._torch = model if model.runtime is None else None  # a negative prompt alters its attention
+        self._torch = model if model.runtime is None else None  # which a negative prompt and ControlNets need
+        self._controls: dict[str, Any] = {}  # those that were used, by name
 
     @overload
     def __call__(
@@ -83,6 +86,7 @@ class Student:
         *,
         steps: int | None = None,
         negative: str | Negative | None = None,
+        control: Steer = None,
         batch: int = 32,
     ) -> Image.Image: ...
 
@@ -94,6 +98,7 @@ class Student:
         *,
         steps: int | None = None,
         negative: str | Negative | None = None,
+        control: Steer = None,
         batch: int = 32,
     ) -> list[Image.Image]: ...
 
@@ -115,6 +120,7 @@ class Student:
         *,
         steps: int | None = None,
         negative: str | Negative | None = None,
+        control: Steer = None,
         batch: int = 32,
     ) -> Image.Image | list[Image.Image]:
         """Draws one image for each pair of prompt and seed.
@@ -128,14 +134,17 @@ class Student:
                 of one length are taken in pairs.
             steps: Steps of the student. None: as many as it was trained for.
             negative: What the images are not to show: a text, or a `Negative` with its method and scale.
+            control: An image that steers what is drawn, sbrush.Control("outline", "cat.png", prep="outline"), or
+                several in a list.
             batch: Images that the networks draw at once. Fewer take less memory.
 
         Returns:
             An RGB image for one prompt and one seed; a list of images, in order, if either is a list.
 
         Raises:
-            SbrushError: A prompt is empty, a seed is no whole number from 0 on, the two lists differ in length,
-                the student does not take so many steps, or the negative prompt is too long for it.
+            SbrushError: A prompt is empty, a seed is no whole number from 0 on, the two lists differ in length, the
+                student does not take so many steps, the negative prompt is too long for it, or a control image or its
+                ControlNet cannot be used.
         """
         single = isinstance(prompts, str) and not isinstance(seed, Sequence)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -146,21 +155,35 @@ class Student:
         elif len(texts) == 1:
             texts = texts * len(seeds)
         model = self.model if negative is None else self._away_from(negative)
+        hints = None
+        if control:
+            from sbrush.sampling.control import load_steering
+
+            wanted = [control] if isinstance(control, Control) else control
+            model = model if negative is not None else self._in_torch("a ControlNet")
+            steering = load_steering(model, [one.read() for one in wanted], loaded=self._controls)
+            model, hints = steering.steer(model), steering.images
         images = [
             to_image(image)
-            for image in chain.from_iterable(student_images(model, texts, seeds, steps=steps, batch=batch))
+            for image in chain.from_iterable(
+                student_images(model, texts, seeds, steps=steps, control=hints, batch=batch)
+            )
         ]
         return images[0] if single else images
 
     def _away_from(self, negative: str | Negative) -> Drawer:
-        """The student with a negative prompt. One that onnxruntime draws is loaded again, for torch, the first time."""
+        """The student with a negative prompt."""
         negative = Negative(negative) if isinstance(negative, str) else negative
         from sbrush.sampling.guidance import with_negative
 
+        return with_negative(self._in_torch("a negative prompt"), negative)
+
+    def _in_torch(self, what: str) -> Model:
+        """The student with torch's networks. One that onnxruntime draws is loaded again the first time."""
         if self._torch is None:
-            info("note: a negative prompt needs torch: loading the student again")
+            info(f"note: {what} needs torch: loading the student again")
             self._torch = open_student(self._source, runtime="torch")
-        return with_negative(cast("Model", self._torch), negative)
+        return cast("Model", self._torch)
 
     def __repr__(self) -> str:
         height, width = self.model.image_size

@@ -25,6 +25,8 @@ def conditioning_shapes(teacher: Model, batch: int) -> Conditioning:
     shapes = {"tokens": torch.zeros(batch, teacher.text_parts[0][0].model_max_length, width, device="meta")}
     if len(teacher.text_parts) > 1:
         shapes["pooled"] = torch.zeros(batch, teacher.text_parts[-1][1].config.projection_dim, device="meta")
+    if teacher.controls:
+        shapes["control"] = torch.zeros(batch, len(teacher.controls), 3, *teacher.image_size, device="meta")
     return shapes
 
 

@@ -30,10 +30,12 @@ def make_config(
     teacher_sha256: str,
     init_sha256: str | None,
     clip: str | None,
+    control_sha256: str | None,
     bf16: bool,
 ) -> dict[str, Any]:
     """What config.json holds.
 
+    `init_sha256`, `control_sha256`: of what the student starts as and of the ControlNet in the loop, if there are any.
     `images`: where those come from that the method learns from, if it does. `clip`: the CLIP model of the clamped CLIP
     loss and its digest, if there is one.
     """
@@ -52,6 +54,7 @@ def make_config(
         "text_cache": request.text_cache is not None,  # half precision rounds the embeddings
         "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
         "images": images,
+        "control": dataclasses.asdict(request.control) | {"sha256": control_sha256} if request.control else None,
         "seed": request.seed,
         "bf16": bf16,
         "recipe": dataclasses.asdict(request.recipe),
@@ -106,6 +109,9 @@ def _spelt_alike(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     ours, theirs = before.get("prompts"), now.get("prompts")
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("sha256") == theirs["sha256"]:
         same["prompts"] = {**ours, "source": theirs["source"]}
+    ours, theirs = before.get("control"), now.get("control")
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("sha256") == theirs["sha256"]:
+        same["control"] = {**ours, "model": theirs["model"]}
     return {**before, **same}
 
 

@@ -7,14 +7,16 @@ every tensor that it would hold is counted, and so is every multiplication. Noth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from sbrush.console import count as counted
+from sbrush.models.control import ControlNet
 from sbrush.models.load import load_shapes
+from sbrush.models.load_control import control_shapes
 from sbrush.models.model import Model
 from sbrush.training.accounting import Held, conditioning_shapes, kernels
 from sbrush.training.alignment import Alignment
@@ -125,11 +127,12 @@ class Monitoring:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run makes before its first step and keeps on disk."""
+    """What a run makes of its own besides: before its first step, kept on disk, or at each step."""
 
     prompts: int = 0  # whose text embeddings are kept, which takes the text encoder off the device
     images: int = 0  # to learn from, whose latents are kept
     generated: bool = False  # those images are the teacher's own
+    control: str | None = None  # a ControlNet, for whose control images a student draws
 
 
 def estimate(
@@ -148,6 +151,8 @@ def estimate(
     With `execution.shard` the processes of `machine` share the student, its gradients, moments and average.
     """
     teacher = load_shapes(source, config=config)
+    if prepared.control:
+        teacher = replace(teacher, controls=(ControlNet(control_shapes(prepared.control, teacher)),))
     clip = Alignment.shapes(teacher, alignment) if recipe.clip_weight else None
     half_precision = machine.bf16 and machine.device.startswith("cuda")
     with torch.device("meta"):

@@ -74,12 +74,18 @@ MERGED = {
 }
 
 
-def check_options(*, extend: int, init: str | None) -> None:
+def check_options(*, extend: int, init: str | None, control: bool = False) -> None:
     """SbrushError for what a recipe of several trainings cannot do. Imports nothing heavy."""
     if extend:
         raise SbrushError(
             "a recipe of several trainings cannot be extended",
             "start another run with more --steps in a new --out",
+            code=2,
+        )
+    if control:
+        raise SbrushError(
+            "a ControlNet is for a student that draws already, and a recipe of several trainings starts without one",
+            "leave out --control; then prepare the merged student: --recipe swiftbrush --init OUT --control MODEL",
             code=2,
         )
     if init:

@@ -9,8 +9,10 @@ from accelerate import Accelerator
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import trains_in_bf16
+from sbrush.models.control import ControlNet
 from sbrush.models.export import check_exportable
 from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.load_control import digest_of_control, load_control
 from sbrush.models.model import Model
 from sbrush.prompts import Prompts
 from sbrush.sampling.notes import note_truncated_prompts, note_unknown_words
@@ -63,9 +65,13 @@ def prepare(request: RunRequest) -> Plan:
     if accelerator.is_main_process:
         note_unknown_words(teacher, request.prompts.texts)
         note_truncated_prompts(teacher, request.prompts.texts)
+    check_control(request)
     init = load_student(request.init) if request.init else None
     if init:
         _check_init(recipe, teacher, printable(request.init), init)
+    if control := request.control:
+        network = load_control(control.model, teacher)
+        teacher = replace(teacher, controls=(ControlNet(network, control.scale, control.prep),))
     where = str(accelerator.device)
     alignment = Alignment.load(teacher, request.alignment, device=where) if recipe.clip_weight else None
     images = None
@@ -74,6 +80,7 @@ def prepare(request: RunRequest) -> Plan:
     config = make_config(
         request, sampling=METHODS[recipe.method].sampling(recipe), images=images.source.about if images else None,
         teacher_sha256=digest(teacher), init_sha256=digest(init) if init else None,
+        control_sha256=digest_of_control(request.control.model) if request.control else None,
         clip=alignment.name if alignment else None, bf16=bf16,
     )  # fmt: skip
     validation = None
@@ -115,6 +122,16 @@ def check_method(request: RunRequest) -> None:
         raise SbrushError(
             f"a run of method {recipe.method} cannot be extended: its stages are shares of its steps",
             "start another with more --steps, in another --out",
+            code=2,
+        )
+
+
+def check_control(request: RunRequest) -> None:
+    """SbrushError if a ControlNet is to be in the loop of a method that has no place for one."""
+    if request.control and not METHODS[request.recipe.method].steerable:
+        raise SbrushError(
+            f"method {request.recipe.method} trains without ControlNets",
+            "leave out --control, or take a recipe of VSD: swiftbrush, or stickers for the built-in teacher",
             code=2,
         )
 

@@ -55,6 +55,15 @@ class ImagesRequest:
 
 
 @dataclass(frozen=True)
+class ControlTraining:
+    """A ControlNet of the teacher that a student is prepared for; see methods/steering.py."""
+
+    model: str  # as load_control takes it
+    prep: str  # what makes its control images: a key of preprocess.PREPROCESSORS
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ValidationRequest:
     """What the student is validated on; see validation.Validation.load."""
 
@@ -82,4 +91,5 @@ class RunRequest:
     images: ImagesRequest = field(default_factory=ImagesRequest)
     validation: ValidationRequest = field(default_factory=ValidationRequest)
     trackers: Sequence[str] = ()
+    control: ControlTraining | None = None
     text_cache: Path | None = None  # a folder for text embeddings, see text_cache.py

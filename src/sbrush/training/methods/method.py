@@ -59,6 +59,8 @@ class Method(ABC):
 
     from_images: ClassVar[bool] = False
     """Whether it learns from images: then it is made with `images`, a training.images.TrainingImages."""
+    steerable: ClassVar[bool] = False
+    """Whether it trains with the teacher's ControlNets, if the teacher has any."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Settings of a recipe that it does not look at, and which a run may therefore not change."""
     extendable: ClassVar[bool] = True

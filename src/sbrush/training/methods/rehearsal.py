@@ -25,11 +25,13 @@ def rehearse(
     owners = machine.world if execution.shard else 1
     _share_gradients(student, owners)
     autocast = machine.bf16 and machine.device.startswith("cuda")
+    for control in teacher.controls if machine.bf16 else ():
+        nn.Module.to(control.network, torch.bfloat16)
     working, flops, aligned = _play(teacher, (student, base), recipe, share, alignment, autocast=autocast)
     again = 1 + recipe.lora_updates * (recipe.gap != "sds") if execution.checkpointing else 0
     return Rehearsal(
-        trained, {"LoRA teacher": lora}, working, flops, forwards(recipe) + again, aligned,
-        largest_block=_largest_block(student) if owners > 1 else 0,
+        trained, {"LoRA teacher": lora}, working, flops, forwards(recipe) + again + bool(teacher.controls), aligned,
+        frozen=_beside(teacher, base), largest_block=_largest_block(student) if owners > 1 else 0,
     )  # fmt: skip
 
 
@@ -48,6 +50,18 @@ def forwards(recipe: Recipe) -> float:
         return student + teacher + paired
     score = teacher if recipe.guide_lora else 0 if recipe.shared_forward else 1
     return student + teacher + score + 2 * recipe.lora_updates + paired
+
+
+def _beside(teacher: Model, base: nn.Module) -> dict[str, int]:
+    """Bytes of what a training with ControlNets holds besides: those, and the student that draws their images."""
+    if not teacher.controls:
+        return {}
+
+    def size(network: nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in network.parameters() if not p.requires_grad)
+
+    controls = sum(size(control.network.requires_grad_(False)) for control in teacher.controls)
+    return {"ControlNet, frozen": controls, "student that draws control images, frozen": size(base)}
 
 
 def _networks(

@@ -25,6 +25,7 @@ from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
 from sbrush.training.methods.method import Machine, Method, Rehearsal, progress_line, split_batch
 from sbrush.training.methods.rehearsal import rehearse
+from sbrush.training.methods.steering import ControlImages, prepare_controls
 from sbrush.training.networks import Networks, average_gradients
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
@@ -51,6 +52,7 @@ class MicroBatch:
 class VSD(Networks, Method):
     """A student and its two teachers. The teacher and the LoRA teacher are one frozen UNet: its adapter off and on."""
 
+    steerable: ClassVar[bool] = True
     unused: ClassVar[tuple[str, ...]] = (
         "w_min", "w_max", "images", "image_steps", "image_guidance", "grid_steps", "huber_c", "halve_from",
         "guide_share", "snr_weight",
@@ -87,9 +89,16 @@ class VSD(Networks, Method):
         if recipe.clip_weight and not alignment:
             raise ValueError("the clamped CLIP loss needs a CLIP model")
         execution = execution or ExecutionOptions()
+        self._control_images = None
+        if teacher.controls:
+            if init is None:
+                raise ValueError("ControlNets in the loop need a student to start from")
+            teacher = prepare_controls(teacher, accelerator)
         self._micro_batches = split_batch(recipe, execution, accelerator.process_index, accelerator.num_processes)
         self._pair_every = recipe.batch // recipe.pairs if recipe.pairs else recipe.batch
         super().__init__(teacher, recipe, seed=seed, accelerator=accelerator, init=init, execution=execution)
+        if init and teacher.controls:
+            self._control_images = ControlImages(init, teacher, accelerator)
         self.lora, self.lora_optimizer = self.helpers["lora"]
         self.alignment, self.text_cache = alignment, text_cache
         self._null = teacher.null()
@@ -217,6 +226,9 @@ class VSD(Networks, Method):
             cond = self.text_cache.conditioning([prompts.place(number) for number in numbers])
         else:
             cond = self.teacher.encode(texts)
+        if self._control_images:
+            cond = cond | {"control": self._control_images.draw(cond, draw)}
+        null = self._null_of(cond)
         z = draw.normal(self.teacher.latent_shape)
         set_role(self.student, "student")
         rung = draw.index(len(self._rungs)) if len(self._rungs) > 1 else 0
@@ -235,7 +247,7 @@ class VSD(Networks, Method):
             scale = draw.uniform(recipe.guidance, recipe.guidance_to)
         if recipe.guidance_high is not None:
             scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
-        eps_teacher = self._score("teacher", x_t, t, (cond, self._null), scale)
+        eps_teacher = self._score("teacher", x_t, t, (cond, null), scale)
         lora_loss = None
         if recipe.gap == "sds":
             eps_lora = noise
@@ -244,7 +256,7 @@ class VSD(Networks, Method):
             lora_loss = core.lora_loss(eps_lora, noise, t, schedule, weight=recipe.lora_weight)
             eps_lora = eps_lora.detach()
         else:
-            told, null = self._told(cond, rung), self._told(self._null, rung)
+            told, null = self._told(cond, rung), self._told(null, rung)
             eps_lora = self._score("lora_teacher", x_t, t, (told, null), scale if recipe.guide_lora else 1.0)
         if recipe.gap == "dmd":
             gap = core.dmd_gap(eps_teacher, eps_lora, noise)
@@ -294,7 +306,8 @@ class VSD(Networks, Method):
         noise = micro.draw.normal(self.teacher.latent_shape)
         conditioning = micro.cond
         if micro.draw.chance(self.recipe.null_chance):
-            conditioning = {name: value.expand_as(conditioning[name]) for name, value in self._null.items()}
+            null = self._null_of(conditioning)
+            conditioning = {name: value.expand_as(conditioning[name]) for name, value in null.items()}
         conditioning = self._told(conditioning, micro.rung)
         eps = self._lora_epsilon(core.add_noise(micro.x0, noise, t, self.schedule), t, conditioning)
         return core.lora_loss(eps, noise, t, self.schedule, weight=self.recipe.lora_weight)
@@ -321,10 +334,15 @@ class VSD(Networks, Method):
         steps, scale = self.recipe.pair_steps, self.recipe.pair_guidance
         set_role(self.teacher.unet, "teacher")
         with self.accelerator.autocast():
-            return ddim(self._denoise, self.teacher.scheduler, z, cond, self._null, steps=steps, guidance=scale)
+            null = self._null_of(cond)
+            return ddim(self._denoise, self.teacher.scheduler, z, cond, null, steps=steps, guidance=scale)
 
     def _denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self.teacher.predict(self.teacher.unet, self._laid_out(x_t), t, conditioning)
+
+    def _null_of(self, conditioning: Conditioning) -> Conditioning:
+        """What a UNet is told without a prompt: the control images stay, as in diffusers' pipelines."""
+        return self._null | {name: conditioning[name] for name in ("control",) if name in conditioning}
 
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=self.memory_format)

@@ -314,10 +314,10 @@ def _noise(x: Tensor, draw: torch.Generator) -> Tensor:
     return (degree * torch.randn(x.shape, generator=draw)).to(x.device)
 
 
-def _warm_cosine(peak: float, steps: int) -> Callable[[int], float]:
+def _warm_cosine(peak: float, steps: int, warmup: int = 200) -> Callable[[int], float]:
     from math import cos, pi
 
-    return lambda step: peak * min(1.0, step / 200) * (0.02 + 0.98 * 0.5 * (1 + cos(pi * min(1.0, step / steps))))
+    return lambda step: peak * min(1.0, step / warmup) * (0.02 + 0.98 * 0.5 * (1 + cos(pi * min(1.0, step / steps))))
 
 
 def _device(threads: int) -> torch.device:
