@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample teach wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -105,6 +105,9 @@ bench-sample: $(READY)  ## one image, warm and cold, beside the bare networks an
 
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the baseline; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --images 3000 --minutes 6)
+
+bench-serve: $(READY)  ## `sbrush serve` under the load of 100 clients for a minute, beside the bare networks
+	$(BIN)/python -m sbrush.benchmarks.serve --clients 100 --seconds 60 $(if $(SIZE),--size $(SIZE))
 
 teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, LoRA, student; ARGS=lora: one of them
 ifneq ($(ARGS),)

@@ -45,6 +45,9 @@ CASES = {
         (["a cat", "--device", "mps"], "does not run on mps"),
         (["a cat", "--precision", "int8"], "--precision"),
         (["a cat", "--batch", "0"], "--batch"),
+        (["--interactive"], "needs a terminal"),
+        (["a cat", "--interactive", "--json"], "--json does not go with --interactive"),
+        (["--interactive", "--prompts", "p.txt"], "--prompts does not go with --interactive"),
     ],
     "distill": [
         (["missing.txt"], "missing.txt"),

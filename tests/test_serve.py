@@ -89,6 +89,30 @@ def test_the_image_and_its_metadata_are_those_of_sbrush_sample(service, tiny_tea
         assert ours.text == theirs.text
 
 
+def test_a_negative_prompt_is_that_of_sbrush_sample(service, tiny_teacher, tmp_path):
+    answer = draw(service, negative="a dog")
+    arguments = ["--negative", "a dog", "--seed", 1, "--student", tiny_teacher, "--device", "cpu"]
+    done = sbrush("sample", "a cat", *arguments, "-o", tmp_path / "x.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "x.png") as theirs:
+        ours = opened(answer.content)
+        assert ours.tobytes() == theirs.tobytes() and ours.text == theirs.text
+    assert ours.tobytes() != opened(draw(service).content).tobytes()
+    assert draw(service, negative=" ").content == draw(service).content
+    assert "longer than the 16 tokens" in refusal(draw(service, negative="dog " * 60), 400)
+
+
+def test_the_built_in_student_draws_with_onnxruntime_and_takes_no_negative_prompt():
+    with warm_service(load(None), Capacity()) as service:
+        assert ask(service, "GET", "/api/info").json()["negative"] is False
+        answer = draw(service, prompt="a small red cat on fire")
+        assert json.loads(answer.headers["x-sbrush-notes"]) == ["the built-in world has never seen: fire"]
+        assert "--runtime torch" in refusal(draw(service, negative="a dog"), 400)
+        sent = {"prompt": "a cat", "negative_prompt": "ugly"}
+        info = json.loads(ask(service, "POST", "/sdapi/v1/txt2img", json=sent).json()["info"])
+        assert info["notes"] == ["without effect: negative_prompt"] and info["negative_prompt"] == ""
+
+
 def test_a_seed_that_nobody_chose_is_told(service):
     seeds = [draw(service, seed=None).headers["x-sbrush-seeds"] for _ in range(2)]
     assert seeds[0] != seeds[1] and all(seed.isdecimal() for seed in seeds)
@@ -192,10 +216,11 @@ def test_what_a1111s_front_ends_send(service):
     assert info["all_seeds"] == [3, 4] and info["steps"] == 1 and info["sd_model_name"] == service.student.name
     assert info["notes"] == [
         "drawn in 1 steps: this student does not take 20",
-        "without effect: negative_prompt, cfg_scale, sampler_name, eta",
+        "without effect: cfg_scale, sampler_name, eta",
     ]
+    assert info["negative_prompt"] == "ugly" and "Negative prompt: ugly" in info["infotexts"][0]
     for image, seed, text in zip(answer["images"], (3, 4), info["infotexts"], strict=True):
-        assert same(base64.b64decode(image), service, "a cat", seed)
+        assert opened(base64.b64decode(image)).size == (32, 32) and f"Seed: {seed}," in text
         assert opened(base64.b64decode(image)).text["parameters"] == text
     assert answer["parameters"]["width"] == 32
 

@@ -135,6 +135,16 @@ def test_the_history_brings_an_image_back(page):
     expect(page.get_by_role("heading", name="History")).to_be_hidden()
 
 
+def test_a_negative_prompt_where_the_student_takes_one(page, server):
+    assert server[1].takes_negative == page.get_by_label("Without").is_visible()
+    if server[1].takes_negative:
+        page.get_by_label("Prompt").fill("a cat")
+        page.get_by_label("Without").fill("a dog")
+        expect(page.locator("#status")).to_contain_text("seed 0")
+        page.wait_for_function("cells[0].image && cells[0].image.negative === 'a dog'")
+        assert json.loads(downloaded(page)[1].text["sbrush"])["negative"] == "a dog"
+
+
 def test_an_open_seed_changes_as_one_types(page):
     page.get_by_role("button", name="Keep the seed").click()
     page.get_by_label("Prompt").fill("a cat")

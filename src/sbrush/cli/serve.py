@@ -11,6 +11,8 @@ from sbrush.cli.flags import (
     DeviceFlag,
     Precision,
     PrecisionFlag,
+    Runtime,
+    RuntimeFlag,
     StartFlag,
     StudentFlag,
 )
@@ -87,6 +89,7 @@ def serve(
     ] = 256,
     device: DeviceFlag = "auto",
     precision: PrecisionFlag = Precision.auto,
+    runtime: RuntimeFlag = Runtime.auto,
 ) -> None:
     """Serve a page where the image follows the typing, and the OpenAI and AUTOMATIC1111 image APIs.
 
@@ -107,6 +110,6 @@ def serve(
         where = pick_device(device)
         request = SampleRequest(
             Images([WARM_UP], [0]), Target(None), student=student, start_timestep=start_timestep, device=where,
-            dtype=pick_dtype(precision.value, where, "sample"),
+            dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
         )  # fmt: skip
         run(request, sock, access, Capacity(batch, queue), log_prompts=log_prompts)

@@ -88,7 +88,7 @@ class OnnxModel:
         self.name, self.about, self.facts = name, about, facts
         self.latent_shape, self.image_size, self.noise_scale = facts.latent_shape, facts.image_size, facts.noise_scale
         self.prediction, self.sampler_name = facts.prediction, facts.sampler
-        self.fresh_noise = facts.fresh
+        self.fresh_noise, self.step_choices = facts.fresh, tuple(facts.rungs)
         self._sessions, self._files = sessions, tuple(files)
         self._tokenizer, self.longest_prompt = _read_tokenizer(tokenizer)
 

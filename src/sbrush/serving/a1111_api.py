@@ -21,7 +21,7 @@ from sbrush.sampling.student import LARGEST_SEED
 from sbrush.serving.body import Body
 from sbrush.serving.engine import Drawn
 from sbrush.serving.openai_api import check_size
-from sbrush.serving.requests import MOST_IMAGES, image_requests
+from sbrush.serving.requests import LONGEST_PROMPT, MOST_IMAGES, image_requests
 from sbrush.serving.service import Service, encode, note_headers
 
 SAMPLER = "sbrush"
@@ -45,7 +45,7 @@ class Txt2ImgBody(Body):
     model_config = ConfigDict(extra="allow")
 
     prompt: str = Field(description="What the images show.")
-    negative_prompt: str | None = Field("", description="Without effect.")
+    negative_prompt: str | None = Field("", max_length=LONGEST_PROMPT, description="If the student takes one.")
     seed: int | None = Field(-1, ge=-1, le=LARGEST_SEED, description="Of the first image. -1: by chance.")
     steps: int | None = Field(None, description="The student's own, if it does not take so many.")
     cfg_scale: float | None = Field(None, description="Without effect.")
@@ -67,7 +67,8 @@ def create_router(service: Service) -> APIRouter:
         steps = body.steps if body.steps in service.steps else None
         seed = None if body.seed in (None, -1) else body.seed
         count = (body.batch_size or 1) * (body.n_iter or 1)
-        drawn = await service.draw(image_requests(body.prompt, seed, count, service.check_settings(steps)))
+        settings = service.check_settings(steps, body.negative_prompt if service.takes_negative else None)
+        drawn = await service.draw(image_requests(body.prompt, seed, count, settings))
         notes = _notes(service, body)
         images = [base64.b64encode(await encode(one)).decode("ascii") for one in drawn]
         info = json.dumps(_info(service, body, drawn, notes))
@@ -132,7 +133,8 @@ def _notes(service: Service, body: Txt2ImgBody) -> list[str]:
     if body.steps is not None and body.steps not in service.steps:
         notes.append(f"drawn in {service.usual_steps} steps: this student does not take {body.steps}")
     given = {
-        "negative_prompt": bool(body.negative_prompt), "cfg_scale": body.cfg_scale not in (None, 1),
+        "negative_prompt": bool(body.negative_prompt) and not service.takes_negative,
+        "cfg_scale": body.cfg_scale not in (None, 1),
         "sampler_name": body.sampler_name not in (None, "", SAMPLER), "save_images": bool(body.save_images),
     }  # fmt: skip
     extra = [name for name, value in (body.model_extra or {}).items() if value and name not in ACCEPTED]
@@ -149,8 +151,9 @@ def _info(service: Service, body: Txt2ImgBody, drawn: list[Drawn], notes: list[s
     records = [one.record for one in drawn]
     width, height = service.size
     return {
-        "prompt": body.prompt, "all_prompts": [body.prompt] * len(drawn), "negative_prompt": "",
-        "all_negative_prompts": [""] * len(drawn), "seed": records[0]["seed"],
+        "prompt": body.prompt, "all_prompts": [body.prompt] * len(drawn),
+        "negative_prompt": records[0].get("negative", ""),
+        "all_negative_prompts": [record.get("negative", "") for record in records], "seed": records[0]["seed"],
         "all_seeds": [record["seed"] for record in records], "width": width, "height": height,
         "sampler_name": SAMPLER, "cfg_scale": records[0]["guidance"], "steps": records[0]["steps"],
         "batch_size": body.batch_size or 1, "sd_model_name": service.student.name,

@@ -22,7 +22,7 @@ from sbrush.serving.answers import error
 from sbrush.serving.body import Body
 from sbrush.serving.engine import Busy, Replaced, Stopped
 from sbrush.serving.guard import Guard
-from sbrush.serving.requests import Turn, image_requests
+from sbrush.serving.requests import LONGEST_PROMPT, Turn, image_requests
 from sbrush.serving.service import Service, encode, note_headers
 
 PAGE = {
@@ -44,6 +44,7 @@ class DrawBody(Body):
     prompt: str = Field(description="What the image shows.")
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="None: one by chance.")
     steps: int | None = Field(None, description="None: as many as the student was trained for.")
+    negative: str | None = Field(None, max_length=LONGEST_PROMPT, description="What it is not to show.")
     client: str | None = Field(None, min_length=1, max_length=64, description="A name that the client makes up.")
     turn: int = Field(0, ge=0, le=2**53, description="A higher one drops what this client's lower ones wait for.")
 
@@ -89,7 +90,7 @@ def _add_own(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     async def draw(body: DrawBody) -> Response:
         turn = Turn(body.client, body.turn) if body.client else None
-        requests = image_requests(body.prompt, body.seed, 1, service.check_settings(body.steps))
+        requests = image_requests(body.prompt, body.seed, 1, service.check_settings(body.steps, body.negative))
         try:
             drawn = await service.draw(requests, turn)
         except Replaced:

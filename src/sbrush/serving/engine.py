@@ -8,14 +8,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
 
-from sbrush.models.tokenizers import truncated_prompts
 from sbrush.sampling.artist import Artist
-from sbrush.sampling.files import unknown_words_note
+from sbrush.sampling.notes import unknown_words_note
 from sbrush.serving.requests import ImageRequest, Settings, Turn
 
 CLIENTS = 4096  # whose latest turn is known
@@ -187,9 +186,7 @@ class Engine:
     def _artist_of(self, settings: Settings) -> Artist:
         """Who draws with these settings. Made on the engine's thread, for what it asks of a scheduler changes that."""
         if settings not in self._artists:
-            artist = replace(self._artist, steps=settings.steps)
-            _ = artist.drawn_by  # hashes the weights, once
-            self._artists[settings] = artist
+            self._artists[settings] = self._artist.altered(steps=settings.steps, negative=settings.negative)
             if len(self._artists) > ARTISTS:
                 self._artists.popitem(last=False)
         self._artists.move_to_end(settings)
@@ -198,12 +195,11 @@ class Engine:
     def _notes(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
         """What each prompt's client should know. On the engine's thread: tokenizers are not for two at once."""
         student = self._artist.student
-        cut = truncated_prompts(student, prompts) > 0
-        length = student.text_parts[0][0].model_max_length
+        cut, length = student.truncated_prompts(prompts) > 0, student.longest_prompt
         notes: list[tuple[str, ...]] = []
         for prompt in prompts:
             some = [unknown_words_note(student, [prompt])]
-            if cut and truncated_prompts(student, [prompt]):
+            if cut and student.truncated_prompts([prompt]):
                 some.append(f"the prompt is longer than the {length} tokens read; its end is cut off")
             notes.append(tuple(note for note in some if note))
         return notes

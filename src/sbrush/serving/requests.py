@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 
 from sbrush.console import SbrushError
+from sbrush.sampling.negative_request import Negative
 from sbrush.sampling.student import LARGEST_SEED
 
 LONGEST_PROMPT = 10_000  # characters
@@ -18,6 +19,7 @@ class Settings:
     """What all images of one batch share. `steps` None: as many as the student was trained for."""
 
     steps: int | None = None
+    negative: Negative | None = None
 
 
 @dataclass(frozen=True)

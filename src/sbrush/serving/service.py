@@ -11,9 +11,10 @@ from typing import Any
 
 import sbrush
 from sbrush.console import SbrushError, info, printable
-from sbrush.models.model import Model
 from sbrush.sampling.artist import Artist
+from sbrush.sampling.generation import Drawer
 from sbrush.sampling.images import encode_png, to_image
+from sbrush.sampling.negative_request import Negative
 from sbrush.serving.counters import Counters
 from sbrush.serving.engine import Busy, Drawn, Engine, Replaced
 from sbrush.serving.requests import LONGEST_PROMPT, MOST_IMAGES, ImageRequest, Settings, Turn
@@ -30,21 +31,25 @@ class Service:
     engine: Engine
     counters: Counters
     log_prompts: bool = False
-    steps: tuple[int, ...] = field(init=False)  # numbers of steps that the student takes
+    usual_steps: int = field(init=False)  # as many as the student was trained for
 
     def __post_init__(self) -> None:
-        ladder = self.student.ladder
-        self.steps = ladder.choices if ladder else (1,)
+        self.usual_steps = len(self.student.rungs())
         self.counters.watch(lambda: self.engine.waiting)
 
     @property
-    def student(self) -> Model:
+    def student(self) -> Drawer:
         return self.artist.student
 
     @property
-    def usual_steps(self) -> int:
-        """As many as the student was trained for."""
-        return self.student.ladder.trained if self.student.ladder else 1
+    def steps(self) -> tuple[int, ...]:
+        """The numbers of steps that the student takes."""
+        return self.student.step_choices
+
+    @property
+    def takes_negative(self) -> bool:
+        """Whether the student can draw away from a negative prompt: torch's attention can, an ONNX graph's cannot."""
+        return self.student.runtime is None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -59,15 +64,21 @@ class Service:
             "student": self.student.name, "version": sbrush.__version__, "width": width, "height": height,
             "steps": list(self.steps), "usual_steps": self.usual_steps, "longest_prompt": LONGEST_PROMPT,
             "most_images": MOST_IMAGES, "device": str(self.student.device), "precision": self.artist.precision,
+            "runtime": self.student.runtime or "torch", "negative": self.takes_negative,
             "built_in_world": self.student.about.get("world") == "stickers",
         }  # fmt: skip
 
-    def check_settings(self, steps: int | None) -> Settings:
-        """Settings of a request; SbrushError if the student does not take so many steps."""
+    def check_settings(self, steps: int | None, negative: str | None = None) -> Settings:
+        """Settings of a request; SbrushError if the student does not take so many steps, or a negative prompt."""
         if steps is not None and steps not in self.steps:
             able = str(self.steps[0]) if len(self.steps) == 1 else f"{self.steps[0]} to {self.steps[-1]}"
             raise SbrushError(f"this student does not draw in {steps} steps", f"steps: {able}", code=2)
-        return Settings(None if steps == self.usual_steps else steps)
+        away = Negative(negative) if negative and negative.strip() else None
+        if away and not self.takes_negative:
+            raise SbrushError(
+                "this student takes no negative prompt", "start sbrush serve with --runtime torch", code=2
+            )
+        return Settings(None if steps == self.usual_steps else steps, away)
 
     async def draw(self, requests: Sequence[ImageRequest], turn: Turn | None = None) -> list[Drawn]:
         """The images, in order. Raises Busy, Replaced, or SbrushError if one cannot be drawn.

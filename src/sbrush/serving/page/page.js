@@ -3,14 +3,14 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const form = $("form"), prompt = $("prompt"), seed = $("seed"), lock = $("lock"), steps = $("steps");
+const form = $("form"), prompt = $("prompt"), seed = $("seed"), lock = $("lock"), steps = $("steps"), negative = $("negative");
 const stage = $("stage"), past = $("past");
 const CLIENT = crypto.getRandomValues(new Uint32Array(4)).join("-"); // randomUUID needs https on other machines
 const SETTLED = 900; // milliseconds without a change, after which an image is kept
 const KEPT = 60; // images in the history
 const LARGEST_SEED = 2 ** 32;
 
-let about = { width: 1, height: 1, steps: [1] };
+let about = { width: 1, height: 1, steps: [1], negative: false };
 let turn = 0;
 let flights = []; // turns that are not answered: at most one that is drawn and one that waits
 let cells = [];
@@ -43,6 +43,7 @@ function follow() {
   cells.forEach((cell, i) => {
     const wanted = { prompt: text, seed: first + i, client: CLIENT, turn };
     if (about.steps.length > 1) wanted.steps = Number(steps.value);
+    if (about.negative && negative.value.trim()) wanted.negative = negative.value.trim();
     draw(cell, wanted, flight).finally(() => {
       flight.left -= 1;
       if (flight.left === 0) flights = flights.filter((other) => other !== flight);
@@ -162,11 +163,12 @@ function release(image) {
   if (image && !kept.includes(image)) URL.revokeObjectURL(image.url);
 }
 
+const alike = (one, other) => ["prompt", "seed", "steps", "negative"].every((name) => one[name] === other[name]);
+
 function keep() {
   const images = cells.map((cell) => cell.image).filter(Boolean);
   for (const image of images.reverse()) {
-    const same = (other) => other.prompt === image.prompt && other.seed === image.seed && other.steps === image.steps;
-    if (kept.some(same)) continue;
+    if (kept.some((other) => alike(other, image))) continue;
     kept.unshift(image);
   }
   for (const image of kept.splice(KEPT)) if (!images.includes(image)) URL.revokeObjectURL(image.url);
@@ -182,7 +184,7 @@ function showHistory() {
     img.alt = `${image.prompt}, seed ${image.seed}`;
     button.type = "button";
     button.title = img.alt;
-    if (now && now.prompt === image.prompt && now.seed === image.seed) button.setAttribute("aria-current", "true");
+    if (now && alike(now, image)) button.setAttribute("aria-current", "true");
     button.onclick = () => recall(image);
     button.append(img);
     item.append(button);
@@ -194,6 +196,7 @@ function recall(image) {
   prompt.value = image.prompt;
   seed.value = image.seed;
   if (image.steps) steps.value = image.steps;
+  negative.value = image.negative || "";
   form.elements.count.value = "1";
   setLock(true);
   follow();
@@ -201,7 +204,7 @@ function recall(image) {
 
 function walk(by) {
   const now = cells[0] && cells[0].image;
-  const here = kept.findIndex((image) => now && image.prompt === now.prompt && image.seed === now.seed);
+  const here = kept.findIndex((image) => now && alike(image, now));
   const next = kept[here + by];
   if (next) recall(next);
 }
@@ -235,6 +238,7 @@ seed.addEventListener("input", () => {
   follow();
 });
 steps.addEventListener("change", follow);
+negative.addEventListener("input", follow);
 $("count").addEventListener("change", follow);
 $("another").addEventListener("click", another);
 $("download").addEventListener("click", download);
@@ -256,7 +260,7 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
-  if (event.target.matches("input[inputmode], textarea, select")) return;
+  if (event.target.matches("input:not([type=radio]), textarea, select")) return;
   const arrows = !event.target.matches("input"); // radio buttons have arrows of their own
   const actions = {
     "/": () => prompt.focus(),
@@ -307,6 +311,8 @@ async function start() {
   stage.classList.toggle("small", Math.max(about.width, about.height) <= 256);
   steps.replaceChildren(...about.steps.map((n) => new Option(n, n, n === about.usual_steps, n === about.usual_steps)));
   $("steps-field").hidden = about.steps.length < 2;
+  $("negative-field").hidden = !about.negative;
+  negative.maxLength = about.longest_prompt;
   prompt.maxLength = about.longest_prompt;
   offer(about.built_in_world
     ? ["a small red cat", "a big purple fish", "a teal bird on a mint background"]
