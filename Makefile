@@ -133,6 +133,7 @@ wheel: $(READY)  ## build the wheel, install it into an empty environment and dr
 	$(PYTHON) -m venv dist/venv
 	dist/venv/bin/python -m pip install --quiet dist/*.whl
 	cd dist && venv/bin/sbrush sample "a cat" -o cat.png && test -s cat.png
+	cd dist && venv/bin/python -c "from sbrush.serving.app import read_page; read_page()"
 
 clean:  ## remove what the targets made, but for runs/
 	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache

@@ -13,11 +13,10 @@ from sbrush.serving.address import Access, bind, url
 from sbrush.serving.server import Capacity, create_server, warm_service
 
 
-def load(student):
+def load(student, runtime="torch"):
     """The artist of a student's folder, as `sbrush serve` loads it; None is the built-in student."""
-    return load_artist(
-        SampleRequest(Images(["a cat"], [0]), Target(None), student=None if student is None else str(student))
-    )
+    source = None if student is None else str(student)
+    return load_artist(SampleRequest(Images(["a cat"], [0]), Target(None), student=source, runtime=runtime))
 
 
 @contextlib.contextmanager

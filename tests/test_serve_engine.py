@@ -158,6 +158,7 @@ def test_clients_are_not_remembered_for_ever(artist, monkeypatch):
     [
         ((" ", 1, 1), "an empty prompt"),
         (("a" * 10_001, 1, 1), "10,001 characters"),
+        (("a \ud800", 1, 1), "not text"),
         (("a", -1, 1), "not a seed"),
         (("a", 10**18 - 1, 2), "not a seed"),
         (("a", 1, 0), "0 images"),

@@ -194,7 +194,7 @@ def main(
     requests = [(random_caption(stream("serve", i)).text, i) for i in range(DIFFERENT)]
     load, bare, memory = Load(), Bare(), list[float]()
     with full_size.or_made(student, size) as source, server(source, batch, where) as address:
-        model = open_student(source, device=where, dtype=pick_dtype("auto", where, "sample"))
+        model = open_student(source, runtime="torch", device=where, dtype=pick_dtype("auto", where, "sample"))
         bare_seconds = max(1.0, seconds / TURNS / 4)
         Bare().draw(model, requests, batch, bare_seconds)  # warms up
         asyncio.run(put_under_load(address, requests, clients, 2.0))

@@ -146,6 +146,12 @@ class OnnxModel:
         return torch.from_numpy(outputs[0])
 
 
+def is_exported(source: str | None) -> bool:
+    """Whether a student is a folder that `sbrush export --to onnx` wrote, which torch cannot read."""
+    local = None if source is None or is_built_in(source) else local_student(source)
+    return local is not None and (local / "unet" / GRAPH).is_file()
+
+
 def find(source: str | None) -> OnnxModel | None:
     """The student `source`, as load_student takes it, if its graphs are at hand; None if it has none.
 

@@ -12,13 +12,12 @@ import re
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
 from sbrush.console import SbrushError
 from sbrush.sampling.images import parameters
 from sbrush.sampling.student import LARGEST_SEED
-from sbrush.serving.body import Body
 from sbrush.serving.engine import Drawn
 from sbrush.serving.openai_api import check_size
 from sbrush.serving.requests import LONGEST_PROMPT, MOST_IMAGES, image_requests
@@ -39,7 +38,7 @@ ACCEPTED = (
 )
 
 
-class Txt2ImgBody(Body):
+class Txt2ImgBody(BaseModel):
     """What A1111's front ends send. Fields that are not listed have no effect, which the answer's notes tell."""
 
     model_config = ConfigDict(extra="allow")

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -19,7 +19,6 @@ from sbrush.sampling.student import LARGEST_SEED
 from sbrush.serving import a1111_api, openai_api
 from sbrush.serving.address import Access
 from sbrush.serving.answers import error
-from sbrush.serving.body import Body
 from sbrush.serving.engine import Busy, Replaced, Stopped
 from sbrush.serving.guard import Guard
 from sbrush.serving.requests import LONGEST_PROMPT, Turn, image_requests
@@ -36,7 +35,7 @@ DRAWN: dict[int | str, dict[str, Any]] = {
 }
 
 
-class DrawBody(Body):
+class DrawBody(BaseModel):
     """An image that follows the typing."""
 
     model_config = ConfigDict(extra="forbid")
@@ -68,11 +67,15 @@ def create_app(service: Service, access: Access) -> Guard:
     return Guard(app, access, service.counters)
 
 
-def _add_page(app: FastAPI) -> None:
-    """The page's three files, read once."""
+def read_page() -> dict[str, tuple[bytes, str]]:
+    """The page's three files as they come with the package: content and media type, by path."""
     folder = resources.files("sbrush.serving") / "page"
-    for path, (name, kind) in PAGE.items():
-        app.add_route(path, _constant((folder / name).read_bytes(), f"{kind}; charset=utf-8"), include_in_schema=False)
+    return {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGE.items()}
+
+
+def _add_page(app: FastAPI) -> None:
+    for path, (content, kind) in read_page().items():
+        app.add_route(path, _constant(content, f"{kind}; charset=utf-8"), include_in_schema=False)
 
 
 def _constant(content: bytes, kind: str) -> Callable[[Request], Response]:

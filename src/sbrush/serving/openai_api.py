@@ -7,19 +7,18 @@ import time
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
 from sbrush.console import SbrushError
 from sbrush.sampling.student import LARGEST_SEED
-from sbrush.serving.body import Body
 from sbrush.serving.requests import MOST_IMAGES, image_requests
 from sbrush.serving.service import QUALITY, Service, encode, note_headers
 
 WITHOUT_EFFECT = ("quality", "style", "moderation")
 
 
-class GenerationBody(Body):
+class GenerationBody(BaseModel):
     """What OpenAI's clients send, and `seed` and `steps`, which they can add as extra fields."""
 
     model_config = ConfigDict(extra="ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from sbrush.console import SbrushError
+from sbrush.console import SbrushError, is_text
 from sbrush.sampling.negative_request import Negative
 from sbrush.sampling.student import LARGEST_SEED
 
@@ -46,6 +46,8 @@ def image_requests(prompt: str, seed: int | None, count: int, settings: Settings
     """
     if not prompt.strip():
         raise SbrushError("an empty prompt", 'describe an image, such as "a small red cat"', code=2)
+    if not is_text(prompt):  # JSON can write half a character, which no file can hold
+        raise SbrushError("the prompt is not text", "send it in UTF-8", code=2)
     if len(prompt) > LONGEST_PROMPT:
         raise SbrushError(
             f"a prompt of {len(prompt):,} characters is too long", f"at most {LONGEST_PROMPT:,} are taken", code=2
