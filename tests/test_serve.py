@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 
 from conftest import sbrush
+from sbrush.models.lora_request import parse_loras
+from sbrush.sampling.files import SampleRequest, load_artist
 from sbrush.sampling.generation import student_images
 from sbrush.sampling.images import to_image
+from sbrush.sampling.targets import Images, Target
 from sbrush.serving.address import Access
 from sbrush.serving.app import create_app
 from sbrush.serving.guard import LARGEST_BODY
@@ -100,6 +103,13 @@ def test_a_negative_prompt_is_that_of_sbrush_sample(service, tiny_teacher, tmp_p
     assert ours.tobytes() != opened(draw(service).content).tobytes()
     assert draw(service, negative=" ").content == draw(service).content
     assert "longer than the 16 tokens" in refusal(draw(service, negative="dog " * 60), 400)
+
+
+def test_a_lora_is_in_the_students_weights_and_in_what_it_says_of_itself():
+    request = SampleRequest(Images(["a cat"], [0]), Target(None), loras=parse_loras(["blueprint"]))
+    with warm_service(load_artist(request), Capacity()) as service:
+        assert ask(service, "GET", "/api/info").json()["loras"] == ["blueprint"]
+        assert json.loads(opened(draw(service).content).text["sbrush"])["loras"][0]["name"] == "blueprint"
 
 
 def test_onnx_graphs_draw_and_take_no_negative_prompt():

@@ -9,6 +9,7 @@ import typer
 from sbrush.cli.flags import (
     MACHINE,
     DeviceFlag,
+    LoraFlag,
     Precision,
     PrecisionFlag,
     Runtime,
@@ -17,6 +18,7 @@ from sbrush.cli.flags import (
     StudentFlag,
 )
 from sbrush.console import info
+from sbrush.models.lora_request import parse_loras
 from sbrush.sampling.targets import Images, Target
 
 ACCESS = "Who may ask"
@@ -25,6 +27,7 @@ EXAMPLE = "Example: sbrush serve --student runs/stickers"
 
 def serve(
     student: StudentFlag = None,
+    lora: LoraFlag = None,
     host: Annotated[
         str,
         typer.Option(
@@ -99,6 +102,7 @@ def serve(
     """
     from sbrush.serving.address import Access, bind, check_access
 
+    loras = parse_loras(lora)
     access = Access(api_key, tuple(allow_host or ()), tuple(allow_origin or ()))
     sock = bind(host, port)
     with sock:
@@ -111,7 +115,7 @@ def serve(
 
         where = pick_device(device)
         request = SampleRequest(
-            Images([WARM_UP], [0]), Target(None), student=student, start_timestep=start_timestep, device=where,
-            dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
+            Images([WARM_UP], [0]), Target(None), student=student, start_timestep=start_timestep, loras=loras,
+            device=where, dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
         )  # fmt: skip
         run(request, sock, access, Capacity(batch, queue), log_prompts=log_prompts)

@@ -306,7 +306,7 @@ async function start() {
     $("problem").textContent = "The server does not answer. Is sbrush serve still running?";
     return;
   }
-  $("student").textContent = `${about.student} · ${about.width} × ${about.height}`;
+  $("student").textContent = [about.student, ...about.loras, `${about.width} × ${about.height}`].join(" · ");
   stage.style.setProperty("--ratio", about.width / about.height);
   stage.classList.toggle("small", Math.max(about.width, about.height) <= 256);
   steps.replaceChildren(...about.steps.map((n) => new Option(n, n, n === about.usual_steps, n === about.usual_steps)));
