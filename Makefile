@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample teach teach-control wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach teach-control wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -106,6 +106,9 @@ bench-sample: $(READY)  ## one image, warm and cold, beside the bare networks an
 bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the baseline; SIZE=sd21 for SD 2.1's and ViT-g-14, on a GPU
 	$(BIN)/python -m sbrush.benchmarks.evaluation $(if $(SIZE),--size $(SIZE) --clip ViT-g-14 --images 3000 --minutes 6)
 
+bench-serve: $(READY)  ## `sbrush serve` under the load of 100 clients for a minute, beside the bare networks
+	$(BIN)/python -m sbrush.benchmarks.serve --clients 100 --seconds 60 $(if $(SIZE),--size $(SIZE))
+
 teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, LoRA, ControlNet, student; ARGS=lora: one of them
 ifneq ($(ARGS),)
 	$(BIN)/python -m sbrush.training.world.teach $(ARGS)
@@ -136,6 +139,7 @@ wheel: $(READY)  ## build the wheel, install it into an empty environment and dr
 	$(PYTHON) -m venv dist/venv
 	dist/venv/bin/python -m pip install --quiet dist/*.whl
 	cd dist && venv/bin/sbrush sample "a cat" -o cat.png && test -s cat.png
+	cd dist && venv/bin/python -c "from sbrush.serving.app import read_page; read_page()"
 
 clean:  ## remove what the targets made, but for runs/
 	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache

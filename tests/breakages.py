@@ -31,6 +31,8 @@ NEVER_REPLACED = "test_sample_files.py::test_what_was_drawn_otherwise_is_never_r
 LORA = "test_lora.py::test_images_are_plain_diffusers_in_every_layout"
 LORA_MISFIT = "test_lora.py::test_a_lora_that_does_not_fit_is_refused_and_changes_nothing"
 LORA_COMMAND = "test_lora.py::test_the_command_line_draws_with_them_and_records_them"
+TURNS = "test_serve_engine.py::test_a_newer_turn_takes_the_place_of_what_its_client_waits_for"
+ALLOWED = "test_serve.py::test_who_may_ask"
 
 STEERED = "test_control.py::test_plain_diffusers_draws_the_same_image"
 IN_THE_LOOP = "test_steering.py::test_a_step_with_a_controlnet_is_the_formulas_written_out"
@@ -291,5 +293,25 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("[lora.about for lora in self.student.loras] or None", "None", LORA_COMMAND),
         ("loras = [lora.request for lora in student.loras]", "loras = ()",
          "test_lora.py::test_the_teacher_beside_it_gets_the_same"),
+    ],
+    "serving/engine.py": [
+        ("if turn.number < self._turns.get(turn.client, turn.number):", "if False:", TURNS),
+        ("older = self._older(waiting, turn) if turn else []", "older = []", TURNS),
+        ("place = waiting.index(older[0]) if older else len(kept)", "place = len(kept)", TURNS),
+        ("if len(kept) + len(requests) > self._most:", "if len(kept) >= self._most:",
+         "test_serve_engine.py::test_a_queue_has_a_bound_and_takes_all_of_a_request_or_none"),
+        ("same = not taken or job.request.settings == taken[0].request.settings", "same = True",
+         "test_serve_engine.py::test_what_waits_is_drawn_together_if_its_settings_are_the_same"),
+    ],
+    "serving/guard.py": [
+        ('return not foreign or headers.get("sec-fetch-mode") == "navigate"', "return True", ALLOWED),
+        ('return origin.partition("://")[2] == host or origin in self._access.origins', "return True", ALLOWED),
+        ("        if not self._is_known(host):", "        if not host:", ALLOWED),
+        ("if path not in OPEN and not self._has_key(headers):", "if False:", ALLOWED),
+        ("                if len(body) > LARGEST_BODY:", "                if False:",
+         "test_serve.py::test_bodies_that_are_too_large_or_packed"),
+    ],
+    "serving/service.py": [
+        ("if self.log_prompts:", "if True:", "test_serve.py::test_prompts_are_logged_only_if_asked"),
     ],
 }  # fmt: skip

@@ -36,6 +36,7 @@ from sbrush.cli.flags import (
     teacher_config_option,
     teacher_option,
 )
+from sbrush.cli.interactive import check_interactive, check_single, start_session
 from sbrush.cli.negative import (
     GuidanceFlag,
     NegativeFlag,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 COMPARE = "Comparison with the teacher"
 EDIT = "Starting from an image (students of several steps)"
 STRENGTH = 0.6
+FIRST = "a small red cat"  # by which an interactive session's student is tried, unless there is a prompt
 EXAMPLE = 'Example: sbrush sample "a small red cat" "a big blue fish" --seed 1-8 -o animals.png'
 FOR_COMPARISON = ("teacher", "teacher_config", "teacher_steps", "teacher_guidance")
 
@@ -122,6 +124,13 @@ def sample(
     control_image: ControlImageFlag = None,
     control_scale: ControlScaleFlag = None,
     control_prep: ControlPrepFlag = None,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            help="Type prompts one after the other, with the student kept in memory. /help there tells the rest.",
+        ),
+    ] = False,
     negative: NegativeFlag = None,
     negative_method: NegativeMethodFlag = None,
     negative_scale: NegativeScaleFlag = None,
@@ -189,7 +198,9 @@ def sample(
 
     Prints the path of each image as soon as it is written.
     """
-    texts = _read_prompts(prompts or [], prompts_file, column)
+    if interactive:
+        check_interactive(context)
+    texts = _read_prompts(prompts or ([FIRST] if interactive else []), prompts_file, column)
     seeds = parse_seeds(seed)
     images = Images(texts, list(dict.fromkeys(seeds)))
     if len(images.seeds) < len(seeds):
@@ -202,6 +213,8 @@ def sample(
     needing = {"--image": edit, "--compare": compare, "--control": controls, "--negative": away}
     _check_runtime(runtime, needing | {"--guidance": guidance is not None})
     target = Target.parse(out)
+    if interactive:
+        check_single(texts, target, seeds)
     _check_stdout(target, json_)
     target.check(len(images), compare=compare)
     if target.folder and target.path and not overwrite:
@@ -218,6 +231,9 @@ def sample(
         metadata=metadata, overwrite=overwrite, batch=batch, device=where,
         dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
     )  # fmt: skip
+    if interactive:
+        start_session(request, texts[0] if prompts else None)
+        return
     listed: list[dict[str, Any]] = []
     written = 0
     try:

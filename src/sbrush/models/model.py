@@ -115,6 +115,11 @@ class Model:
         return whole.hexdigest()[:16]
 
     @property
+    def step_choices(self) -> tuple[int, ...]:
+        """The numbers of steps that it can take as a student."""
+        return self.ladder.choices if self.ladder else (1,)
+
+    @property
     def fresh_noise(self) -> bool:
         """Whether each of its steps as a student takes fresh noise."""
         return self.ladder is not None and self.ladder.fresh

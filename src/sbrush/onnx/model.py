@@ -88,7 +88,7 @@ class OnnxModel:
         self.name, self.about, self.facts = name, about, facts
         self.latent_shape, self.image_size, self.noise_scale = facts.latent_shape, facts.image_size, facts.noise_scale
         self.prediction, self.sampler_name = facts.prediction, facts.sampler
-        self.fresh_noise = facts.fresh
+        self.fresh_noise, self.step_choices = facts.fresh, tuple(facts.rungs)
         self._sessions, self._files = sessions, tuple(files)
         self._tokenizer, self.longest_prompt = _read_tokenizer(tokenizer)
 
@@ -144,6 +144,12 @@ class OnnxModel:
     def _run(self, part: str, **inputs: Tensor) -> Tensor:
         outputs = self._sessions[part].run(None, {name: value.numpy() for name, value in inputs.items()})
         return torch.from_numpy(outputs[0])
+
+
+def is_exported(source: str | None) -> bool:
+    """Whether a student is a folder that `sbrush export --to onnx` wrote, which torch cannot read."""
+    local = None if source is None or is_built_in(source) else local_student(source)
+    return local is not None and (local / "unet" / GRAPH).is_file()
 
 
 def find(source: str | None) -> OnnxModel | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -113,6 +113,23 @@ class Artist:
             "teacher_steps": compare.steps if compare else None,
             "teacher_guidance": compare.guidance if compare else None,
         }
+
+    def altered(self, *, steps: int | None, negative: Negative | None) -> Artist:
+        """The same student in other steps, or away from another negative prompt; its weights are not hashed again.
+
+        SbrushError if it does not take so many steps, or no such negative prompt.
+        """
+        student = self.student
+        if negative or student.negative:
+            if student.runtime is not None:
+                raise SbrushError("a negative prompt needs torch", "start with --runtime torch", code=2)
+            from sbrush.sampling.guidance import with_negative
+
+            student = with_negative(replace(cast("Model", student), negative=None), negative)
+        other = replace(self, student=student, steps=steps)
+        away = student.negative.drawn_by if student.negative else dict.fromkeys(NEGATIVE)
+        other.__dict__["drawn_by"] = self.drawn_by | away | {"steps": other.taken}
+        return other
 
     def record(self, prompt: str, seed: int | str, **more: object) -> dict[str, Any]:
         """What an image's file says of how it was drawn."""

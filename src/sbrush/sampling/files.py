@@ -93,14 +93,14 @@ def sample_to_files(request: SampleRequest) -> Iterator[Saved]:
     records = {}
     if folder and not request.overwrite:
         records = find_records(images, folder, metadata=request.metadata)
-    artist = _load(request)
+    artist = load_artist(request)
     if folder:
         yield from _fill(folder, _check_done(folder, records, request, artist), request, artist)
     else:
         yield from _draw_one(request, artist)
 
 
-def _load(request: SampleRequest) -> Artist:
+def load_artist(request: SampleRequest) -> Artist:
     """Those who draw. Tells of prompts and of a student that will give other images than people expect."""
     student, dtype = _load_student(request)
     student.rungs(request.steps)  # or SbrushError

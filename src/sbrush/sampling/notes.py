@@ -11,13 +11,20 @@ from sbrush.stickers.world import unknown_words
 NAMED_WORDS = 10  # unknown words that a note names
 
 
-def note_unknown_words(model: Drawer, prompts: Iterable[str]) -> None:
-    """Tells of the words that no caption of the built-in world holds, if the model is of that world."""
+def unknown_words_note(model: Drawer, prompts: Iterable[str]) -> str | None:
+    """A line on the words that no caption of the built-in world holds; None without such, or for another model."""
     if model.about.get("world") != "stickers":
-        return
+        return None
     if words := sorted({word for prompt in prompts for word in unknown_words(prompt)}):
         more = f" and {count(len(words) - NAMED_WORDS, 'other')}" if len(words) > NAMED_WORDS else ""
-        info(f"note: the built-in world has never seen: {printable(', '.join(words[:NAMED_WORDS]))}{more}")
+        return f"the built-in world has never seen: {printable(', '.join(words[:NAMED_WORDS]))}{more}"
+    return None
+
+
+def note_unknown_words(model: Drawer, prompts: Iterable[str]) -> None:
+    """Prints that line."""
+    if note := unknown_words_note(model, prompts):
+        info(f"note: {note}")
 
 
 def note_truncated_prompts(model: Drawer, texts: Sequence[str]) -> None:
