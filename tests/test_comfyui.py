@@ -18,7 +18,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from conftest import build_tiny_teacher
 from sbrush.benchmarks.full_size import UNETS
 from sbrush.models import comfyui, export, ladder
-from sbrush.models.card import lora_card, model_card
+from sbrush.models.card import model_card
+from sbrush.models.format_cards import lora_card
 from sbrush.models.load import load_teacher
 from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import STUDENT_TARGETS, add_lora

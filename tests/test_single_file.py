@@ -216,7 +216,7 @@ def break_number(tensors):
     [
         (remove_tensor, "its unet lacks 1 tensors: mid_block"),
         (add_tensor, "too many"),
-        (strange_tensor, "laid out otherwise"),
+        (strange_tensor, "laid out otherwise: it has 1 tensor too many, model.diffusion_model.strange.weight"),
         (reshape_tensor, "is (3,), not (32,)"),
         (remove_text, "its text_encoder lacks 1 tensors"),
         (remove_vae, "its vae lacks 1 tensors"),
