@@ -183,7 +183,9 @@ def test_a_lora_states_all_of_its_teachers_licence(tiny_teacher):
     teacher = load_teacher(str(tiny_teacher))
     said = {"license": "other", "license_name": "sai-nc", "license_link": "https://x.y"}
     teacher.about = ABOUT | {"teacher": "t"} | said
-    assert said.items() <= front(format_cards.lora_card(teacher)).items() and "sai-nc (https://x.y)" in format_cards.lora_card(teacher)
+    assert said.items() <= front(
+        format_cards.lora_card(teacher)
+    ).items() and "sai-nc (https://x.y)" in format_cards.lora_card(teacher)
 
 
 def test_a_merged_students_card_names_both_in_words(tmp_path, tiny_teacher):

@@ -88,7 +88,7 @@ def model_card(student: Model) -> str:
 It draws an image of a prompt in {steps_text(about)}. sbrush {about["version"]} distilled it with
 {method_text(about)}, from {prompts_text(about)} and {images_text(about)}.
 
-- Licence of what it was made of: {plain("; ".join(sorted(licences(about))))}. This student is a derivative of it.
+- Licence of what it was made of: {plain("; ".join(sorted(licence_names(about))))}. This student is a derivative of it.
 - Its teacher {checker}. This folder has none.{holds}
 
 ## Use it with diffusers
@@ -130,7 +130,7 @@ def settings_table(about: Mapping[str, Any]) -> str:
 
 def front_matter(about: Mapping[str, Any], *tags: str) -> str:
     """The front matter that the Hub reads, in YAML, whose strings may be JSON's."""
-    licences = licences(about)
+    licences = licence_names(about)
     # One of several licences cannot stand for all: the Hub is told "other", people are told each.
     alone = {key: about[key] for key in STATED[:3] if key in about} if len(licences) == 1 else {}
     lines = {
@@ -224,7 +224,7 @@ def _origins(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def licences(about: Mapping[str, Any]) -> set[str]:
+def licence_names(about: Mapping[str, Any]) -> set[str]:
     """Of the teacher and of all students that went into one, as people read them."""
     parts = [about["init"]] if "init" in about else about.get("merged", [])
     return {licence_text(part) for part in (about, *parts)}

@@ -85,7 +85,10 @@ def export_lora(
 def write_lora(folder: Path, student: Model, tensors: Mapping[str, Tensor], card: str) -> None:
     """Writes a LoRA's tensors, named as diffusers and PEFT do, and all that export_lora says besides."""
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    for name, content in {"pytorch_lora_weights": tensors, "comfyui": convert_state_dict_to_kohya(dict(tensors))}.items():
+    for name, content in {
+        "pytorch_lora_weights": tensors,
+        "comfyui": convert_state_dict_to_kohya(dict(tensors)),
+    }.items():
         with atomic_write(folder / f"{name}.safetensors") as partial:
             save_tensors(partial, content, {"format": "pt"})
     write_text(folder / "scheduler" / "scheduler_config.json", student.sampler.to_json_string())

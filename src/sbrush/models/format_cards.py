@@ -8,8 +8,8 @@ from sbrush.models.card import (
     front_matter,
     images_text,
     kind,
+    licence_names,
     licence_text,
-    licences,
     method_text,
     plain,
     prompts_text,
@@ -159,7 +159,7 @@ def _introduction(student: Model, form: str) -> str:
 It draws an image of a prompt in {steps_text(about)}. sbrush {about["version"]} distilled it with
 {method_text(about)}, from {prompts_text(about)} and {images_text(about)}.
 
-- Licence of what it was made of: {plain("; ".join(sorted(licences(about))))}. This student is a derivative of it."""
+- Licence of what it was made of: {plain("; ".join(sorted(licence_names(about))))}. This student is a derivative of it."""
 
 
 def _web_ui(student: Model) -> str:
@@ -180,6 +180,6 @@ def _web_ui(student: Model) -> str:
     if student.prediction == "v_prediction":
         prediction = "\nThe student predicts v: the file says so in a tensor `v_pred`, which newer versions read."
     return (
-        "Take sampler `Euler`, schedule type `Simple`, sampling steps 1 and CFG scale 1. For the same image as sbrush's "
-        f"from a\nseed, set the random number generator to CPU and SGM noise multiplier on in its settings.{prediction}"
+        "Take sampler `Euler`, schedule type `Simple`, sampling steps 1 and CFG scale 1. For sbrush's image of a seed,\n"
+        f"set the random number generator to CPU and SGM noise multiplier on in its settings.{prediction}"
     )

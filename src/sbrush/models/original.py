@@ -135,7 +135,9 @@ def vae_entries(names: Iterable[str], prefix: str = VAE) -> list[Original]:
 
 def clip_entries(names: Iterable[str], home: str, *, bare: bool = False) -> list[Original]:
     """The table of a text encoder as OpenAI's CLIP is laid out; `bare`: as some older files have it."""
-    return [Original(f"{home}transformer.{name.removeprefix('text_model.') if bare else name}", (name,)) for name in names]
+    return [
+        Original(f"{home}transformer.{name.removeprefix('text_model.') if bare else name}", (name,)) for name in names
+    ]
 
 
 def open_clip_entries(names: Iterable[str], home: str) -> list[Original]:
