@@ -141,11 +141,11 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("form", [{}, {"lora": True}, {"checkpoint": "fast.safetensors"}], ids=["full", "lora", "file"])
 @pytest.mark.parametrize(("prediction", "t_init", "zsnr", "bound"), CASES)
-def test_the_workflow_draws_the_students_image(tmp_path, prediction, t_init, zsnr, bound, lora):
+def test_the_workflow_draws_the_students_image(tmp_path, prediction, t_init, zsnr, bound, form):
     student = make(tmp_path, prediction, t_init, zsnr)
-    nodes = comfyui.workflow(student, lora=lora)
+    nodes = comfyui.workflow(student, **form)
     for node in nodes.values():  # and is one that ComfyUI takes
         inputs, _ = NODES[node["class_type"]]
         assert node["inputs"].keys() == inputs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
 
 from sbrush.console import SbrushError, info, printable
@@ -85,9 +85,11 @@ def _explained(name: str, problem: Exception) -> SbrushError:
         return SbrushError(f"{shown} is no name that the Hub takes", "--to hub takes -o OWNER/NAME", code=2)
     if status in (401, 403):
         return SbrushError(f"the Hub does not let you write to {shown}", f"check the owner's name; {SIGN_IN}")
-    if isinstance(problem, OfflineModeIsEnabled | ConnectionError | TimeoutError) or status is None:
+    if status is None:  # httpx's errors, OSError and others
+        first_line = next(iter(str(problem).splitlines()), "")
         return SbrushError(
-            f"cannot reach the Hub for {shown}: {type(problem).__name__}", "check the connection, then give it again"
+            f"cannot upload to {shown} on the Hub: {type(problem).__name__} {printable(first_line)}".rstrip(),
+            "check the connection, then give the same command again",
         )
     return SbrushError(
         f"the Hub refused {shown} with status {status}", "give the same command again later; nothing was half uploaded"

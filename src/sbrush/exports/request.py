@@ -81,8 +81,11 @@ class ExportRequest:
 
     def _check_flags(self) -> None:
         """SbrushError if a flag is of another format than this."""
-        lora, given = self.format is Format.lora, {"--rank": self.rank, "--max-error": self.error}
-        given |= {"--teacher": self.teacher, "--teacher-config": self.teacher_config}
+        lora = self.format is Format.lora
+        given: dict[str, object] = {
+            "--rank": self.rank, "--max-error": self.error, "--teacher": self.teacher,
+            "--teacher-config": self.teacher_config,
+        }  # fmt: skip
         if not lora and (flag := next((flag for flag, value in given.items() if value is not None), None)):
             raise SbrushError(f"{flag} is for --to lora", f"leave it out with --to {self.format}", code=2)
         if self.rank is not None and self.error is not None:

@@ -67,6 +67,11 @@ def obstacle(student: Model) -> str | None:
         return "none of its samplers keeps the student's noise from one of these timesteps to the next"
     if student.ladder and step.sigmas:
         return "its several steps start before the end of the noise schedule"
+    return None if has_known_unet(student) else "its UNet is none of Stable Diffusion 1.x, 2.x or XL"
+
+
+def has_known_unet(student: Model) -> bool:
+    """Whether a student's UNet is one that ComfyUI knows, see UNETS."""
     unet = student.unet.config
     depth = len(unet.block_out_channels)
 
@@ -74,9 +79,7 @@ def obstacle(student: Model) -> str | None:
         return (value,) * depth if isinstance(value, int) else tuple(value)
 
     shape = tuple(unet.block_out_channels), *map(of_each, (unet.attention_head_dim, unet.transformer_layers_per_block))
-    if UNETS.get(unet.cross_attention_dim) != shape or of_each(unet.layers_per_block) != (LAYERS,) * depth:
-        return "its UNet is none of Stable Diffusion 1.x, 2.x or XL"
-    return None
+    return UNETS.get(unet.cross_attention_dim) == shape and of_each(unet.layers_per_block) == (LAYERS,) * depth
 
 
 def workflow(student: Model, *, lora: bool = False, checkpoint: str | None = None) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from sbrush.models.card import (
     settings_table,
     steps_text,
 )
-from sbrush.models.comfyui import instructions, starts_before_the_end
+from sbrush.models.comfyui import has_known_unet, instructions, starts_before_the_end
 from sbrush.models.model import Model
+
+SD2_WIDTH = 1024  # of text embeddings: of such a UNet the web UI finds out by itself whether it predicts v
 
 
 def lora_card(student: Model, *, measured: str = "") -> str:
@@ -154,16 +156,19 @@ Keep to the scheduler in `scheduler/`. ComfyUI and AUTOMATIC1111's web UI have n
 def _introduction(student: Model, form: str) -> str:
     """The heading, and what was made of what."""
     about = student.about
+    licences = plain("; ".join(sorted(licence_names(about))))
     return f"""# A {kind(about)} student of {plain(about["teacher"])}, {form}
 
 It draws an image of a prompt in {steps_text(about)}. sbrush {about["version"]} distilled it with
 {method_text(about)}, from {prompts_text(about)} and {images_text(about)}.
 
-- Licence of what it was made of: {plain("; ".join(sorted(licence_names(about))))}. This student is a derivative of it."""
+- Licence of what it was made of: {licences}. This student is a derivative of it."""
 
 
 def _web_ui(student: Model) -> str:
     """How AUTOMATIC1111's web UI is to sample, or why it draws another image."""
+    if not has_known_unet(student):
+        return "It cannot draw with this student: its UNet is none of Stable Diffusion 1.x, 2.x or XL."
     if not student.about.get("reparameterised", True):
         return "It has no sampler for this student, whose UNet's output is the image itself."
     if student.ladder:
@@ -177,9 +182,12 @@ def _web_ui(student: Model) -> str:
             "this\nstudent's. Use ComfyUI or diffusers."
         )
     prediction = ""
-    if student.prediction == "v_prediction":
-        prediction = "\nThe student predicts v: the file says so in a tensor `v_pred`, which newer versions read."
+    if student.prediction == "v_prediction" and student.unet.config.cross_attention_dim != SD2_WIDTH:
+        prediction = (
+            "\nThe student predicts v. The file says so in a tensor `v_pred`, which not every version reads: if images "
+            "are\nnoise, use ComfyUI or diffusers."
+        )
     return (
-        "Take sampler `Euler`, schedule type `Simple`, sampling steps 1 and CFG scale 1. For sbrush's image of a seed,\n"
-        f"set the random number generator to CPU and SGM noise multiplier on in its settings.{prediction}"
+        "Take sampler `Euler`, schedule type `Simple`, sampling steps 1 and CFG scale 1. For sbrush's image of a "
+        f"seed,\nset the random number generator to CPU and SGM noise multiplier on in its settings.{prediction}"
     )
