@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             said = json.loads(body)
             name = f"{said['organization']}/{said['name']}" if said.get("organization") else said["name"]
             self.server.repositories.setdefault(name, {".gitattributes": b""})
-            if said.get("private"):
+            if said.get("private") or said.get("visibility") == "private":
                 self.server.private.add(name)
             self.answer({"url": f"{self.server.endpoint}/{name}", "name": name, "id": name})
         elif self.path == "/api/validate-yaml":

@@ -19,7 +19,7 @@ from sbrush.models.load import check_recorded, load_student, load_teacher
 from sbrush.models.model import Model
 from sbrush.models.places import teacher_of
 from sbrush.onnx.export import check_onnx, export_onnx
-from sbrush.storage.files import atomic_folder, check_room, write_text
+from sbrush.storage.files import atomic_folder, check_room, size_text, write_text
 
 MADE_HERE = "export students that sbrush distill has written"
 
@@ -49,7 +49,9 @@ def export(request: ExportRequest) -> Exported:
         return _to_hub(student, request)
     folder = request.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    check_room(folder.parent, _size(student, request, lora), "the export", "make room there, or name another folder")
+    size = _size(student, request, lora)
+    check_room(folder.parent, size, "the export", "make room there, or name another folder")
+    info(f"writing about {size_text(size)} ...")
     with atomic_folder(folder) as partial:
         _write(student, request, lora, partial)
         files = _files(partial)

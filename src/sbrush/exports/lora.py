@@ -7,7 +7,7 @@ numbers that are written, layer by layer and over the whole UNet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from sbrush.console import SbrushError, count, info, printable, progress
 from sbrush.models.model import Model
 from sbrush.models.unet import BLOCKS
-
-Change = Mapping[str, Tensor]
 
 
 class Layer(NamedTuple):
@@ -53,6 +51,42 @@ class Lora:
         }  # fmt: skip
 
 
+class Change:
+    """What the student's parameters differ by from the teacher's, computed when it is asked for: it is as large."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, shown: str) -> None:
+        self._ours, self._theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+        if {name: p.shape for name, p in self._ours.items()} != {name: p.shape for name, p in self._theirs.items()}:
+            raise SbrushError(
+                f"{shown} is of another architecture than its teacher: no LoRA makes one of the other",
+                "--to single-file or --to diffusers",
+                code=2,
+            )
+
+    def of(self, name: str) -> Tensor:
+        """A parameter's change, float64."""
+        return self._ours[name].detach().double() - self._theirs[name].detach().double()
+
+    def matrix(self, layer: str) -> Tensor:
+        """The change of a layer's weight as a matrix [out, in k k]."""
+        return self.of(f"{layer}.weight").flatten(1)
+
+    def shape(self, layer: str) -> torch.Size:
+        """That of a layer's weight."""
+        return self._ours[f"{layer}.weight"].shape
+
+    def rank(self, layer: str) -> int:
+        """The highest that the change of a layer's weight can have."""
+        shape = self.shape(layer)
+        return min(shape[0], shape[1:].numel())
+
+    def energy(self, layers: Container[str]) -> tuple[float, float]:
+        """The squared norms of the change of everything, and of all but the weights of `layers`."""
+        sizes = {name: float(self.of(name).square().sum()) for name in self._ours}
+        others = sum(value for name, value in sizes.items() if name.removesuffix(".weight") not in layers)
+        return sum(sizes.values()), others
+
+
 def decompose(
     student: Model, teacher: Model, *, rank: int | None, error: float, dtype: torch.dtype = torch.float32
 ) -> Lora:
@@ -60,36 +94,31 @@ def decompose(
 
     SbrushError if the two are of different architectures, if they do not differ, or if no layer has that rank.
     """
-    change = _change(student.unet, teacher.unet, printable(student.name))
+    change = Change(student.unet, teacher.unet, printable(student.name))
     layers = lora_layers(student.unet)
-    ranks = {name: min(change[f"{name}.weight"].flatten(1).shape) for name in layers}
+    ranks = {name: change.rank(name) for name in layers}
     if rank is not None and rank > max(ranks.values()):
         raise SbrushError(
             f"--rank {rank} is beyond every layer: the largest has rank {max(ranks.values())}",
             f"take at most {max(ranks.values())}; 4 to 128 is usual",
             code=2,
         )
-    bases: dict[str, tuple[Tensor, Tensor]] = {}
-    with progress("decomposing", len(layers), unit="layers") as bar:
-        for name in layers:
-            bases[name] = _spectrum(change[f"{name}.weight"])
-            bar.advance()
-    size = sum(float(energies.sum()) for energies, _ in bases.values())
-    if size == 0:
+    if not any(change.of(f"{name}.weight").any() for name in layers):
         raise SbrushError(
             "the student does not differ from its teacher in any layer that a LoRA changes",
             "check --teacher: is it the student itself?",
             code=2,
         )
     if rank is None:
-        rank = _lowest_rank([energies for energies, _ in bases.values()], error)
+        rank = _lowest_rank(change, layers, error)
     short = sum(rank > own for own in ranks.values())
     if short:
         info(f"note: {count(short, 'layer')} of {len(ranks)} have a rank below {rank}: their change is kept whole")
-    made = {
-        name: _cut(change[f"{name}.weight"], vectors, min(rank, ranks[name]), dtype)
-        for name, (_, vectors) in bases.items()
-    }
+    made: dict[str, Layer] = {}
+    with progress("decomposing", len(layers), unit="layers") as bar:
+        for name in layers:
+            made[name] = _cut(change.matrix(name), min(rank, ranks[name]), change.shape(name), dtype)
+            bar.advance()
     return _measured(made, change, rank)
 
 
@@ -99,49 +128,34 @@ def lora_layers(unet: nn.Module) -> list[str]:
     return [name for name, module in unet.named_modules() if isinstance(module, kinds) and name.startswith(BLOCKS)]
 
 
-def _change(student: nn.Module, teacher: nn.Module, shown: str) -> dict[str, Tensor]:
-    """What the student's parameters differ by."""
-    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-    if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
-        raise SbrushError(
-            f"{shown} is of another architecture than its teacher: no LoRA makes one of the other",
-            "--to single-file or --to diffusers",
-            code=2,
-        )
-    return {name: (p.detach() - theirs[name].detach()).float() for name, p in ours.items()}
+def _gram(matrix: Tensor) -> Tensor:
+    """D D^T or D^T D, whichever is smaller: its eigenvalues are D's squared singular values."""
+    return matrix.T @ matrix if matrix.shape[0] > matrix.shape[1] else matrix @ matrix.T
 
 
-def _spectrum(change: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values, falling, float64 [r], and the vectors of the smaller side [side, r]."""
-    matrix = change.flatten(1).double()
-    tall = matrix.shape[0] > matrix.shape[1]
-    energies, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
-    return energies.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def _lowest_rank(spectra: list[Tensor], error: float) -> int:
+def _lowest_rank(change: Change, layers: Sequence[str], error: float) -> int:
     """The lowest rank, the same for all layers, that leaves at most `error` of the change."""
-    longest = max(map(len, spectra))
-    left = torch.zeros(longest + 1, dtype=torch.float64)
-    for energies in spectra:
-        behind = energies.flip(0).cumsum(0).flip(0)  # what rank 0, 1, 2 ... leaves
-        left[: len(behind)] += behind
+    left = torch.zeros(max(map(change.rank, layers)) + 1, dtype=torch.float64)
+    with progress("finding the rank", len(layers), unit="layers") as bar:
+        for name in layers:
+            energies = torch.linalg.eigvalsh(_gram(change.matrix(name))).clamp(min=0)  # rising
+            behind = energies.cumsum(0).flip(0)  # what rank 0, 1, 2 ... leaves
+            left[: len(behind)] += behind
+            bar.advance()
     return max(1, int((left <= error**2 * left[0]).nonzero()[0]))
 
 
-def _cut(change: Tensor, vectors: Tensor, rank: int, dtype: torch.dtype) -> Layer:
+def _cut(matrix: Tensor, rank: int, shape: torch.Size, dtype: torch.dtype) -> Layer:
     """The best LoRA of this rank, both its halves of one size, as far as `dtype` can hold it."""
-    matrix = change.flatten(1).double()
-    first = vectors[:, :rank]
-    up, down = (
-        (matrix @ first, first.T) if len(vectors) == matrix.shape[1] < matrix.shape[0] else (first, first.T @ matrix)
-    )
+    first = torch.linalg.eigh(_gram(matrix)).eigenvectors[:, -rank:]
+    tall = matrix.shape[0] > matrix.shape[1]
+    up, down = (matrix @ first, first.T) if tall else (first, first.T @ matrix)
     scale = (up.norm(dim=0) / down.norm(dim=1).clamp(min=1e-30)).sqrt().clamp(min=1e-15)
     up, down = (up / scale).to(dtype), (down * scale[:, None]).to(dtype)
     left = float((matrix - up.double() @ down.double()).square().sum())
-    down = down.unflatten(1, change.shape[1:]).contiguous()
-    up = up[:, :, None, None] if change.ndim == 4 else up
-    return Layer(down, up.contiguous(), left, float(matrix.square().sum()))
+    down = down.unflatten(1, shape[1:])
+    up = up[:, :, None, None] if len(shape) == 4 else up
+    return Layer(down.contiguous(), up.contiguous(), left, float(matrix.square().sum()))
 
 
 def _measured(made: Mapping[str, Layer], change: Change, rank: int) -> Lora:
@@ -149,9 +163,8 @@ def _measured(made: Mapping[str, Layer], change: Change, rank: int) -> Lora:
     tensors: dict[str, Tensor] = {}
     for name, layer in made.items():
         tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"] = layer.down, layer.up
-    sizes = {name: float(value.double().square().sum()) for name, value in change.items()}
     left, size = sum(layer.left for layer in made.values()), sum(layer.size for layer in made.values())
-    others = sum(value for name, value in sizes.items() if name.removesuffix(".weight") not in made)
+    everything, others = change.energy(made)
     errors = {name: (layer.left / layer.size) ** 0.5 if layer.size else 0.0 for name, layer in made.items()}
-    whole = ((left + others) / sum(sizes.values())) ** 0.5
+    whole = ((left + others) / everything) ** 0.5
     return Lora(tensors, rank, errors, (left / size) ** 0.5, whole)
