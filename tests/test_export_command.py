@@ -297,3 +297,26 @@ def test_a_lora_needs_a_teacher_of_the_same_shape_that_differs(tmp_path, student
     ):
         done = sbrush("export", students["sd1"], "--to", "lora", "-o", tmp_path / "x", "--teacher", teacher)
         assert done.returncode == 2 and said in done.stderr and not (tmp_path / "x").exists()
+
+
+def test_what_the_original_layout_has_no_name_for_is_refused(tmp_path, students):
+    from sbrush.models.unet import with_guidance_input
+
+    student = shutil.copytree(students["sd1"], tmp_path / "student")
+    with_guidance_input(load_student(str(student)).unet).save_pretrained(student / "unet")
+    done = sbrush("export", student, "--to", "single-file", "-o", tmp_path / "x")
+    assert (
+        done.returncode == 2 and "cannot be a single file: time_embedding.cond_proj.weight has no name" in done.stderr
+    )
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_a_runs_checkpoint_is_exported_as_the_student_was_then(tmp_path, tiny_teacher, prompt_file):
+    run = tmp_path / "run"
+    small = ("--teacher", tiny_teacher, "--steps", 2, "--batch", 2, "--grid-every", 0, "--device", "cpu")
+    assert sbrush("distill", prompt_file, *small, "--out", run).returncode == 0
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    export(checkpoint, "single-file", tmp_path / "then")
+    export(run, "single-file", tmp_path / "now")
+    then, now = (load_file(tmp_path / name / f"{name}.safetensors") for name in ("then", "now"))
+    assert then.keys() == now.keys() and all(torch.equal(then[name], now[name]) for name in then)

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
 
-from sbrush.console import SbrushError, info, printable
+from sbrush.console import SbrushError, info, printable, progress
 from sbrush.models.model import Model
 from sbrush.sampling.generation import student_images
 from sbrush.sampling.images import image_grid, save_png
@@ -48,10 +48,12 @@ def check_hub(name: str) -> None:
 def example_images(student: Model) -> Image.Image:
     """A grid of the student's images: its prompts in rows, seeds 0 to 3 in columns."""
     prompts = WORLD if student.about.get("world") == "stickers" else PROMPTS
-    info("drawing example images ...")
-    pairs = [(prompt, seed) for prompt in prompts for seed in SEEDS]
-    drawn = torch.cat(list(student_images(student, *map(list, zip(*pairs, strict=True)), batch=len(SEEDS))))
-    rows = [list(row) for row in drawn.split(len(SEEDS))]
+    rows = []
+    with progress("drawing examples", len(prompts) * len(SEEDS), unit="images") as bar:
+        for prompt in prompts:
+            row = torch.cat(list(student_images(student, [prompt] * len(SEEDS), SEEDS)))
+            rows.append(list(row))
+            bar.advance(len(SEEDS))
     return image_grid(rows, row_labels=prompts, column_labels=[f"seed {seed}" for seed in SEEDS])
 
 
