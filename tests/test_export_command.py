@@ -2,12 +2,15 @@
 
 import errno
 import json
+import re
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ldm
@@ -320,3 +323,16 @@ def test_a_runs_checkpoint_is_exported_as_the_student_was_then(tmp_path, tiny_te
     export(run, "single-file", tmp_path / "now")
     then, now = (load_file(tmp_path / name / f"{name}.safetensors") for name in ("then", "now"))
     assert then.keys() == now.keys() and all(torch.equal(then[name], now[name]) for name in then)
+
+
+@pytest.mark.parametrize(("family", "form"), [("sd2", "single-file"), ("xl", "single-file"), ("sd2", "lora")])
+def test_the_snippet_on_a_card_runs_and_draws_the_image(tmp_path, monkeypatch, students, family, form):
+    export(students[family], form, tmp_path / "out", *(["--max-error", 0] if form == "lora" else []))
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(
+        code.replace("path/to/this/folder", str(tmp_path / "out")).replace('"a cat",', '"a cat", height=32, width=32,')
+    )
+    assert sbrush("sample", "a cat", "--student", students[family], "-o", "ours.png").returncode == 0
+    theirs, ours = (np.asarray(Image.open(name).convert("RGB")).astype(int) for name in ("cat.png", "ours.png"))
+    assert np.abs(theirs - ours).mean() < (1 if form == "single-file" else 8) and ours.std() > 1
