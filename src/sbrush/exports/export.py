@@ -15,9 +15,9 @@ from sbrush.exports.request import ERROR, ExportRequest, Format
 from sbrush.exports.single_file import write_single_file
 from sbrush.models.export import export_student, write_lora
 from sbrush.models.format_cards import lora_card, onnx_card
-from sbrush.models.load import check_recorded, load_student, load_teacher
+from sbrush.models.load import load_student, load_teacher
 from sbrush.models.model import Model
-from sbrush.models.places import teacher_of
+from sbrush.models.places import check_recorded, teacher_of
 from sbrush.onnx.export import check_onnx, export_onnx
 from sbrush.storage.files import atomic_folder, check_room, size_text, write_text
 

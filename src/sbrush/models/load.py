@@ -164,14 +164,6 @@ def load_shapes(source: str | None, *, config: str | None = None) -> Model:
     return _load([resolve(source, weights=False)], source, "meta", torch.float32)
 
 
-def check_recorded(student: Model, hint: str) -> None:
-    """SbrushError if a student's folder does not say how it was made, which its descendants' cards must say."""
-    if "recipe" not in student.about:
-        raise SbrushError(
-            f"{printable(student.name)} says nothing of how it was made: it has no sbrush.json", hint, code=2
-        )
-
-
 def digest(model: Model) -> str:
     """SHA-256 over the weights and configuration files that are read of a model, by name, and its LoRAs."""
     own = digest_of_parts({part: model.folders[part] for part in model.parts}, model.sources)

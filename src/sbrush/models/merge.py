@@ -8,9 +8,9 @@ import sbrush
 from sbrush.console import SbrushError, printable
 from sbrush.models.card import STATED
 from sbrush.models.export import export_student
-from sbrush.models.load import check_recorded, digest, load_student
+from sbrush.models.load import digest, load_student
 from sbrush.models.parts import read_json
-from sbrush.models.places import folder_digest
+from sbrush.models.places import check_recorded, folder_digest
 from sbrush.storage.files import check_new
 
 
