@@ -12,7 +12,7 @@ from PIL import Image
 
 from conftest import build_tiny_teacher, build_tiny_xl, sbrush
 from ldm import whole_file
-from sbrush.models import card
+from sbrush.models import card, format_cards
 from sbrush.models.checks import read_network
 from sbrush.models.export import export_lora, export_student
 from sbrush.models.ladder import Sampling
@@ -171,7 +171,7 @@ def test_a_cards_front_matter_is_what_the_hub_accepts(tmp_path, tiny_teacher, mo
     (tmp_path / "runs" / "teacher").mkdir(parents=True)
     for name, base in names.items():
         teacher.about = ABOUT | {"teacher": name, "license": "openrail++"}
-        for text in (card.model_card(teacher), card.lora_card(teacher)):
+        for text in (card.model_card(teacher), format_cards.lora_card(teacher)):
             read = front(text)
             assert read.get("base_model") == base and read["license"] == "openrail++"
             assert read["library_name"] == "diffusers" and "one-step" in read["tags"]
@@ -183,7 +183,9 @@ def test_a_lora_states_all_of_its_teachers_licence(tiny_teacher):
     teacher = load_teacher(str(tiny_teacher))
     said = {"license": "other", "license_name": "sai-nc", "license_link": "https://x.y"}
     teacher.about = ABOUT | {"teacher": "t"} | said
-    assert said.items() <= front(card.lora_card(teacher)).items() and "sai-nc (https://x.y)" in card.lora_card(teacher)
+    assert said.items() <= front(
+        format_cards.lora_card(teacher)
+    ).items() and "sai-nc (https://x.y)" in format_cards.lora_card(teacher)
 
 
 def test_a_merged_students_card_names_both_in_words(tmp_path, tiny_teacher):

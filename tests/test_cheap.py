@@ -79,6 +79,15 @@ CASES = {
         (["--queue", "0"], "--queue"),
         (["--device", "tpu"], "no such device"),
     ],
+    "export": [
+        (["stickers", "--to", "gguf", "-o", "x"], "--to"),
+        (["nowhere", "--to", "lora", "-o", "x"], "no model folder nowhere"),
+        (["stickers", "--to", "lora", "-o", "x", "--rank", "0"], "--rank"),
+        (["stickers", "--to", "lora", "-o", "notes"], "notes is not empty"),
+        (["stickers", "--to", "lora", "-o", "p.txt/x"], "cannot write"),
+        (["stickers", "--to", "hub", "-o", "fast"], "no repository's name"),
+        (["stickers", "--to", "onnx", "-o", "x", "--rank", "4"], "--rank is for --to lora"),
+    ],
     "merge": [
         (["nowhere", "notes", "-o", "x"], "no model folder nowhere"),
         (["a/b", "a/c", "-o", "notes"], "is there already"),

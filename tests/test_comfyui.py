@@ -18,7 +18,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from conftest import build_tiny_teacher
 from sbrush.benchmarks.full_size import UNETS
 from sbrush.models import comfyui, export, ladder
-from sbrush.models.card import lora_card, model_card
+from sbrush.models.card import model_card
+from sbrush.models.format_cards import lora_card
 from sbrush.models.load import load_teacher
 from sbrush.models.schedule import one_step_scheduler
 from sbrush.models.unet import STUDENT_TARGETS, add_lora
@@ -140,11 +141,11 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("form", [{}, {"lora": True}, {"checkpoint": "fast.safetensors"}], ids=["full", "lora", "file"])
 @pytest.mark.parametrize(("prediction", "t_init", "zsnr", "bound"), CASES)
-def test_the_workflow_draws_the_students_image(tmp_path, prediction, t_init, zsnr, bound, lora):
+def test_the_workflow_draws_the_students_image(tmp_path, prediction, t_init, zsnr, bound, form):
     student = make(tmp_path, prediction, t_init, zsnr)
-    nodes = comfyui.workflow(student, lora=lora)
+    nodes = comfyui.workflow(student, **form)
     for node in nodes.values():  # and is one that ComfyUI takes
         inputs, _ = NODES[node["class_type"]]
         assert node["inputs"].keys() == inputs

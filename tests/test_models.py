@@ -11,8 +11,9 @@ from PIL import Image
 
 from conftest import build_tiny_teacher
 from sbrush.console import SbrushError
-from sbrush.models.card import about_student, lora_card, model_card
+from sbrush.models.card import about_student, model_card
 from sbrush.models.export import export_student
+from sbrush.models.format_cards import lora_card
 from sbrush.models.ladder import Sampling
 from sbrush.models.load import digest, load_student, load_teacher
 from sbrush.models.unet import add_lora, attend_explicitly, lora_parameters, set_role

@@ -123,6 +123,21 @@ def test_neither_licence_nor_safety_checker_is_taken_from_the_configurations_fol
     assert load_teacher(str(tiny_file), config=str(folder)).about == {}
 
 
+def test_what_no_part_draws_with_is_passed_over_and_a_layer_too_many_is_not(tmp_path, tiny_teacher):
+    """Published SD 2.x files have a layer more than the folder, of which the last but one is read; some have a loss."""
+    blocks = "cond_stage_model.model.transformer.resblocks."
+    unused = {f"{blocks}1.ln_1.weight": torch.zeros(16), "first_stage_model.loss.logvar": torch.zeros(1)}
+    file = whole_file(tiny_teacher, tmp_path / "more.safetensors", "open_clip", **unused)
+    read = load_teacher(str(file), config=str(tiny_teacher)).text_encoder.state_dict()
+    expected = load_teacher(str(tiny_teacher)).text_encoder.state_dict()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    file = whole_file(
+        tiny_teacher, tmp_path / "deep.safetensors", "open_clip", **{f"{blocks}2.ln_1.weight": torch.zeros(16)}
+    )  # fmt: skip
+    with pytest.raises(SbrushError, match=r"1 tensor too many, cond_stage_model\.model\.transformer\.resblocks\.2"):
+        load_teacher(str(file), config=str(tiny_teacher))
+
+
 FIRST, LAST = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight"
 TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
@@ -216,7 +231,7 @@ def break_number(tensors):
     [
         (remove_tensor, "its unet lacks 1 tensors: mid_block"),
         (add_tensor, "too many"),
-        (strange_tensor, "laid out otherwise"),
+        (strange_tensor, "laid out otherwise: it has 1 tensor too many, model.diffusion_model.strange.weight"),
         (reshape_tensor, "is (3,), not (32,)"),
         (remove_text, "its text_encoder lacks 1 tensors"),
         (remove_vae, "its vae lacks 1 tensors"),

@@ -72,26 +72,23 @@ def model_card(student: Model) -> str:
     """
     about, own = student.about, type(student.sampler).__name__
     whole = len(set(student.folders.values())) == 1  # the shipped student's other parts are the built-in teacher's
-    imports = {"DiffusionPipeline"} | _imports(about)
+    imports = {"DiffusionPipeline"} | sampling_imports(about)
     option = " --student path/to/this/folder" if whole else ""
     first, load, holds = "", 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n', ""
     if not whole:
         imports |= {own, "UNet2DConditionModel"}
         first, load = "from sbrush.models.load import BUILT_IN\n", SHIPPED.replace("{scheduler}", own)
         holds = "\n- It consists of UNet and scheduler. Its other parts are those of its teacher."
-    merged = "".join(f"| {what} | {_plain(text)} |\n" for what, text in _origins(about))
-    settings = "\n".join(f"| {key} | {_plain(str(value))} |" for key, value in about["recipe"].items())
-    whose = "\nThe settings are those of the first student that was merged.\n" if "merged" in about else ""
     checker = "may have had a safety checker"
     if "safety_checker" in about:
         checker = "came with a safety checker" if about["safety_checker"] else "came without a safety checker"
-    return f"""{_front(about)}
-# A {_kind(about)} student of {_plain(about["teacher"])}
+    return f"""{front_matter(about)}
+# A {kind(about)} student of {plain(about["teacher"])}
 
-It draws an image of a prompt in {_steps(about)}. sbrush {about["version"]} distilled it with
-{_method(about)}, from {_count(about)} and {_images(about)}.
+It draws an image of a prompt in {steps_text(about)}. sbrush {about["version"]} distilled it with
+{method_text(about)}, from {prompts_text(about)} and {images_text(about)}.
 
-- Licence of what it was made of: {_plain("; ".join(sorted(_licences(about))))}. This student is a derivative of it.
+- Licence of what it was made of: {plain("; ".join(sorted(licence_names(about))))}. This student is a derivative of it.
 - Its teacher {checker}. This folder has none.{holds}
 
 ## Use it with diffusers
@@ -100,11 +97,11 @@ It draws an image of a prompt in {_steps(about)}. sbrush {about["version"]} dist
 import torch
 from diffusers import {", ".join(sorted(imports))}
 {first}
-{load}{_sampling(about)}```
+{load}{sampling_lines(about)}```
 
-{_same(student, option)}.
+{same_text(student, option)}.
 
-{_schedulers(student)}
+{schedulers_text(student)}
 
 ## Use it in ComfyUI
 
@@ -113,7 +110,15 @@ from diffusers import {", ".join(sorted(imports))}
 
 None are recorded here. `sbrush eval{option}` measures them and names its protocol.
 
-## How it was made
+{settings_table(about)}"""
+
+
+def settings_table(about: Mapping[str, Any]) -> str:
+    """The section of a card on how a student was made."""
+    merged = "".join(f"| {what} | {plain(text)} |\n" for what, text in _origins(about))
+    settings = "\n".join(f"| {key} | {plain(str(value))} |" for key, value in about["recipe"].items())
+    whose = "\nThe settings are those of the first student that was merged.\n" if "merged" in about else ""
+    return f"""## How it was made
 {whose}
 | setting | value |
 |---|---|
@@ -123,58 +128,9 @@ None are recorded here. `sbrush eval{option}` measures them and names its protoc
 """
 
 
-def lora_card(student: Model) -> str:
-    """The README.md of a student's LoRA alone, see model_card: what it is for, and what it needs besides."""
-    about = student.about
-    own = type(student.sampler).__name__
-    imports = {own, "DiffusionPipeline"} | _imports(about)
-    load = f"DiffusionPipeline.from_pretrained({_quoted(about['teacher'])})"
-    first = ""
-    if about["teacher"] == BUILT_IN_TEACHER:
-        first = "from sbrush.models.load import BUILT_IN\n"
-        load = 'DiffusionPipeline.from_pretrained(BUILT_IN / "teacher")'
-    elif about["teacher"].lower().endswith(".safetensors"):
-        config = f", config={_quoted(about['teacher_config'])}" if "teacher_config" in about else ""
-        imports = imports - {"DiffusionPipeline"} | {student.pipeline}
-        load = f"{student.pipeline}.from_single_file({_quoted(about['teacher'])}{config})"
-    return f"""{_front(about, "lora")}
-# The LoRA of a {_kind(about)} student of {_plain(about["teacher"])}
-
-It turns its teacher into a student that draws an image of a prompt in {_steps(about)}. sbrush {about["version"]}
-distilled it with {_method(about)}, from {_count(about)}
-and {_images(about)}.
-
-- It works in {_able(student)}, at strength 1 and without guidance.
-- It needs the scheduler in `scheduler/` of this folder. With the teacher's own scheduler it draws noise.
-- Licence of the teacher, of which it is a derivative: {_plain(_licence(about))}.
-
-## Use it with diffusers
-
-```python
-import torch
-from diffusers import {", ".join(sorted(imports))}
-{first}
-pipe = {load}
-pipe.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")
-pipe.scheduler = {own}.from_pretrained("path/to/this/folder", subfolder="scheduler")
-pipe.to(torch.float32)  # a teacher in half precision does not go together with a LoRA in float32
-{_sampling(about)}```
-
-{_same(student, " --student path/to/student")}, the folder of the merged student that was written beside this one.
-
-{_schedulers(student)}
-
-## Use it in ComfyUI and sd-scripts
-
-{instructions(student, lora=True)}
-`comfyui.safetensors` names its layers as kohya's sd-scripts does, and changes no layers but those that sd-scripts
-applies a LoRA to.
-"""
-
-
-def _front(about: Mapping[str, Any], *tags: str) -> str:
+def front_matter(about: Mapping[str, Any], *tags: str) -> str:
     """The front matter that the Hub reads, in YAML, whose strings may be JSON's."""
-    licences = _licences(about)
+    licences = licence_names(about)
     # One of several licences cannot stand for all: the Hub is told "other", people are told each.
     alone = {key: about[key] for key in STATED[:3] if key in about} if len(licences) == 1 else {}
     lines = {
@@ -189,7 +145,7 @@ def _front(about: Mapping[str, Any], *tags: str) -> str:
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()) + "---\n"
 
 
-def _sampling(about: Mapping[str, Any]) -> str:
+def sampling_lines(about: Mapping[str, Any]) -> str:
     """The last lines of a snippet, after `pipe` is made."""
     lines = ""
     if not about.get("reparameterised", True):
@@ -202,20 +158,20 @@ image.save("cat.png")
 """
 
 
-def _imports(about: Mapping[str, Any]) -> set[str]:
+def sampling_imports(about: Mapping[str, Any]) -> set[str]:
     """What _sampling needs of diffusers."""
     return set() if about.get("reparameterised", True) else {"DDIMScheduler"}
 
 
-def _kind(about: Mapping[str, Any]) -> str:
+def kind(about: Mapping[str, Any]) -> str:
     return "one-step" if about.get("steps", 1) == 1 else f"{about['steps']}-step"
 
 
-def _steps(about: Mapping[str, Any]) -> str:
+def steps_text(about: Mapping[str, Any]) -> str:
     return "a single step" if about.get("steps", 1) == 1 else f"{about['steps']} steps"
 
 
-def _able(student: Model) -> str:
+def able_text(student: Model) -> str:
     """How many steps a student takes, as the rest of a sentence."""
     if not student.ladder:
         return "one step and no other number"
@@ -223,21 +179,21 @@ def _able(student: Model) -> str:
     return f"{choices[0]} to {choices[-1]} steps" if len(choices) > 1 else f"{choices[0]} steps and no other number"
 
 
-def _same(student: Model, options: str) -> str:
+def same_text(student: Model, options: str) -> str:
     """What draws the same image as the snippet: `sbrush sample` with these options besides."""
     if "guidance" in student.about:
         low, high = (1 + student.about["recipe"][name] for name in ("w_min", "w_max"))
         how = f"with a `guidance_scale` of {low:g} to {high:g}, which costs no second forward"
     else:
         how = "without guidance (`guidance_scale=1`)"
-    keep = f"Keep to {_able(student)}, {how}: it was trained for that and nothing else."
+    keep = f"Keep to {able_text(student)}, {how}: it was trained for that and nothing else."
     if student.ladder and len(student.ladder.choices) > 1:
         options += f" --steps {student.ladder.trained}"
     return f"""{keep}
 sbrush draws the same image: `sbrush sample "a cat" --seed 0{options}`"""
 
 
-def _schedulers(student: Model) -> str:
+def schedulers_text(student: Model) -> str:
     """Which of diffusers' schedulers may take the place of the student's own."""
     if student.ladder:
         *others, last = map(str, student.rungs())
@@ -258,29 +214,29 @@ def _origins(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a student was made of besides its teacher: its start, or those that were merged; rows of a table."""
     rows = []
     if "init" in about:
-        rows.append(("started as", f"{about['init']['student']} (licence: {_licence(about['init'])})"))
+        rows.append(("started as", f"{about['init']['student']} (licence: {licence_text(about['init'])})"))
     if "control" in about:
         made = f"{about['control']['model']}, its control images made by {about['control']['prep']}"
         rows.append(("prepared for the ControlNet", made))
     for part in about.get("merged", ()):
-        said = f"{part['share']:g} of {part['student']} (SHA-256 {part['sha256']}, licence: {_licence(part)})"
+        said = f"{part['share']:g} of {part['student']} (SHA-256 {part['sha256']}, licence: {licence_text(part)})"
         rows.append(("merged from", said))
     return rows
 
 
-def _licences(about: Mapping[str, Any]) -> set[str]:
+def licence_names(about: Mapping[str, Any]) -> set[str]:
     """Of the teacher and of all students that went into one, as people read them."""
     parts = [about["init"]] if "init" in about else about.get("merged", [])
-    return {_licence(part) for part in (about, *parts)}
+    return {licence_text(part) for part in (about, *parts)}
 
 
-def _licence(about: Mapping[str, Any]) -> str:
+def licence_text(about: Mapping[str, Any]) -> str:
     """As people read it."""
     name = about.get("license_name", about.get("license", "not stated in its folder"))
     return f"{name} ({about['license_link']})" if "license_link" in about else str(name)
 
 
-def _count(about: Mapping[str, Any]) -> str:
+def prompts_text(about: Mapping[str, Any]) -> str:
     return count(about["prompts"]["count"], "prompt")
 
 
@@ -288,12 +244,12 @@ def _named(about: Mapping[str, Any]) -> str:
     return str(about["recipe"].get("method", "vsd"))
 
 
-def _method(about: Mapping[str, Any]) -> str:
+def method_text(about: Mapping[str, Any]) -> str:
     """The method that it was trained with, linked to its paper; one of another's is called by its name."""
-    return METHODS[_named(about)].text if _named(about) in METHODS else _plain(_named(about))
+    return METHODS[_named(about)].text if _named(about) in METHODS else plain(_named(about))
 
 
-def _images(about: Mapping[str, Any]) -> str:
+def images_text(about: Mapping[str, Any]) -> str:
     """The images that it learned from, besides prompts."""
     if (images := about.get("images")) is None:
         return "no images"
@@ -301,11 +257,11 @@ def _images(about: Mapping[str, Any]) -> str:
     return f"{count(images['count'], 'image')} {source.get(images['source'], 'of a folder')}"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A string as Python source, on one line."""
     return json.dumps(printable(text), ensure_ascii=False)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown takes for text."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in printable(text))

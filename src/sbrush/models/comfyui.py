@@ -67,6 +67,11 @@ def obstacle(student: Model) -> str | None:
         return "none of its samplers keeps the student's noise from one of these timesteps to the next"
     if student.ladder and step.sigmas:
         return "its several steps start before the end of the noise schedule"
+    return None if has_known_unet(student) else "its UNet is none of Stable Diffusion 1.x, 2.x or XL"
+
+
+def has_known_unet(student: Model) -> bool:
+    """Whether a student's UNet is one that ComfyUI knows, see UNETS."""
     unet = student.unet.config
     depth = len(unet.block_out_channels)
 
@@ -74,20 +79,19 @@ def obstacle(student: Model) -> str | None:
         return (value,) * depth if isinstance(value, int) else tuple(value)
 
     shape = tuple(unet.block_out_channels), *map(of_each, (unet.attention_head_dim, unet.transformer_layers_per_block))
-    if UNETS.get(unet.cross_attention_dim) != shape or of_each(unet.layers_per_block) != (LAYERS,) * depth:
-        return "its UNet is none of Stable Diffusion 1.x, 2.x or XL"
-    return None
+    return UNETS.get(unet.cross_attention_dim) == shape and of_each(unet.layers_per_block) == (LAYERS,) * depth
 
 
-def workflow(student: Model, *, lora: bool = False) -> dict[str, Any]:
+def workflow(student: Model, *, lora: bool = False, checkpoint: str | None = None) -> dict[str, Any]:
     """A workflow in ComfyUI's API format that draws "a cat" with seed 0; ValueError without such a noise schedule.
 
-    Of the student's own files, named as in FILES, or with `lora` of the teacher's checkpoint and the LoRA.
+    Of the student's own files, named as in FILES; or with `lora` of the teacher's checkpoint and the LoRA; or of the
+    student as a single file, whose name is `checkpoint`.
     """
     step = _step(student)
     if step is None:
         raise ValueError("ComfyUI has no such noise schedule")
-    nodes, model, clip, vae = _loaders(student, lora)
+    nodes, model, clip, vae = _loaders(student, lora, checkpoint)
     height, width = (8 * side for side in student.latent_shape[1:])
     nodes |= {
         "10": _node("ModelSamplingDiscrete", model=model, sampling=step.prediction, zsnr=step.zsnr),
@@ -119,18 +123,13 @@ def workflow(student: Model, *, lora: bool = False) -> dict[str, Any]:
     return nodes
 
 
-def instructions(student: Model, *, lora: bool = False) -> str:
+def instructions(student: Model, *, lora: bool = False, checkpoint: str | None = None) -> str:
     """The section of a card on ComfyUI, in Markdown, without a heading."""
     if why := obstacle(student):
         return f"ComfyUI cannot draw with this student by its own nodes: {why}.\n"
     step = _step(student)
     assert step is not None  # else there is an obstacle
-    places = (
-        {"comfyui.safetensors": LORA}
-        if lora
-        else {f: to for f, to in FILES.items() if f.split("/")[0] in student.parts}
-    )
-    rows = "".join(f"| `{file}` | `models/{place}` |\n" for file, place in places.items())
+    rows = "".join(f"| `{file}` | `models/{place}` |\n" for file, place in _places(student, lora, checkpoint).items())
     if lora:
         rows += f"| the teacher, as a single `.safetensors` checkpoint | `models/{TEACHER}` |\n"
     node = f"`ModelSamplingDiscrete` with sampling `{step.prediction}`" + (" and zsnr on" if step.zsnr else "")
@@ -159,6 +158,12 @@ To build a workflow of your own, take {node}, then {how}.
 """
 
 
+def starts_before_the_end(student: Model) -> bool:
+    """Whether its first step is not at the end of Stable Diffusion's noise schedule."""
+    step = _step(student)
+    return step is None or step.sigmas is not None
+
+
 def _sampler(student: Model) -> str:
     """ComfyUI's name of it."""
     return "lcm" if student.ladder else "euler"
@@ -168,8 +173,21 @@ def _node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
-def _loaders(student: Model, lora: bool) -> tuple[dict[str, Any], list[Any], list[Any], list[Any]]:
+def _places(student: Model, lora: bool, checkpoint: str | None) -> dict[str, str]:
+    """Which file of an exported folder goes where below ComfyUI's models/."""
+    if lora:
+        return {"comfyui.safetensors": LORA}
+    if checkpoint:
+        return {checkpoint: f"checkpoints/{checkpoint}"}
+    return {file: place for file, place in FILES.items() if file.split("/")[0] in student.parts}
+
+
+def _loaders(
+    student: Model, lora: bool, checkpoint: str | None
+) -> tuple[dict[str, Any], list[Any], list[Any], list[Any]]:
     """The nodes that load, and where the model, the text encoders and the autoencoder come out of them."""
+    if checkpoint:
+        return {"1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}, ["1", 0], ["1", 1], ["1", 2]
     if lora:
         nodes = {
             "1": _node("CheckpointLoaderSimple", ckpt_name=_name(TEACHER)),

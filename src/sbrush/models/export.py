@@ -6,10 +6,12 @@ StableDiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=1, g
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors import SafetensorError, safe_open
@@ -17,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sbrush.console import SbrushError, printable
-from sbrush.models.card import lora_card, model_card
+from sbrush.models.card import model_card
 from sbrush.models.comfyui import WORKFLOW, obstacle, workflow
+from sbrush.models.format_cards import lora_card
 from sbrush.models.load import FORMAT
 from sbrush.models.model import Model
 from sbrush.models.parts import part_files, read_json, refuse_pointer
@@ -27,6 +30,8 @@ from sbrush.models.unet import Role
 from sbrush.storage.files import atomic_folder, atomic_write, write_json, write_text
 from sbrush.storage.tensors import save_tensors
 
+# As safetensors' headers call number formats.
+STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 INDEX = ".safetensors.index.json"  # which of several files holds which tensor
 
 
@@ -67,21 +72,29 @@ def export_lora(
     """
     from peft.tuners.lora import LoraLayer
 
-    student = teacher.as_student(scheduler, about)
     tensors: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
         if isinstance(module, LoraLayer) and role in module.r:
             tensors[f"unet.{name}.lora_A.weight"] = module.lora_A[role].weight.detach().cpu().contiguous()
             scaled = module.lora_B[role].weight.detach() * module.scaling[role]
             tensors[f"unet.{name}.lora_B.weight"] = scaled.cpu().contiguous()
+    student = teacher.as_student(scheduler, about)
+    write_lora(folder, student, tensors, lora_card(student))
+
+
+def write_lora(folder: Path, student: Model, tensors: Mapping[str, Tensor], card: str) -> None:
+    """Writes a LoRA's tensors, named as diffusers and PEFT do, and all that export_lora says besides."""
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    for name, content in {"pytorch_lora_weights": tensors, "comfyui": convert_state_dict_to_kohya(tensors)}.items():
+    for name, content in {
+        "pytorch_lora_weights": tensors,
+        "comfyui": convert_state_dict_to_kohya(dict(tensors)),
+    }.items():
         with atomic_write(folder / f"{name}.safetensors") as partial:
             save_tensors(partial, content, {"format": "pt"})
-    write_text(folder / "scheduler" / "scheduler_config.json", scheduler.to_json_string())
+    write_text(folder / "scheduler" / "scheduler_config.json", student.sampler.to_json_string())
     if obstacle(student) is None:
         write_json(folder / WORKFLOW, workflow(student, lora=True))
-    write_text(folder / "README.md", lora_card(student))
+    write_text(folder / "README.md", card)
 
 
 def export_student(
@@ -91,17 +104,22 @@ def export_student(
     *,
     about: dict[str, Any],
     scheduler: SchedulerMixin,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes a student folder, complete or not at all; an older one at the same place is replaced.
 
     `about`: what sbrush.json and the model card say of it, see about_student. `scheduler`: the one that takes its
-    step or steps, see ladder.Sampling. OSError as any writing may raise it.
+    step or steps, see ladder.Sampling. `dtype`: what the files hold; the UNet is converted in place. OSError as any
+    writing may raise it.
     """
-    student = teacher.as_student(scheduler, about)
+    # All of its parts lie in one folder now, which the card asks for.
+    student = replace(teacher.as_student(scheduler, about), folders=dict.fromkeys(teacher.folders, folder))
+    for name, parameter in unet.named_parameters():
+        parameter.data = cast(name, parameter.data, dtype)
     with atomic_folder(folder) as partial:
         for part, file in _copied(teacher):
             (partial / part).mkdir(exist_ok=True)
-            _copy(part, file, partial / part / file.name)
+            _copy(part, file, partial / part / file.name, dtype)
         # Always one file: ComfyUI loads no other, and SDXL's would become two.
         unet.save_pretrained(partial / "unet", max_shard_size="100GB")
         scheduler.save_pretrained(partial / "scheduler")
@@ -120,18 +138,21 @@ def _copied(teacher: Model) -> Iterator[tuple[str, Path]]:
                 yield part, file
 
 
-def _copy(part: str, file: Path, target: Path) -> None:
-    """Copies a file of a part; half precision becomes float32, as the student is, tensors get their published names.
+def _copy(part: str, file: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copies a file of a part; its tensors get the number format of the UNet, and their published names.
 
     Plain diffusers would otherwise load the UNet in one number format and the text encoder in another, and fail. And
     by other names than the published ones ComfyUI and transformers 4 load no text encoder, with a warning at most.
+    transformers takes the format that a config.json states unless it is asked for one, diffusers float32: so float32
+    is stated, whatever the files hold.
     """
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
-        if {"F16", "BF16"} & set(kinds.values()) or any(published_name(part, name) != name for name in kinds):
+        others = set(STORED.values()) - {STORED[dtype]}
+        if others & set(kinds.values()) or any(published_name(part, name) != name for name in kinds):
             tensors = {
-                published_name(part, name): t.float() if t.is_floating_point() else t
+                published_name(part, name): cast(name, t, dtype) if t.is_floating_point() else t
                 for name, t in load_file(file).items()
             }
             save_tensors(target, tensors, {"format": "pt"})
@@ -147,3 +168,13 @@ def _copy(part: str, file: Path, target: Path) -> None:
         write_json(target, index | {"weight_map": places})
         return
     shutil.copyfile(file, target)
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another number format. SbrushError if a value is beyond that format's range."""
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and not converted.isfinite().all():
+        raise SbrushError(
+            f"{printable(name)} holds values that float16 does not have (beyond 65,504)", "--precision bfloat16"
+        )
+    return converted

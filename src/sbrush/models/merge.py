@@ -10,7 +10,7 @@ from sbrush.models.card import STATED
 from sbrush.models.export import export_student
 from sbrush.models.load import digest, load_student
 from sbrush.models.parts import read_json
-from sbrush.models.places import folder_digest
+from sbrush.models.places import check_recorded, folder_digest
 from sbrush.storage.files import check_new
 
 
@@ -26,13 +26,8 @@ def merge(one: str, two: str, out: Path, *, share: float = 0.5, replace: bool = 
     if not replace:
         check_new(out)
     first, second = load_student(one), load_student(two)
-    for name, model in ((one, first), (two, second)):
-        if "recipe" not in model.about:
-            raise SbrushError(
-                f"{printable(name)} says nothing of how it was made: it has no sbrush.json",
-                "merge students that sbrush distill has written",
-                code=2,
-            )
+    for model in (first, second):
+        check_recorded(model, "merge students that sbrush distill has written")
     weights, others = dict(first.unet.named_parameters()), dict(second.unet.named_parameters())
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in others.items()}:
         raise SbrushError("the two students are of different architectures", "merge students of one teacher", code=2)

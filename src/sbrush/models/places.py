@@ -107,3 +107,11 @@ def folder_digest(folder: Path) -> str | None:
         return digest_of_parts(dict.fromkeys(family.parts, folder))
     except (OSError, ValueError, KeyError, TypeError, SbrushError):
         return None
+
+
+def check_recorded(student: Model, hint: str) -> None:
+    """SbrushError if a student's folder does not say how it was made, which its descendants' cards must say."""
+    if "recipe" not in student.about:
+        raise SbrushError(
+            f"{printable(student.name)} says nothing of how it was made: it has no sbrush.json", hint, code=2
+        )

@@ -11,17 +11,22 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_clip_checkpoint,
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-    convert_open_clip_checkpoint,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sbrush.console import SbrushError, info, printable
+from sbrush.console import SbrushError, count, info, printable
 from sbrush.models.model import Model
+from sbrush.models.original import (
+    TEXT,
+    UNET,
+    VAE,
+    XL_TEXT,
+    Original,
+    clip_entries,
+    open_clip_entries,
+    unet_entries,
+    vae_entries,
+)
 from sbrush.models.parts import part_files, read_json, refuse_pointer
 from sbrush.models.source import check_file
 from sbrush.storage.files import atomic_folder, user_cache, write_json
@@ -29,9 +34,8 @@ from sbrush.storage.locks import hold
 from sbrush.storage.tensors import save_tensors
 
 CONVERSION = 2  # counted up when the same file would be converted otherwise
-UNET = "model.diffusion_model."
-VAE = ("first_stage_model.", "vae.")
-TEXT = ("cond_stage_model.", "conditioner.embedders.")
+OTHER_VAE = "vae."  # as some files call it
+VAE_LAYERS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # what it draws with, and no loss
 CONFIGURATIONS = {  # by the width of the text embeddings that the UNet takes
     768: "stable-diffusion-v1-5/stable-diffusion-v1-5",
     2048: "stabilityai/stable-diffusion-xl-base-1.0",
@@ -83,7 +87,7 @@ def _refusal(header: dict[str, Entry]) -> tuple[str, str] | None:
     if first is None or last is None:
         if holds(UNET, "double_blocks.", "joint_blocks."):
             return "is not of Stable Diffusion's architecture", "sbrush distills SD 1.x, SD 2.x and SDXL"
-        if holds("encoder.conv_in.", *VAE):
+        if holds("encoder.conv_in.", VAE, OTHER_VAE):
             return "is an autoencoder (VAE) alone", WHOLE
         return "is no Stable Diffusion checkpoint: it has no UNet", WHOLE
     if first.shape[1] != last.shape[0]:
@@ -91,9 +95,9 @@ def _refusal(header: dict[str, Entry]) -> tuple[str, str] | None:
             f"takes {first.shape[1]} channels and gives {last.shape[0]}: it is for inpainting or editing",
             "take a text-to-image model",
         )
-    if not holds(*VAE):
+    if not holds(VAE, OTHER_VAE):
         return "has no autoencoder (VAE)", WHOLE
-    if not holds(*TEXT):
+    if not holds(TEXT, *XL_TEXT.values()):
         return "has no text encoder", WHOLE
     if holds("edm_mean", "edm_vpred."):
         return "is trained in EDM's formulation", "sbrush distills teachers with epsilon or v prediction"
@@ -182,13 +186,11 @@ def _part(part: str, network: nn.Module, file: Path, header: dict[str, Entry], s
     """A part's tensors by diffusers' names, exactly those of `network`, contiguous, as they are in the file."""
     try:
         tensors = _renamed(part, network, file, header)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as problem:  # diffusers', of another layout
-        raise _misfit(file, shapes, f"its {part} is laid out otherwise ({printable(problem)})") from problem
+    except (KeyError, IndexError, ValueError, RuntimeError) as problem:  # tensors that are not of this layout
+        raise _misfit(file, shapes, f"its {part} is laid out otherwise: {printable(problem)}") from problem
     wanted = {published_name(part, name): tuple(value.shape) for name, value in network.state_dict().items()}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise _misfit(file, shapes, f"its {part} lacks {len(missing)} tensors: {printable(missing[0])}")
-    if extra := sorted(tensors.keys() - wanted.keys()):
-        raise _misfit(file, shapes, f"its {part} has {len(extra)} tensors too many: {printable(extra[0])}")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise _misfit(file, shapes, f"{name} of its {part} is {tuple(tensors[name].shape)}, not {shape}")
@@ -203,24 +205,50 @@ def _misfit(file: Path, shapes: Model, why: str) -> SbrushError:
 
 
 def _renamed(part: str, network: Any, file: Path, header: dict[str, Entry]) -> dict[str, Tensor]:
-    """A part's tensors by diffusers' published names."""
+    """A part's tensors by our names, as far as the file has them. ValueError if it has others of the part besides."""
+    names = [published_name(part, name) for name in network.state_dict()]
+    home, entries = _layout(part, names, header)
+    own = {name for name in header if name.startswith(home)}
+    layers = getattr(network.config, "num_hidden_layers", 0)
+    strange = own - {entry.name for entry in entries}
+    if strange := {name for name in strange if not _passed_over(part, name.removeprefix(home), layers)}:
+        raise ValueError(f"it has {count(len(strange), 'tensor')} too many, {min(strange)}")
+    ours: dict[str, Tensor] = {}
+    with safe_open(file, "pt") as content:
+        for entry in entries:
+            if entry.name in own:
+                ours |= entry.unpack(content.get_tensor(entry.name))
+    return ours
+
+
+def _layout(part: str, names: list[str], header: dict[str, Entry]) -> tuple[str, list[Original]]:
+    """What the names of a part begin with in a file, and its table, by what the file's header shows of its layout."""
     if part == "unet":
-        theirs = _read(file, (UNET,))
-        ours = convert_ldm_unet_checkpoint(theirs, network.config)
-        if len(ours) != len(theirs):  # each is one of ours: diffusers passes over what it does not know
-            raise ValueError(f"{len(theirs)} tensors, of which {len(ours)} are known")
-        return ours
+        return UNET, unet_entries(names)
     if part == "vae":
-        return convert_ldm_vae_checkpoint(_read(file, VAE), network.config)
+        prefix = OTHER_VAE if any(name.startswith(OTHER_VAE) for name in header) else VAE
+        return prefix, vae_entries(names, prefix)
     xl = any(name.startswith("conditioner.") for name in header)
-    home = f"conditioner.embedders.{int(part == 'text_encoder_2')}." if xl else "cond_stage_model."
-    theirs = _read(file, (home,))
-    if any(name.startswith(f"{home}transformer.") for name in theirs):
-        theirs = convert_ldm_clip_checkpoint(theirs)
-    else:
-        theirs = convert_open_clip_checkpoint(network, theirs, prefix=f"{home}model.")
-    passed = ("position_ids",) if hasattr(network, "text_projection") else ("position_ids", "text_projection.weight")
-    return {published_name(part, name): value for name, value in theirs.items() if not name.endswith(passed)}
+    home = XL_TEXT[part] if xl else TEXT
+    if not any(name.startswith(f"{home}transformer.") for name in header):
+        return home, open_clip_entries(names, home)
+    bare = not any(name.startswith(f"{home}transformer.text_model.") for name in header)
+    return home, clip_entries(names, home, bare=bare)
+
+
+def _passed_over(part: str, name: str, layers: int) -> bool:
+    """Whether a part of this architecture draws without a tensor, `name` after its home, that its table does not have.
+
+    Files hold losses, positions and projections that are not used, and SD 2.x's a last layer that is not used either.
+    """
+    if part == "unet":
+        return False
+    if part == "vae":
+        return not name.startswith(VAE_LAYERS)
+    if name.startswith("transformer."):
+        return name.endswith(("position_ids", "text_projection.weight", "logit_scale"))
+    blocks = "model.transformer.resblocks."
+    return not name.startswith(blocks) or name.startswith(f"{blocks}{layers}.")
 
 
 def published_name(part: str, name: str) -> str:
@@ -228,8 +256,3 @@ def published_name(part: str, name: str) -> str:
     if part.startswith("text_encoder") and name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
         return f"text_model.{name}"
     return name
-
-
-def _read(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    with safe_open(file, "pt") as content:
-        return {name: content.get_tensor(name) for name in content.keys() if name.startswith(prefixes)}

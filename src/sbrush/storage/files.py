@@ -82,10 +82,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_new(folder: Path) -> None:
-    """SbrushError if something is at `folder` already, or nothing can be written there."""
+def check_new(folder: Path, *, empty: bool = False) -> None:
+    """SbrushError if something is at `folder` already, or nothing can be written there.
+
+    `empty`: whether an empty folder may be there.
+    """
     check_name(folder)
-    if folder.exists() or folder.is_symlink():
+    if empty and folder.is_dir() and not folder.is_symlink():
+        if any(folder.iterdir()):
+            raise SbrushError(f"{printable(folder)} is not empty", "name a new folder with -o", code=2)
+    elif folder.exists() or folder.is_symlink():
         raise SbrushError(f"{printable(folder)} is there already", "name a new folder with -o", code=2)
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
