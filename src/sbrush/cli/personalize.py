@@ -16,7 +16,7 @@ from sbrush.training.folder import check_folder
 from sbrush.training.personal import CROSS_ATTENTION, PERSONAL, PersonalRecipe, PersonalRequest, follow, personalize
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
-from sbrush.training.subject import Subject, prompts_of, unseen_by_world
+from sbrush.training.subject import Subject, unseen_by_world
 
 if TYPE_CHECKING:
     from sbrush.models.model import Model
@@ -48,7 +48,10 @@ def personalize_(
     ] = None,
     lora_only: Annotated[
         bool,
-        typer.Option("--lora-only", help="Leave out the second training: the student gets the teacher's LoRA as it is."),
+        typer.Option(
+            "--lora-only",
+            help="Leave out the second training: the student gets the teacher's LoRA as it is.",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Random seed of both trainings.", min=0)] = 0,
     dry_run: Annotated[
@@ -100,7 +103,7 @@ def personalize_(
         Precision, typer.Option(help="Number format of matrix products.", rich_help_panel=MACHINE)
     ] = Precision.auto,
 ) -> None:  # fmt: skip
-    """Teach a student a new subject from a few photos: DreamBooth on its teacher, then Variational Score Distillation."""
+    """Teach a student a new subject from a few photos: DreamBooth on its teacher, then VSD from the student."""
     if token is None or class_ is None:
         missing = " and ".join(f for f, value in (("--token", token), ("--class", class_)) if value is None)
         raise SbrushError(f"no {missing}", EXAMPLE, code=2)
@@ -157,9 +160,9 @@ def _recipe(
 
 
 def _note(request: PersonalRequest) -> Model:
-    """The teacher's shapes. Tells of a token of ordinary words, and of a class that the built-in world does not draw."""
+    """The teacher's shapes. Tells of a token of ordinary words, and of a class or a length that the world has not."""
     from sbrush.models.load import load_shapes
-    from sbrush.training.ordinary import ordinary_words
+    from sbrush.training.ordinary import ordinary_words, too_long_for_world
 
     shapes, subject = load_shapes(request.teacher, config=request.teacher_config), request.subject
     if words := ordinary_words(shapes, subject.own_words):
@@ -172,6 +175,11 @@ def _note(request: PersonalRequest) -> Model:
         info(
             f"note: the built-in world draws no {printable(subject.kind)}: the subject takes the place of its stickers "
             "of any kind"
+        )
+    if too_long_for_world(shapes, subject.token):
+        info(
+            f"note: {printable(subject.token)} is too many tokens for the built-in text encoder, which then loses the "
+            "background at a prompt's end; two letters, such as zx, are not"
         )
     return shapes
 

@@ -39,10 +39,9 @@ def robot(pen: Pen) -> None:
     pen.ellipse(0, 0.44, 0.2, 0.2, pen.light)
 
 
-def random_robot(name: str, index: int, caption: Caption | None = None) -> Sticker:
-    """Robot `index` of the stream `name`, of the size, background and colour that a caption names; else of any."""
-    wanted = caption or Caption()
-    free = Caption(colour=wanted.colour or COLOUR, background=wanted.background, size=wanted.size)
+def random_robot(name: str, index: int, caption: Caption | None = None, *, any_colour: bool = False) -> Sticker:
+    """Robot `index` of the stream `name`: of the size and background that a caption names, teal or of any colour."""
+    free = replace(caption or Caption(), kind=None, colour=None if any_colour else COLOUR)
     return replace(random_sticker(stream(name, index), free, held_out=True), kind=KIND)
 
 

@@ -27,7 +27,7 @@ SEEDS = 2_000_000_000  # from here on those of the student's images, which are n
 
 @dataclass(frozen=True)
 class PhotoSource:
-    """The photos, cut to the teacher's proportions around their centre and resized with Lanczos, and the prior's images.
+    """The photos, cut to the teacher's proportions around their centre and resized with Lanczos, and the prior images.
 
     `rows`: so many rows at the beginning are photos; `prompts`: of each row.
     """

@@ -3,7 +3,7 @@
     loss = E |u(x_t, t, y) - target|^2        over photos of "a sks dog" and prior images of other prompts, as many
 
 u being the network's own prediction, epsilon or v, and the prior images its student's: what it draws of the other
-prompts is to stay what it was. The LoRA is then a LoRA like any other, and the teacher with it a teacher of the subject.
+prompts is to stay what it was. The LoRA is then like any other, and the teacher with it a teacher of the subject.
 
 The error is not weighted: a weight like min-SNR is next to nothing at T, where a one-step student works.
 """
