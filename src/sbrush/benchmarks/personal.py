@@ -63,7 +63,7 @@ class KindJudge:
         images, kinds = drawings("kind judge", each)
         half = torch.arange(len(images)) % 2 == 0
         images[half] = vae.decode(vae.encode_images(images[half]))
-        features = judge.features(images)
+        features = judge.features(images).clone()  # no tensor of inference mode can be trained on
         torch.manual_seed(1)
         layer = nn.Linear(judge.width, len(KNOWN))
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.03, weight_decay=0.01)

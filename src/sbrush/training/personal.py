@@ -51,7 +51,7 @@ PERSONAL = {
             student_steps=1, student_rank=32, lora_targets="blocks", student_lr=2e-3, warmup=20, cooldown=1.0, ema=0.9,
             guidance=3.0, images=0,
         ),
-        replace(RECIPES["stickers"], name="personal-stickers", steps=200, batch=8, lora_lead=40, warmup=10),
+        replace(RECIPES["stickers"], name="personal-stickers", steps=280, batch=16, lora_lead=56, warmup=20),
         prior=240,
     ),
     "any": PersonalRecipe(
