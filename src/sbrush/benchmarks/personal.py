@@ -1,7 +1,7 @@
 """How well a student that was personalised on six photos of a robot draws robots, and everything else as before.
 
     python -m sbrush.stickers.robot runs/photos
-    sbrush personalize runs/photos --token zx --class sticker --out runs/robot
+    sbrush personalize runs/photos --token zx --class sticker --distill --out runs/robot
     python -m sbrush.benchmarks.personal runs/robot
 
 Measured are
@@ -31,7 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from sbrush.console import out, progress
 from sbrush.evaluate.stickers import pairs
-from sbrush.metrics.accuracy import accuracy
+from sbrush.metrics.accuracy import Accuracy, accuracy
 from sbrush.metrics.diversity import centroids, spread
 from sbrush.models.load import load_student, load_teacher
 from sbrush.models.model import Model
@@ -137,7 +137,7 @@ def measure(name: str, model: Draw, known: KindJudge, token: str, counts: tuple[
     if others:
         chosen = pairs(others)
         drawn = torch.cat(list(model([c.text for c, _ in chosen], [s for _, s in chosen])))
-        share = accuracy([c for c, _ in chosen], known.judge.classify(known.judge.features(drawn))).share
+        share = right_of(accuracy([c for c, _ in chosen], known.judge.classify(known.judge.features(drawn))))
     least = min(mean(part.float().tolist()) for part in every.split(each))
     return Row(
         name, _share(robot), _share(background), _share(size), _share(every), least, share, spread(centroids(placed))
@@ -171,6 +171,12 @@ def drawings(name: str, each: int) -> tuple[Tensor, Tensor]:
             images.append(pil_to_tensor(drawn))
             kinds.append(number)
     return torch.stack(images), torch.tensor(kinds)
+
+
+def right_of(found: Accuracy) -> float:
+    """The share of all attributes that captions name which is right."""
+    shares = [(found.share[name] or 0.0, named) for name, named in found.named.items()]
+    return sum(share * named for share, named in shares) / max(1, sum(named for _, named in shares))
 
 
 def _share(right: Tensor) -> float:

@@ -42,15 +42,16 @@ def personalize_(
         Path | None,
         typer.Option(
             "--out", "-o",
-            help="Run folder: both trainings, the LoRA, the teacher with it, a sample grid and the student. Repeat the "
+            help="Run folder: the trainings, the LoRA, the teacher with it, a sample grid and the student. Repeat the "
             "same command to resume. Default: runs/ and the token.",
         ),
     ] = None,
-    lora_only: Annotated[
+    distill: Annotated[
         bool,
         typer.Option(
-            "--lora-only",
-            help="Leave out the second training: the student gets the teacher's LoRA as it is.",
+            "--distill",
+            help="Train a second time: after the LoRA, the student follows the teacher that has it, by VSD. By default the "
+            "student gets the LoRA as it is.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Random seed of both trainings.", min=0)] = 0,
@@ -103,13 +104,15 @@ def personalize_(
         Precision, typer.Option(help="Number format of matrix products.", rich_help_panel=MACHINE)
     ] = Precision.auto,
 ) -> None:  # fmt: skip
-    """Teach a student a new subject from a few photos: DreamBooth on its teacher, then VSD from the student."""
+    """Teach a student a new subject from a few photos, by DreamBooth on its teacher."""
     if token is None or class_ is None:
         missing = " and ".join(f for f, value in (("--token", token), ("--class", class_)) if value is None)
         raise SbrushError(f"no {missing}", EXAMPLE, code=2)
-    if lora_only and steps is not None:
+    if not distill and steps is not None:
         raise SbrushError(
-            "--steps is the second training's, which --lora-only leaves out", "--lora-steps is the first one's", code=2
+            "--steps is the second training's, and there is none",
+            "give --distill too; --lora-steps is the first one's",
+            code=2,
         )
     if teacher is not None and student is None:
         raise SbrushError(
@@ -128,7 +131,7 @@ def personalize_(
     info("loading torch and the models ...")
     request = PersonalRequest(
         photos=files, subject=subject, out=out, recipe=recipe, prompts=texts, teacher=teacher,
-        teacher_config=teacher_config, student=student, lora_only=lora_only, seed=seed, device=device,
+        teacher_config=teacher_config, student=student, distill=distill, seed=seed, device=device,
         precision=cast("Any", precision.value),
         execution=ExecutionOptions(micro_batches=micro_batches, checkpointing=checkpointing),
     )  # fmt: skip
@@ -193,7 +196,7 @@ def _print_cost(request: PersonalRequest, shapes: Model) -> None:
     if launched()[0]:
         return
     request = replace(request, device=pick_device(request.device, present=False))
-    if not request.lora_only:
+    if request.distill:
         request = replace(request, recipe=follow(request.recipe, load_student(request.student), shapes))
     practice = request.practice(shapes)
     facts = {
@@ -206,7 +209,7 @@ def _print_cost(request: PersonalRequest, shapes: Model) -> None:
     for name, value in facts.items():
         console.out(f"{name}: {printable(value)}")
     runs = {"the teacher's LoRA, by DreamBooth": request.lora_run(practice)}
-    if not request.lora_only:  # its teacher and start are made by the first, and have the shapes of these
+    if request.distill:  # its teacher and start are made by the first, and have the shapes of these
         second = replace(
             request.student_run(practice), teacher=request.teacher, teacher_config=request.teacher_config, init=None
         )

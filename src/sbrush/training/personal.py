@@ -9,7 +9,8 @@
     OUT/samples.png      the photos, and what each of these draws
     OUT/student/         the result
 
-The training loop knows nothing of this, as of merged.py. With `lora_only` training 2 is left out.
+The training loop knows nothing of this, as of merged.py. Without `distill` there is no training 2: the LoRA in the student
+as it is kept more of all else, and drew as many robots of the built-in world (docs/log.md).
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class PersonalRequest:
     teacher: str | None = None
     teacher_config: str | None = None
     student: str | None = None  # None: the built-in one
-    lora_only: bool = False
+    distill: bool = False  # whether there is a second training
     seed: int = 0
     device: str = "cpu"
     precision: Any = "auto"
@@ -109,7 +110,7 @@ class PersonalRequest:
 
     def config(self, about: dict[str, Any]) -> dict[str, Any]:
         """What OUT/config.json holds."""
-        recipes = {"lora": asdict(self.recipe.lora), "student": None if self.lora_only else asdict(self.recipe.student)}
+        recipes = {"lora": asdict(self.recipe.lora), "student": asdict(self.recipe.student) if self.distill else None}
         return {
             "format": 1, "version": sbrush.__version__, "recipe": "personalize", "personal": about,
             "trainings": recipes, "prior": self.recipe.prior, "seed": self.seed,
@@ -121,7 +122,7 @@ def follow(recipe: PersonalRecipe, student: Model, teacher: Model) -> PersonalRe
     if student.guidance_input is not None or (student.ladder and not student.ladder.fresh):
         raise SbrushError(
             f"{printable(student.name)} takes a guidance scale, or keeps its noise between steps",
-            "VSD cannot go on with it: give a student that sbrush distill made with VSD, or --lora-only",
+            "VSD cannot go on with it: give a student that sbrush distill made with VSD, or leave out --distill",
             code=2,
         )
     start = len(student.schedule) - 1
@@ -148,7 +149,7 @@ def personalize(request: PersonalRequest, train: Callable[[RunRequest], Plan]) -
 
     process, world = launched()
     teacher, student = load_teacher(request.teacher, config=request.teacher_config), load_student(request.student)
-    if not request.lora_only:
+    if request.distill:
         request = replace(request, recipe=follow(request.recipe, student, teacher))
         check(request.recipe.student, teacher, request.execution, world=world, init=None)
     check(request.recipe.lora, teacher, request.execution, world=world, init=None)
@@ -161,7 +162,7 @@ def personalize(request: PersonalRequest, train: Callable[[RunRequest], Plan]) -
     }  # fmt: skip
     main = process == 0
     with claim(out, request.config(about)) if main else nullcontext():
-        trainings = 1 if request.lora_only else 2
+        trainings = 2 if request.distill else 1
         if main:
             info(f"training 1 of {trainings}: the teacher learns {printable(request.subject.token)}")
         done = train(request.lora_run(practice))
@@ -176,7 +177,7 @@ def personalize(request: PersonalRequest, train: Callable[[RunRequest], Plan]) -
         result = out / "lora-student"
         del done, teacher, student
         gc.collect()  # a training's networks go before the next one's come
-        if not request.lora_only:
+        if request.distill:
             if main:
                 info(f"training 2 of {trainings}: the student follows the teacher of {request.subject.token}")
             train(request.student_run(practice)).accelerator.wait_for_everyone()

@@ -41,7 +41,7 @@ def draw_grid(request: PersonalRequest, practice: Practice) -> Path:
         ],
     }
     del teacher
-    models = {"student with the LoRA": "lora-student"} | ({} if request.lora_only else {"student": "student"})
+    models = {"student with the LoRA": "lora-student"} | ({"student": "student"} if request.distill else {})
     for label, folder in models.items():
         student = load_student(str(out / folder), device=request.device, dtype=dtype)
         rows[label] = [image for part in student_images(student, texts, seeds, batch=COLUMNS) for image in part]
