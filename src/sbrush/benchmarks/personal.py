@@ -73,6 +73,7 @@ class KindJudge:
             optimizer.step()
         return cls(judge, layer.requires_grad_(False))
 
+    @torch.no_grad()
     def kinds(self, features: Tensor) -> Tensor:
         """Indices into KNOWN, int64 [B], of features [B, width]."""
         return self.layer(features).argmax(dim=1)

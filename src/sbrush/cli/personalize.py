@@ -50,8 +50,8 @@ def personalize_(
         bool,
         typer.Option(
             "--distill",
-            help="Train a second time: after the LoRA, the student follows the teacher that has it, by VSD. By default the "
-            "student gets the LoRA as it is.",
+            help="Train a second time: after the LoRA, the student follows the teacher that has it, by VSD. Default: "
+            "the student gets the LoRA as it is.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Random seed of both trainings.", min=0)] = 0,

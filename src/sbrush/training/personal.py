@@ -9,8 +9,8 @@
     OUT/samples.png      the photos, and what each of these draws
     OUT/student/         the result
 
-The training loop knows nothing of this, as of merged.py. Without `distill` there is no training 2: the LoRA in the student
-as it is kept more of all else, and drew as many robots of the built-in world (docs/log.md).
+The training loop knows nothing of this, as of merged.py. Without `distill` there is no training 2: the student with the
+LoRA as it is kept more of all else, and drew as many robots of the built-in world (docs/log.md).
 """
 
 from __future__ import annotations
