@@ -42,6 +42,7 @@ NAMES = f"{EXPORTS}::test_the_names_are_those_of_the_original_code"
 LORA_ERROR = f"{EXPORTS}::test_a_lora_leaves_the_error_that_it_tells"
 RANK = f"{EXPORTS}::test_the_rank_is_the_lowest_that_keeps_the_error_and_a_whole_lora_is_the_student"
 HALF_WRITTEN = f"{EXPORTS}::test_a_disk_that_fills_up_leaves_nothing_half_written"
+PERSONAL = "test_personalize.py"
 
 BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
     "models/control.py": [
@@ -339,5 +340,16 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ('f"up.{levels - 1 - int(m[1])}.block"', 'f"up.{int(m[1])}.block"', NAMES),
         ("{1 + (block in attentions)}.conv", "1.conv", NAMES),
         ('(prefix + theirs, (name,), "convolution")', "(prefix + theirs, (name,))", NAMES),
+    ],
+    "training/methods/dreambooth.py": [
+        ("(alpha * noise - sigma * x0)", "(alpha * noise + sigma * x0)", f"{PERSONAL}::test_the_loss_is_the_formula"),
+    ],
+    "training/photos.py": [
+        ("self.files[row % len(self.files)]", "self.files[0]",
+         f"{PERSONAL}::test_rows_are_the_photos_in_turn_and_then_the_students_images"),
+    ],
+    "training/personal.py": [
+        ("t_init=None if start == len(teacher.schedule) - 1 else start", "t_init=None",
+         f"{PERSONAL}::test_the_second_training_goes_on_as_the_student_was_trained"),
     ],
 }  # fmt: skip

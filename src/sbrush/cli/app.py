@@ -20,7 +20,7 @@ import typer
 
 import sbrush
 from sbrush import console
-from sbrush.cli import distill, export, merge, sample, serve
+from sbrush.cli import distill, export, merge, personalize, sample, serve
 from sbrush.cli import eval as evaluation
 from sbrush.console import Interrupted, SbrushError, info, printable
 from sbrush.storage.files import os_error
@@ -53,6 +53,7 @@ app.command("distill", epilog=distill.EXAMPLE)(distill.distill)
 app.command("sample", epilog=sample.EXAMPLE)(sample.sample)
 app.command("eval", epilog=evaluation.EXAMPLE)(evaluation.evaluate)
 app.command("export", epilog=export.EXAMPLE)(export.export)
+app.command("personalize", epilog=personalize.EXAMPLE)(personalize.personalize_)
 app.command("merge", epilog=merge.EXAMPLE)(merge.merge)
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
 

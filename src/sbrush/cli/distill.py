@@ -404,9 +404,9 @@ def distill(
         dry_run_of(request, merged)
         return
     if merged:
-        distill_merged(request, merged, _train)
+        distill_merged(request, merged, train)
     else:
-        _train(request)
+        train(request)
     from sbrush.device import launched
 
     if not launched()[0]:  # the main one speaks for all
@@ -464,17 +464,17 @@ def _resolve(recipe: Recipe, given: dict[str, Any], settings: list[str] | tuple[
     return recipe.with_settings(**given).but_for(settings)
 
 
-def _train(request: RunRequest) -> Plan:
+def train(request: RunRequest) -> Plan:
     """Trains a run to its end, from where it stopped; Interrupted if it was stopped again."""
     from sbrush.device import pick_device
-    from sbrush.training.loop import distill as train
+    from sbrush.training.loop import distill as run_to_end
     from sbrush.training.plan import prepare
 
     request = dataclasses.replace(request, device=pick_device(request.device))
     if request.device.startswith("cuda"):
         compare_with_free_memory(request)
     plan = prepare(request)
-    if not train(plan):
+    if not run_to_end(plan):
         if not plan.main_process:  # the main one speaks for all
             sys.exit(130)
         from sbrush.storage.checkpoint import paths, step_of

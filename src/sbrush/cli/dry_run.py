@@ -24,7 +24,7 @@ def _shapes(request: RunRequest) -> Model:
     return load_shapes(request.teacher, config=request.teacher_config)
 
 
-def _cost(request: RunRequest, teacher: Model) -> Cost:
+def cost_of(request: RunRequest, teacher: Model) -> Cost:
     """What the run needs, derived without weights; SbrushError if its parts do not go together."""
     from sbrush.device import launched, trains_in_bf16
     from sbrush.training.cost import Monitoring, Prepared, estimate
@@ -46,7 +46,7 @@ def _cost(request: RunRequest, teacher: Model) -> Cost:
         config=request.teacher_config, alignment=request.alignment,
         prepared=Prepared(
             len(request.prompts) if request.text_cache else 0, images,
-            generated=images > 0 and request.images.folder is None and not request.images.drawn,
+            generated=images > 0 and request.images in (ImagesRequest(), ImagesRequest(cache=request.images.cache)),
             control=request.control.model if request.control else None,
         ),
         monitoring=Monitoring(request.every.grid > 0, judge),
@@ -59,7 +59,7 @@ def compare_with_free_memory(request: RunRequest) -> None:
 
     from sbrush.training.cost import GIB, smaller
 
-    expected, (free, _) = _cost(request, _shapes(request)).peak / GIB, torch.cuda.mem_get_info(request.device)
+    expected, (free, _) = cost_of(request, _shapes(request)).peak / GIB, torch.cuda.mem_get_info(request.device)
     if expected > free / GIB:
         info(
             f"note: this run expects {expected:.1f} GiB and the GPU has {free / GIB:.1f} GiB free; "
@@ -84,7 +84,7 @@ def dry_run(request: RunRequest, merged: MergedRecipe | None = None) -> None:
     )  # fmt: skip
     teacher = _shapes(request)
     runs = {folder: merged.request(request, folder) for folder in merged.parts} if merged else {"": request}
-    costs = {folder: _cost(run, teacher) for folder, run in runs.items()}
+    costs = {folder: cost_of(run, teacher) for folder, run in runs.items()}
     note_unknown_words(teacher, request.prompts.texts)
     number_format = "bfloat16" if trains_in_bf16(request.precision, request.device) else "float32"
     facts = {

@@ -27,6 +27,7 @@ METHODS = {
     "vsd": About("[SwiftBrush](https://arxiv.org/abs/2312.05239) (Variational Score Distillation)", "swiftbrush"),
     "lcm": About("[latent consistency distillation](https://arxiv.org/abs/2310.04378)", "latent-consistency"),
     "guided": About("[Guided Distillation](https://arxiv.org/abs/2210.03142)", "guided-distillation"),
+    "dreambooth": About("[DreamBooth](https://arxiv.org/abs/2208.12242)", "dreambooth"),
 }
 STATED = ("license", "license_name", "license_link", "safety_checker")  # what others say that students must say too
 BUILT_IN_TEACHER = "stickers (built in)"

@@ -117,9 +117,7 @@ def export_student(
     for name, parameter in unet.named_parameters():
         parameter.data = cast(name, parameter.data, dtype)
     with atomic_folder(folder) as partial:
-        for part, file in _copied(teacher):
-            (partial / part).mkdir(exist_ok=True)
-            _copy(part, file, partial / part / file.name, dtype)
+        copy_parts(teacher, partial, dtype)
         # Always one file: ComfyUI loads no other, and SDXL's would become two.
         unet.save_pretrained(partial / "unet", max_shard_size="100GB")
         scheduler.save_pretrained(partial / "scheduler")
@@ -128,6 +126,13 @@ def export_student(
         if obstacle(student) is None:
             write_json(partial / WORKFLOW, workflow(student))
         write_text(partial / "README.md", model_card(student))
+
+
+def copy_parts(teacher: Model, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Copies every part of a model but its UNet and its scheduler into a folder, as `dtype`, see _copy."""
+    for part, file in _copied(teacher):
+        (folder / part).mkdir(exist_ok=True)
+        _copy(part, file, folder / part / file.name, dtype)
 
 
 def _copied(teacher: Model) -> Iterator[tuple[str, Path]]:

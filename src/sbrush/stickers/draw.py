@@ -7,6 +7,7 @@ the sticker's own colour in three shades. The white border is the same drawing m
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable
 from math import cos, pi, sin
 
 from PIL import Image, ImageDraw
@@ -185,14 +186,17 @@ def mushroom(pen: Pen) -> None:
 _DRAWINGS = {f.__name__: f for f in (cat, dog, fish, bird, house, tree, car, boat, star, heart, flower, mushroom)}
 
 
-def draw(sticker: Sticker, pen: type[Pen] = Pen) -> Image.Image:
-    """The sticker's image: RGB, 64 x 64. `pen`: what draws it; style.py has another."""
+def draw(sticker: Sticker, pen: type[Pen] = Pen, *, drawing: Callable[[Pen], None] | None = None) -> Image.Image:
+    """The sticker's image: RGB, 64 x 64. `pen`: what draws it; style.py has another.
+
+    `drawing`: of a kind that the world has not, such as robot.py's; None: the sticker's own kind.
+    """
     background = BACKGROUNDS[sticker.background]
     side = IMAGE_SIZE * SUPERSAMPLE
     image = Image.new("RGB", (side, side), background)
     canvas = ImageDraw.Draw(image)
     for border in (True, False):
-        _DRAWINGS[sticker.kind](pen(canvas, sticker, border=border))
+        (drawing or _DRAWINGS[sticker.kind])(pen(canvas, sticker, border=border))
     return image.reduce(SUPERSAMPLE)
 
 

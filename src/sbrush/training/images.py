@@ -6,6 +6,8 @@ They come from one of three places:
     the teacher             its own images of the prompts, in a few dozen steps: nothing but prompts is needed
     the built-in world      stickers that are drawn to the prompts, `--images stickers`
 
+or, for `sbrush personalize`, from a few photos and the student: photos.py.
+
 Latents are kept in half precision: 32 KiB for an image of Stable Diffusion.
 """
 
@@ -26,7 +28,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from sbrush.console import SbrushError, count, info, printable
 from sbrush.device import send
-from sbrush.models.load import digest
+from sbrush.models.load import digest, load_student
 from sbrush.models.model import Model
 from sbrush.prompts import Prompts
 from sbrush.sampling.generation import teacher_latents
@@ -37,6 +39,7 @@ from sbrush.stickers.draw import draw
 from sbrush.stickers.world import parse_caption, random_sticker, stream
 from sbrush.storage.files import check_room, size_text
 from sbrush.storage.shards import Shards
+from sbrush.training.photos import PhotoSource
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ImagesRequest
 
@@ -181,6 +184,9 @@ class TrainingImages:
             images = ImageFolder.read(request.folder, column=request.column)
             # Nothing is written to a run's folder before the run holds it: see `fill`.
             source = FolderSource(images, teacher, images.digest(len(images.files), cache, remember=False))
+        elif request.photos:
+            student = load_student(request.photos.student)
+            source = PhotoSource(request.photos.files, request.photos.rows, chosen.texts, teacher, student)
         elif request.drawn:
             source = DrawnSource(teacher, chosen.texts)
         else:

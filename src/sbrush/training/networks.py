@@ -58,7 +58,8 @@ class Networks:
         helpers = self.add_helpers()
         self.trained = dict(self.student.named_parameters())
         if rank := recipe.student_rank:
-            self.trained = add_lora(base, "student", rank=rank, alpha=2 * rank, targets=STUDENT_TARGETS, seed=seed + 1)
+            targets = self.targets(recipe)
+            self.trained = add_lora(base, "student", rank=rank, alpha=2 * rank, targets=targets, seed=seed + 1)
         for unet in (base, self.student):
             attend_explicitly(unet)
             if execution.checkpointing:
@@ -74,6 +75,11 @@ class Networks:
     def layout(device: str) -> torch.memory_format:
         """The layout in which a UNet is fastest on a kind of device ("cpu", "cuda"), as measured (docs/results.md)."""
         return torch.channels_last if device == "cpu" else torch.contiguous_format
+
+    @classmethod
+    def targets(cls, recipe: Recipe) -> str:
+        """The layers that a student has which is a LoRA, see add_lora."""
+        return STUDENT_TARGETS
 
     @classmethod
     def sampling(cls, recipe: Recipe) -> Sampling:

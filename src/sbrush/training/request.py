@@ -45,6 +45,15 @@ class AlignmentRequest:
 
 
 @dataclass(frozen=True)
+class PhotosRequest:
+    """A subject's photos and its class's images, for the method dreambooth; see photos.py."""
+
+    files: tuple[Path, ...]
+    rows: int  # so many images at the beginning are the photos in turn; the student draws the others
+    student: str | None  # as load_student takes it
+
+
+@dataclass(frozen=True)
 class ImagesRequest:
     """Images for a recipe that learns from them; by default the teacher makes its own. See images.py."""
 
@@ -52,6 +61,7 @@ class ImagesRequest:
     column: str | None = None  # of a table of captions in it
     drawn: bool = False  # by the built-in world
     cache: Path | None = None  # where their latents are kept; None: in the run's folder
+    photos: PhotosRequest | None = None
 
 
 @dataclass(frozen=True)

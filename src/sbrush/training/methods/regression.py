@@ -24,7 +24,6 @@ from sbrush.core import Conditioning
 from sbrush.models.model import Model, guidance_embedding
 from sbrush.models.unet import (
     GUIDANCE_WIDTH,
-    STUDENT_TARGETS,
     add_lora,
     attend_explicitly,
     set_role,
@@ -216,7 +215,9 @@ class Regression(Networks, Method):
         base, student = (UNet2DConditionModel.from_config(teacher.unet.config, **more) for more in ({}, wide))
         trained = list(student.parameters())
         if rank := recipe.student_rank:
-            trained = list(add_lora(student, "student", rank=rank, alpha=1, targets=STUDENT_TARGETS, seed=0).values())
+            trained = list(
+                add_lora(student, "student", rank=rank, alpha=1, targets=cls.targets(recipe), seed=0).values()
+            )
         dtype = torch.bfloat16 if machine.bf16 else torch.float32
         for unet in (base, student):
             attend_explicitly(nn.Module.to(unet, dtype), machine.device)
