@@ -19,8 +19,8 @@ from sbrush.evaluate import candidates
 from sbrush.evaluate.coco import subjects
 from sbrush.evaluate.coco.protocols import PROTOCOLS
 from sbrush.evaluate.request import CocoRequest, Models
+from sbrush.models import load
 from sbrush.models.load import load_shapes, load_student, load_teacher
-from sbrush.sampling import files
 from sbrush.sampling.files import SampleRequest, sample_to_files
 from sbrush.sampling.generation import Overflow, student_images, student_latents
 from sbrush.sampling.targets import Images, Target, read_record
@@ -124,7 +124,9 @@ def test_both_kinds_of_evaluation_generate_under_the_arithmetic(
         for name in ("student_images", "teacher_images"):
             monkeypatch.setattr(module, name, images)
     arithmetic = pick_arithmetic("auto", "cuda", "eval")
-    there = SimpleNamespace(device=SimpleNamespace(type="cuda"), rungs=lambda steps: (999,))
+    there = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"), rungs=lambda steps: (999,), null_prompt="", negative=None
+    )
     monkeypatch.setattr(candidates, "digest", lambda model: "digest")
     teacher = candidates.teacher_candidate(there, 2, 3.0, arithmetic=arithmetic)  # type: ignore[arg-type]
     assert teacher.cache_key == "digest float32 with TF32 products cuda"  # other than on the CPU
@@ -158,7 +160,7 @@ def overflowing(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch):  # type: i
                 torch.nn.Module.to(one, options.get("dtype", torch.float32))  # type: ignore[arg-type]
             return model
 
-        monkeypatch.setattr("sbrush.sampling.files.load_student", scaled)
+        monkeypatch.setattr("sbrush.models.load.load_student", scaled)
 
     return load
 
@@ -168,7 +170,7 @@ def test_sample_draws_in_float32_where_float16_overflows(overflowing, part, tmp_
     overflowing(part)
     for dtype in (torch.float16, torch.float32):
         target = Target(tmp_path / f"{dtype}.png")
-        list(sample_to_files(SampleRequest(Images(["a cat"], [3]), target, dtype=dtype)))
+        list(sample_to_files(SampleRequest(Images(["a cat"], [3]), target, dtype=dtype, runtime="torch")))
         overflows = "overflows in float16; it draws in float32" in capsys.readouterr().err
         assert overflows == (dtype == torch.float16)
         assert (read_record(tmp_path / f"{dtype}.png") or {})["precision"] == "float32"
@@ -179,8 +181,8 @@ def test_sample_draws_in_float32_where_float16_overflows(overflowing, part, tmp_
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_elsewhere_an_overflow_is_an_error_and_no_black_image(overflowing, part) -> None:  # type: ignore[no-untyped-def]
     overflowing(part)
-    student = files.load_student(None, dtype=torch.float16)
+    student = load.load_student(None, dtype=torch.float16)
     with pytest.raises(Overflow, match="overflow") as problem:
         list(student_images(student, ["a cat"], [1]))
     assert "--precision float32" in problem.value.hint
-    assert len(list(student_images(files.load_student(None, dtype=torch.float32), ["a cat"], [1]))) == 1
+    assert len(list(student_images(load.load_student(None, dtype=torch.float32), ["a cat"], [1]))) == 1

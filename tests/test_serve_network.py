@@ -115,6 +115,7 @@ def test_a_client_that_does_not_read(artist, monkeypatch):
 def test_a_client_that_goes_away_drops_its_work(artist):
     with listening(artist, capacity=Capacity(batch=1)) as (address, service):
         artist.gate.clear()
+        artist.batches.clear()  # of the warming up, and of other tests
         host, port = address.removeprefix("http://").rstrip("/").split(":")
         clients = [socket.create_connection((host, int(port))) for _ in range(3)]
         for number, client in enumerate(clients):
@@ -135,6 +136,7 @@ def test_a_client_that_goes_away_drops_its_work(artist):
 def test_a_full_queue_says_when_to_try_again(artist):
     with listening(artist, capacity=Capacity(batch=1, waiting=1)) as (address, service), httpx2.Client() as client:
         artist.gate.clear()
+        artist.batches.clear()  # of the warming up, and of other tests
         threads = []
         for waiting in (0, 1):
             threads.append(threading.Thread(target=raw, args=(address, post(None, b"Connection: close"))))
@@ -153,6 +155,7 @@ def test_a_full_queue_says_when_to_try_again(artist):
 def test_a_newer_keystroke_replaces_what_waits(artist):
     with listening(artist, capacity=Capacity(batch=1)) as (address, service):
         artist.gate.clear()
+        artist.batches.clear()  # of the warming up, and of other tests
         answers = {}
 
         def ask(turn):

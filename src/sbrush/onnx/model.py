@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sbrush.console import SbrushError, count, printable
+from sbrush.console import SbrushError, printable
 from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.models.latents import for_decoder, to_images
 from sbrush.models.parts import part_files, read_json
@@ -110,8 +110,12 @@ class OnnxModel:
         """As Model.rungs."""
         rungs = self.facts.rungs.get(steps or self.facts.trained)
         if rungs is None:
-            able = ", ".join(map(str, self.facts.rungs))
-            raise SbrushError(f"this student does not take {count(steps or 0, 'step')}", f"--steps {able}", code=2)
+            taken = " or ".join(map(str, self.facts.rungs))
+            raise SbrushError(
+                f"this student takes {taken} step{'s' * (taken != '1')}, not {steps}",
+                "leave out --steps, or train one of several: sbrush distill --student-steps 4",
+                code=2,
+            )
         return rungs
 
     def token_ids(self, texts: Sequence[str]) -> Tensor:
