@@ -22,8 +22,8 @@ STRANGE = ["an astronaut riding a red horse", "a small cat"]
 def grid_prompts(count):
     request = RunRequest(RECIPES["swiftbrush"], make_prompts([f"prompt {i}" for i in range(count)], "x"), Path("run"))
     config = make_config(
-        request, sampling=VSD.sampling(request.recipe), images=None, teacher_sha256="", init_sha256=None, control_sha256=None, clip=None,
-        bf16=False,
+        request, sampling=VSD.sampling(request.recipe), images=None, teacher_sha256="", init_sha256=None,
+        control_sha256=None, clip=None, bf16=False,
     )  # fmt: skip
     return [int(prompt.split()[1]) for prompt in config["grid_prompts"]]
 
