@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from safetensors import SafetensorError, safe_open
 
 from sbrush.console import SbrushError, printable
@@ -36,6 +37,9 @@ def open_graph(file: Path, weights: Mapping[str, np.ndarray] | None = None) -> o
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = QUIET
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait by spinning take the cores from torch's, and from whoever else works here.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in (weights or {}).values()]
     try:
         if weights:
