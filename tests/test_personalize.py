@@ -206,6 +206,8 @@ def test_a_bad_photo_is_named(tmp_path, photos, monkeypatch):
     assert done.stderr.count("error:") == done.stderr.count("hint:") == 1 and not (tmp_path / "run").exists()
     done = sbrush("personalize", photos / "0.png", photos / "1.png", photos / "gone.png", *ASKED)
     assert done.returncode == 1 and "gone.png" in done.stderr and "No such file" in done.stderr
+    done = sbrush("personalize", photos / "no-such-folder", *ASKED)
+    assert done.returncode == 1 and "no-such-folder" in done.stderr and "No such file" in done.stderr
 
     opened = Path.open
 

@@ -96,7 +96,7 @@ def serve(
 ) -> None:
     """Serve a page where the image follows the typing, and the OpenAI and AUTOMATIC1111 image APIs.
 
-    With --runtime auto, torch draws, but for students that were exported to onnx: it is quicker at batches.
+    With --runtime auto, torch draws, for it alone takes negative prompts; onnx draws for students exported to it.
 
     Prints the page's address when it is ready. Nothing is loaded from elsewhere, and nothing leaves the machine.
     """

@@ -25,6 +25,7 @@ def find_photos(places: Iterable[Path]) -> tuple[Path, ...]:
     for place in places:
         check_name(place)
         try:
+            place.stat()  # what is not there is no photo: "too few" would be beside the point
             files += _in_folder(place) if place.is_dir() else [place]
         except OSError as problem:
             raise SbrushError(
