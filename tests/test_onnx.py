@@ -93,6 +93,13 @@ def test_the_graphs_are_those_of_the_networks_of_today(tmp_path):
         find(str(folder))
 
 
+def test_weights_tell_students_apart(tmp_path):
+    folder = shutil.copytree(BUILT_IN / "teacher", tmp_path / "student")
+    shutil.copyfile(BUILT_IN / "student" / "sbrush.json", folder / "sbrush.json")
+    shutil.copytree(BUILT_IN / "student" / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    assert find(str(folder)).fingerprint != find(None).fingerprint  # the teacher's UNet in the student's place
+
+
 def test_who_draws_is_part_of_the_record_and_torch_can_be_asked_for(tmp_path):
     drawn = {}
     for runtime in ("onnx", "torch", "auto"):
