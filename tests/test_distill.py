@@ -288,10 +288,9 @@ def test_the_lora_teacher_may_learn_alone_at_first(tiny_teacher):
         ]
         return moved, metrics["student_grad"] > 0
 
-    assert [changed(step) for step in (1, 2, 3)] == [
-        ([False, True], False), ([False, True], False), ([True, True], True)
-    ]  # fmt: skip
-    assert not any(p.grad is not None and p.grad.any() for p in ours.trained.values())
+    assert [changed(step) for step in (1, 2)] == [([False, True], False)] * 2
+    assert all(p.grad is None for p in ours.trained.values())  # or the student's first update would be of three steps
+    assert changed(3) == ([True, True], True)
     assert [ours.recipe.student_lr_at(s) for s in (2, 3, 4)] == pytest.approx(
         [0, SMALL.student_lr / 2, SMALL.student_lr]
     )
