@@ -220,6 +220,9 @@ def pair_loss(x0: Tensor, teacher_x0: Tensor) -> Tensor:
 
     DMD's regression loss (arXiv 2311.18828, eq. 9), in latents and without LPIPS: it ties which noise becomes which
     image, so that no mode is lost, while the score difference makes the images sharp.
+
+    Also the anchor of a few-step student: at low noise x0' is the teacher's guess of x0 from the same x_t, its
+    posterior mean, which is then all but an image of the data.
     """
     return 0.5 * (x0.float() - teacher_x0.detach().float()).pow(2).mean()
 

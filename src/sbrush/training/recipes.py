@@ -62,6 +62,7 @@ class Recipe:
     student_steps: int = 1  # steps in which the student is to draw an image
     lora_lead: int = 0  # steps at the beginning in which the LoRA teacher alone learns, for a student from --init
     tell_rung: bool = False  # whether the LoRA teacher is told which of them its images come from, see methods/vsd.py
+    anchor_weight: float = 0.0  # of the teacher's own guess of x0, to which the steps below the first are held
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
@@ -115,6 +116,10 @@ class Recipe:
             raise ValueError("pairs tie noise to the image of one step: they go with student_steps=1")
         if self.student_steps > 1 and not self.reparameterised:
             raise ValueError("a student without re-parameterisation takes one step: it has no noise to go on with")
+        if self.anchor_weight and self.student_steps == 1:
+            raise ValueError(
+                "anchor_weight is for the steps below a student's first: it goes with student_steps above 1"
+            )
         if self.lora_lead and (self.gap == "sds" or self.lora_lead >= self.steps):
             raise ValueError("lora_lead needs a LoRA teacher, and leaves steps for the student")
         if self.guidance_to is not None and self.guidance_to < self.guidance:
@@ -151,7 +156,8 @@ class Recipe:
 
     def student_lr_at(self, step: int) -> float:
         """The student's learning rate in a step, counted from 1."""
-        risen = max(0, step - self.lora_lead) / max(1, self.warmup)
+        lead = 0 if self.anchor_weight else self.lora_lead  # with an anchor the student learns from the first step on
+        risen = max(0, step - lead) / max(1, self.warmup)
         return self.student_lr * min(risen, self._falling(step))
 
     def lora_lr_at(self, step: int) -> float:

@@ -39,13 +39,16 @@ def forwards(recipe: Recipe) -> float:
     """What an update costs for each image, in UNet forwards; a backward counts as two, through a LoRA as one.
 
     Student 3, or as a LoRA 2, and of several steps half of those before its last. Teacher's score 2 with guidance, LoRA
-    teacher's score likewise if guided, its own update 2; and the teacher's steps for some images.
+    teacher's score likewise if guided, its own update 2; the teacher's guess 2 at all of a student's steps but its
+    first; and the teacher's steps for some images.
     """
     teacher = 1 if recipe.guidance == 1 and recipe.guidance_to is None else 2
     paired = (
         recipe.pair_share * recipe.pairs / recipe.batch * recipe.pair_steps * (1 if recipe.pair_guidance == 1 else 2)
     )
     student = (2 if recipe.student_rank else 3) + (recipe.student_steps - 1) / 2
+    if recipe.anchor_weight:
+        student += teacher * (1 - 1 / recipe.student_steps)
     if recipe.gap == "sds":
         return student + teacher + paired
     score = teacher if recipe.guide_lora else 0 if recipe.shared_forward else 1

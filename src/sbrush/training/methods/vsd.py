@@ -62,6 +62,7 @@ class VSD(Networks, Method):
         "student_loss",
         "lora_loss",
         "pair_loss",
+        "anchor_loss",  # at the student's steps below its first
         "clip_cosine",  # of the student's images and their prompts, while the clamped CLIP loss is on
         "x0_mean",  # of the student's latents
         "x0_std",
@@ -178,7 +179,7 @@ class VSD(Networks, Method):
                     self._backward(micro.lora_loss, "lora_teacher")
             micro_batches.append(micro)
         student_grad = lora_grad = torch.zeros((), device=schedule.alpha.device)
-        if step > recipe.lora_lead:
+        if self._learns(step, micro_batches[-1].rung):
             student_grad = self.apply(self.student_optimizer, self.trained)
         self.ema.update(step)
 
@@ -233,8 +234,7 @@ class VSD(Networks, Method):
         set_role(self.student, "student")
         rung = draw.index(len(self._rungs)) if len(self._rungs) > 1 else 0
         z, t_init = self._go_down(z, rung, draw, cond)
-        learns = step > recipe.lora_lead
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(self._learns(step, rung)):
             output = self._as_student(z, t_init, cond)
         x0 = core.student_x0(
             output.float(), z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised
@@ -242,9 +242,7 @@ class VSD(Networks, Method):
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
         x_t = core.add_noise(x0.detach(), noise, t, schedule)
-        scale: float | Tensor = recipe.guidance
-        if recipe.guidance_to is not None:
-            scale = draw.uniform(recipe.guidance, recipe.guidance_to)
+        drawn_scale = scale = self._guidance(draw)
         if recipe.guidance_high is not None:
             scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
         eps_teacher = self._score("teacher", x_t, t, (cond, null), scale)
@@ -262,27 +260,41 @@ class VSD(Networks, Method):
             gap = core.dmd_gap(eps_teacher, eps_lora, noise)
         else:
             gap = core.vsd_gap(eps_teacher, eps_lora, t, schedule)
-        student_loss = core.vsd_loss(x0, gap)
-        pair_loss = torch.zeros((), device=x0.device)
+        student_loss = core.vsd_loss(x0, gap) if step > recipe.lora_lead else torch.zeros((), device=x0.device)
+        pair_loss = anchor_loss = torch.zeros((), device=x0.device)
         paired = slice(-indices.start % self._pair_every, None, self._pair_every)
         if recipe.pairs and len(z[paired]) and step <= recipe.pair_share * recipe.steps:
             conditioning = {name: value[paired] for name, value in cond.items()}
             pair_loss = core.pair_loss(x0[paired], self._teacher_images(z[paired], conditioning))
             student_loss = student_loss + recipe.pair_weight * len(z[paired]) / len(z) * pair_loss
+        if recipe.anchor_weight and rung > 0:
+            guess = self._score("teacher", z, t_init, (cond, self._null_of(cond)), drawn_scale)
+            anchor_loss = core.pair_loss(x0, core.to_x0(guess, z, t_init, schedule, "epsilon"))
+            student_loss = student_loss + recipe.anchor_weight * anchor_loss
         extra = {}
         if self.alignment and (weight := recipe.clip_weight_at(step)):
             with self.accelerator.autocast():
                 cosine = self.alignment.cosines(x0, texts)
             student_loss = student_loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
             extra["clip_cosine"] = cosine.detach().mean()
-        if learns:
+        if student_loss.requires_grad:
             self._backward(student_loss, "student")
         metrics = {
             "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
+            "anchor_loss": anchor_loss.detach(),
         }  # fmt: skip
         return MicroBatch(
             draw, rung, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss
         )
+
+    def _learns(self, step: int, rung: int) -> bool:
+        """Whether the student learns in a step: while the LoRA teacher leads, from the anchor alone."""
+        return step > self.recipe.lora_lead or (self.recipe.anchor_weight > 0 and rung > 0)
+
+    def _guidance(self, draw: StepNoise) -> float | Tensor:
+        """The guidance scale of a step."""
+        low, high = self.recipe.guidance, self.recipe.guidance_to
+        return low if high is None else draw.uniform(low, high)
 
     def _average_rung_tokens(self) -> None:
         """Makes their gradient that of all processes: they are no part of the module that accelerate has wrapped."""
