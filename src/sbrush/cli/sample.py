@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +46,7 @@ from sbrush.cli.negative import (
 )
 from sbrush.cli.seeds import parse_seeds
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
-from sbrush.models.lora_request import LoraRequest, parse_loras
+from sbrush.models.lora_request import parse_loras
 from sbrush.sampling.targets import Images, Target, find_records
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ EDIT = "Starting from an image (students of several steps)"
 STRENGTH = 0.6
 FIRST = "a small red cat"  # by which an interactive session's student is tried, unless there is a prompt
 EXAMPLE = 'Example: sbrush sample "a small red cat" "a big blue fish" --seed 1-8 -o animals.png'
+OF_STUDENT = ("student", "start_timestep", "steps", "lora", "negative", "negative_method", "negative_scale")
+KEPT = {  # by the next command: the flags of this one that it is to have too
+    "eval": OF_STUDENT,
+    "sample": (
+        *OF_STUDENT, "guidance", "image", "strength", "mask", "control", "control_image", "control_scale",
+        "control_prep",
+    ),
+}  # fmt: skip
 FOR_COMPARISON = ("teacher", "teacher_config", "teacher_steps", "teacher_guidance")
 
 
@@ -252,7 +260,7 @@ def sample(
     elif target.path and not target.folder:
         console.out(target.path)
     if target.path:
-        info(_next(texts, student, loras, compare))
+        info(_next(context, texts, compare=compare))
 
 
 def _read_prompts(prompts: list[str], file: Path | None, column: str | None) -> list[str]:
@@ -329,10 +337,14 @@ def _check_stdout(target: Target, json_: bool) -> None:
         )
 
 
-def _next(texts: list[str], student: str | None, loras: Sequence[LoraRequest], compare: bool) -> str:
-    """What to try next."""
-    named = ["--student", student] if student else []
-    named += [part for lora in loras for part in ("--lora", lora.text)]
-    if len(texts) == 1 and not compare:
-        return f"next: {printable(shlex.join(['sbrush', 'sample', texts[0], '--seed', '1-8', '--compare', *named]))}"
-    return f"next: {printable(shlex.join(['sbrush', 'eval', *named]))}"
+def _next(context: typer.Context, texts: list[str], *, compare: bool) -> str:
+    """What to try next: the same student with the same of KEPT, as far as that command has them."""
+    command = ["sbrush", "eval"] if compare or len(texts) > 1 else ["sbrush", "sample", texts[0], "--seed", "1-8"]
+    for name in KEPT[command[1]]:
+        value, flag = context.params[name], f"--{name.replace('_', '-')}"
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            for one in value if isinstance(value, list | tuple) else [value]:
+                command += [flag, f"{one}"]
+    if command[1] == "sample" and context.params["image"] is None:
+        command.append("--compare")
+    return f"next: {printable(shlex.join(command))}"
