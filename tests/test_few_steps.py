@@ -224,21 +224,25 @@ def test_a_training_step_takes_one_rung_of_its_own_random_numbers_for_the_whole_
     assert taken == expected and set(taken) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_anchor_is_the_teachers_own_guess_from_what_the_student_sees(tiny_teacher, monkeypatch, guidance):
-    """While the LoRA teacher leads, the student learns from it alone: not at its first step, which has none.
-
-    A student that is the teacher still is exactly what its guess without guidance would have it be.
-    """
+def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_student_sees(tiny_teacher, monkeypatch):
+    """While the LoRA teacher leads, the student learns from it alone."""
     from accelerate import Accelerator
 
     from sbrush.prompts import ShuffledPrompts, make_prompts
 
     recipe = dataclasses.replace(
         RECIPES["swiftbrush"], batch=4, student_steps=4, lora_rank=2, lora_alpha=2, steps=30, lora_lead=20,
-        guidance=guidance, guide_lora=False, anchor_weight=2.0, student_lr=1e-3,
+        guidance=3.0, guide_lora=False, anchor_weight=2.0, student_lr=1e-3,
     )  # fmt: skip
-    made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True))
+
+    def student():
+        model = load_teacher(str(tiny_teacher))
+        torch.manual_seed(1)
+        for parameter in model.unet.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        return model
+
+    made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True), init=student())
     seen, predict = [], type(made.teacher).predict
 
     def watch(self, network, x_t, t, conditioning):
@@ -247,33 +251,28 @@ def test_the_anchor_is_the_teachers_own_guess_from_what_the_student_sees(tiny_te
         return predict(self, network, x_t, t, conditioning)
 
     monkeypatch.setattr(type(made.teacher), "predict", watch)
-    prompts, steps = ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 3), {}
-    for step in range(1, 20):
-        steps.setdefault(StepNoise(3, step, range(4), torch.device("cpu")).index(4), step)
-    before = [p.detach().clone() for p in made.trained.values()]
-    first = made.step(steps.pop(0), prompts)
-    assert first["anchor_loss"] == 0 and first["student_grad"] == 0 and not seen
-    assert all(torch.equal(p, b) for p, b in zip(made.trained.values(), before, strict=True))
-    plain = load_teacher(str(tiny_teacher))
-    for step in steps.values():
+    prompts = ShuffledPrompts(make_prompts(["a cat", "a dog"], "two"), 3)
+    before, plain, taken = student(), load_teacher(str(tiny_teacher)), []
+
+    @torch.no_grad()
+    def x0_by_hand(model, guidance, x_t, t, cond):
+        """Guided in terms of the network's output, to which x0 is linear."""
+        null = {name: value.expand_as(cond[name]) for name, value in model.null().items()}
+        outputs = [model.predict(model.unet, x_t, t, each).float() for each in (null, cond)]
+        output = outputs[0] + guidance * (outputs[1] - outputs[0])
+        alpha, sigma = (value.view(-1, 1, 1, 1) for value in model.schedule.at(t))
+        return (x_t - sigma * output) / alpha if model.prediction == "epsilon" else alpha * x_t - sigma * output
+
+    for step in range(1, 9):
         metrics = made.step(step, prompts)
         x_t, t, cond = seen.pop()
-        with torch.no_grad():  # guidance by hand, in terms of the network's output, to which it is linear
-            null = {name: value.expand_as(cond[name]) for name, value in plain.null().items()}
-            outputs = [plain.predict(plain.unet, x_t, t, each).float() for each in (null, cond)]
-            output = outputs[0] + guidance * (outputs[1] - outputs[0])
-            alpha, sigma = (value.view(-1, 1, 1, 1) for value in plain.schedule.at(t))
-            guess = (x_t - sigma * output) / alpha if plain.prediction == "epsilon" else alpha * x_t - sigma * output
+        taken.append(rung := [999, 749, 499, 249].index(int(t[0])))
+        guess = x0_by_hand(before, 1.0, x_t, t, cond) if rung == 0 else x0_by_hand(plain, 3.0, x_t, t, cond)
         wanted = 0.5 * (metrics["x0"] - guess).pow(2).mean()
-        assert metrics["anchor_loss"] == pytest.approx(wanted.item(), rel=1e-3, abs=1e-9)
+        assert metrics["anchor_loss"] == pytest.approx(wanted.item(), rel=1e-2) and wanted > 1e-6
         assert metrics["student_loss"] == pytest.approx(2 * metrics["anchor_loss"].item())
-        assert (metrics["student_grad"] > 0) == (metrics["anchor_loss"] > 0)
-        if guidance == 1:
-            assert metrics["anchor_loss"] < 1e-9
-        else:
-            assert metrics["anchor_loss"] > 1e-8
-    moved = any(not torch.equal(p, b) for p, b in zip(made.trained.values(), before, strict=True))
-    assert moved or guidance == 1
+        assert metrics["student_grad"] > 0
+    assert set(taken) == {0, 1, 2, 3} and taken[0] > 0  # or the first step would still be what it was
 
 
 def test_the_lora_teacher_learns_a_token_of_the_rung_in_hand_and_the_teacher_is_told_nothing(tiny_teacher, monkeypatch):
@@ -340,7 +339,8 @@ def test_a_run_of_several_steps_is_exported_merged_and_drawn(tmp_path, tiny_teac
         (["--student-steps", 101], "a ladder of 101 steps does not fit into the schedule's 1000 timesteps"),
         (["--student-steps", 2, "--no-reparameterisation"], "without re-parameterisation takes one step"),
         (["--student-steps", 2, "--set", "pairs=2"], "pairs"),
-        (["--set", "anchor_weight=2"], "anchor_weight is for the steps below a student's first"),
+        (["--set", "anchor_weight=2"], "anchor_weight is for students of several steps"),
+        (["--student-steps", 2, "--set", "anchor_weight=2"], "this one starts as the teacher"),
     ],
 )
 def test_a_ladder_that_cannot_be_is_refused(tmp_path, tiny_teacher, prompt_file, flags, said):
@@ -360,4 +360,7 @@ def test_the_plan_counts_the_simulated_forwards():
     counted = [forwards(dataclasses.replace(RECIPES["stickers"], student_steps=steps)) for steps in (1, 2, 4)]
     assert counted == [7, 7.5, 8.5]
     anchored = [dataclasses.replace(RECIPES["stickers"], student_steps=steps, anchor_weight=1.0) for steps in (2, 4)]
-    assert [forwards(recipe) for recipe in anchored] == [8.5, 10]  # the teacher's guess at all steps but the first
+    assert [forwards(recipe) for recipe in anchored] == [
+        9,
+        10.25,
+    ]  # of the student before at the first, the teacher's 2

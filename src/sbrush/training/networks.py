@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -217,3 +218,10 @@ def misfit(step: int) -> SbrushError:
         f"the checkpoint after step {step} does not belong to this run's networks",
         "something else changed it; start a new run in another --out",
     )
+
+
+def frozen(network: Any, accelerator: Accelerator) -> Any:
+    """A network on the process's device, in bfloat16 where that computes."""
+    if accelerator.mixed_precision == "bf16":
+        nn.Module.to(network, torch.bfloat16)  # diffusers' own `to` warns, of nothing that concerns this
+    return network.to(accelerator.device).requires_grad_(False).eval()

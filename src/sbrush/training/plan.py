@@ -161,6 +161,12 @@ def check(recipe: Recipe, teacher: Model, execution: ExecutionOptions, *, world:
             "leave out --init, or --student-lora",
             code=2,
         )
+    if recipe.anchor_weight and not init:
+        raise SbrushError(
+            "anchor_weight holds a student's first step to what it drew before, and this one starts as the teacher",
+            "--init STUDENT, or leave out anchor_weight",
+            code=2,
+        )
     METHODS[recipe.method].check(recipe, teacher)
 
 

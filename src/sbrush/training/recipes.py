@@ -62,7 +62,8 @@ class Recipe:
     student_steps: int = 1  # steps in which the student is to draw an image
     lora_lead: int = 0  # steps at the beginning in which the LoRA teacher alone learns, for a student from --init
     tell_rung: bool = False  # whether the LoRA teacher is told which of them its images come from, see methods/vsd.py
-    anchor_weight: float = 0.0  # of the teacher's own guess of x0, to which the steps below the first are held
+    # Of what the steps of a student from --init are held to: the first to its image before, others to the teacher's x0.
+    anchor_weight: float = 0.0
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line

@@ -31,7 +31,8 @@ def rehearse(
     again = 1 + recipe.lora_updates * (recipe.gap != "sds") if execution.checkpointing else 0
     return Rehearsal(
         trained, {"LoRA teacher": lora}, working, flops, forwards(recipe) + again + bool(teacher.controls), aligned,
-        frozen=_beside(teacher, base), largest_block=_largest_block(student) if owners > 1 else 0,
+        frozen=_beside(teacher, base, anchored=recipe.anchor_weight > 0),
+        largest_block=_largest_block(student) if owners > 1 else 0,
     )  # fmt: skip
 
 
@@ -39,8 +40,8 @@ def forwards(recipe: Recipe) -> float:
     """What an update costs for each image, in UNet forwards; a backward counts as two, through a LoRA as one.
 
     Student 3, or as a LoRA 2, and of several steps half of those before its last. Teacher's score 2 with guidance, LoRA
-    teacher's score likewise if guided, its own update 2; the teacher's guess 2 at all of a student's steps but its
-    first; and the teacher's steps for some images.
+    teacher's score likewise if guided, its own update 2; what a step is held to 2, or 1 for the first; and the
+    teacher's steps for some images.
     """
     teacher = 1 if recipe.guidance == 1 and recipe.guidance_to is None else 2
     paired = (
@@ -48,23 +49,24 @@ def forwards(recipe: Recipe) -> float:
     )
     student = (2 if recipe.student_rank else 3) + (recipe.student_steps - 1) / 2
     if recipe.anchor_weight:
-        student += teacher * (1 - 1 / recipe.student_steps)
+        student += (1 + teacher * (recipe.student_steps - 1)) / recipe.student_steps
     if recipe.gap == "sds":
         return student + teacher + paired
     score = teacher if recipe.guide_lora else 0 if recipe.shared_forward else 1
     return student + teacher + score + 2 * recipe.lora_updates + paired
 
 
-def _beside(teacher: Model, base: nn.Module) -> dict[str, int]:
-    """Bytes of what a training with ControlNets holds besides: those, and the student that draws their images."""
-    if not teacher.controls:
-        return {}
+def _beside(teacher: Model, base: nn.Module, *, anchored: bool) -> dict[str, int]:
+    """Bytes of other networks that a training holds: ControlNets, and the student to start from as it was."""
 
     def size(network: nn.Module) -> int:
         return sum(p.numel() * p.element_size() for p in network.parameters() if not p.requires_grad)
 
     controls = sum(size(control.network.requires_grad_(False)) for control in teacher.controls)
-    return {"ControlNet, frozen": controls, "student that draws control images, frozen": size(base)}
+    held = {"ControlNet, frozen": controls} if teacher.controls else {}
+    if teacher.controls or anchored:  # it draws the control images, or what the first step is held to
+        held["student to start from, frozen"] = size(base)
+    return held
 
 
 def _networks(

@@ -20,13 +20,14 @@ from sbrush.models.unet import attend_explicitly
 from sbrush.noise import StepNoise
 from sbrush.sampling.control import as_control
 from sbrush.sampling.preprocess import PREPROCESSORS
+from sbrush.training.networks import frozen
 
 
 def prepare_controls(teacher: Model, accelerator: Accelerator) -> Model:
     """A teacher whose ControlNets are on the process's device and compute under its autocast, frozen."""
     prepared = []
     for control in teacher.controls:
-        network: Any = Autocast(_frozen(control.network, accelerator), accelerator)
+        network: Any = Autocast(frozen(control.network, accelerator), accelerator)
         prepared.append(replace(control, network=network))
     return replace(teacher, controls=tuple(prepared))
 
@@ -47,18 +48,11 @@ class Autocast(nn.Module):
             return self.network(*arguments, **names)
 
 
-def _frozen(network: Any, accelerator: Accelerator) -> Any:
-    """A network on the process's device, in bfloat16 where that computes."""
-    if accelerator.mixed_precision == "bf16":
-        nn.Module.to(network, torch.bfloat16)  # diffusers' own `to` warns, of nothing that concerns this
-    return network.to(accelerator.device).requires_grad_(False).eval()
-
-
 class ControlImages:
     """Draws the control images of a batch: those of `source`, a frozen student, without any control."""
 
     def __init__(self, source: Model, teacher: Model, accelerator: Accelerator) -> None:
-        attend_explicitly(_frozen(source.unet, accelerator))
+        attend_explicitly(frozen(source.unet, accelerator))
         self._source, self._decoder, self._accelerator = source, teacher, accelerator
         self._preps = [PREPROCESSORS[control.prep] for control in teacher.controls]
 
