@@ -118,9 +118,7 @@ class Recipe:
         if self.student_steps > 1 and not self.reparameterised:
             raise ValueError("a student without re-parameterisation takes one step: it has no noise to go on with")
         if self.anchor_weight and self.student_steps == 1:
-            raise ValueError(
-                "anchor_weight is for the steps below a student's first: it goes with student_steps above 1"
-            )
+            raise ValueError("anchor_weight is for students of several steps")
         if self.lora_lead and (self.gap == "sds" or self.lora_lead >= self.steps):
             raise ValueError("lora_lead needs a LoRA teacher, and leaves steps for the student")
         if self.guidance_to is not None and self.guidance_to < self.guidance:
