@@ -179,7 +179,10 @@ def plan(row: Row, budget: Budget, seeds: Iterable[int], work: Path, *, steps: i
 
 
 def _is_student_of(run: Path, recipe: Recipe) -> bool:
+    """Whether a run's student is of such a recipe; a setting that is newer than the student had its default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
     try:
-        return bool(read_json(run / "student" / "sbrush.json")["recipe"] == dataclasses.asdict(recipe))
-    except (OSError, ValueError, KeyError):
+        made_by = defaults | read_json(run / "student" / "sbrush.json")["recipe"]
+        return bool(made_by == dataclasses.asdict(recipe))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
