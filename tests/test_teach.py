@@ -55,6 +55,24 @@ def test_the_lora_of_a_style_is_trained_on_the_shipped_teacher_and_fits_student_
         assert changed and all("attentions" in name for name in changed)
 
 
+def test_a_controlnet_is_adapted_to_a_student_that_stays(tmp_path):
+    """Each step of noise has unit variance, from the student's own to another."""
+    from sbrush.models.load import load_student
+    from sbrush.models.load_control import load_control
+    from sbrush.training.world import control
+
+    z, fresh = torch.randn(2, 4, 100, 100).unbind()
+    for share in (0.0, 0.3, 1.0):
+        between = control.mixed(z, fresh, torch.tensor(share))
+        assert between.std() == pytest.approx(1, abs=0.02)
+        assert (z * between).mean() == pytest.approx((1 - share**2) ** 0.5, abs=0.02)
+    control.adapt(tmp_path, steps=2, batch=2, threads=0)
+    student = load_student()
+    adapted, before = (load_control(name, student).state_dict() for name in (str(tmp_path / "adapted"), "outline"))
+    change = [(value - before[name].float()).abs().max() for name, value in adapted.items()]
+    assert max(change) > 0 and all(c < 1e-3 for c in change)
+
+
 def test_the_controlnet_is_trained_beside_the_teacher_and_shipped(tmp_path, monkeypatch):
     from diffusers import ControlNetModel
 

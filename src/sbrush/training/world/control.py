@@ -2,6 +2,7 @@
 
     python -m sbrush.training.world.control train   beside the frozen teacher
     python -m sbrush.training.world.control ship    as it comes with sbrush, in float16
+    python -m sbrush.training.world.control adapt   and adapted to a one-step student, which does not come with sbrush
 
 Seeded and checkpointed as teach.py. It learns on images that are drawn, the outlines being those that the preprocessor
 finds in them.
@@ -9,6 +10,7 @@ finds in them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,10 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sbrush.console import info, progress
-from sbrush.models.load import BUILT_IN, load_teacher
+from sbrush.core import Conditioning, student_x0
+from sbrush.models.control import ControlNet
+from sbrush.models.load import BUILT_IN, load_student, load_teacher
+from sbrush.models.load_control import load_control
 from sbrush.models.model import Model
 from sbrush.models.unet import attend_explicitly
+from sbrush.sampling.control import as_control
 from sbrush.sampling.preprocess import outline
+from sbrush.stickers.world import all_captions
 from sbrush.storage.files import atomic_write, follow_umask
 from sbrush.training.ema import EMA
 from sbrush.training.world import teach
@@ -30,6 +37,7 @@ from sbrush.training.world import teach
 IMAGES = 10_000  # of those that the teacher has seen
 HINT = (16, 32, 64)  # channels of the layers that take an image of 64 pixels to latents of 16
 CHUNK = 250
+LEVELS = 8  # of noise, from the student's own to other noise
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 
@@ -93,6 +101,62 @@ def ship(work: teach.Work = teach.WORK, to: Path = BUILT_IN) -> None:
     net.register_to_config(_name_or_path="")
     net.half().save_pretrained(to / "control" / "outline")
     follow_umask(to)
+
+
+@app.command()
+def adapt(
+    work: teach.Work = teach.WORK,
+    student: str | None = None,
+    control: str = "outline",
+    steps: teach.Steps = 160,
+    batch: teach.Batch = 16,
+    lr: float = 1e-4,
+    threads: teach.Threads = 0,
+) -> None:
+    """A ControlNet for a student that stays as it is: noise-consistency training (arXiv 2506.19741).
+
+    Neither images nor a teacher: the student draws x = f(z), its outline is c, and the steered student f(., c) is to
+    draw x of z itself, and of noise that is mixed with z in less and less parts what it drew of the noise before.
+    """
+    device = teach._device(threads)
+    model = load_student(student, device=str(device))
+    attend_explicitly(model.unet.to(memory_format=torch.channels_last).requires_grad_(False).eval())
+    net = load_control(control, model).float().to(device, memory_format=torch.channels_last).requires_grad_(True)
+    net.set_attn_processor(AttnProcessor())
+    steered = replace(model, controls=(ControlNet(net),))
+    average = EMA(dict(net.named_parameters()), 0.98)
+    prompts = [caption.text for caption in all_captions()]
+    start = model.schedule.start(batch, model.rungs()[0]).to(device)
+
+    def drawn(by: Model, z: Tensor, cond: Conditioning) -> Tensor:
+        with teach._bf16(device):
+            output = by.predict(by.unet, z, start, cond).float()
+        return student_x0(output, z, start, by.schedule, by.prediction)
+
+    def loss(step: int, draw: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(prompts), (batch,), generator=draw).tolist()
+        z, fresh = (torch.randn(batch, *model.latent_shape, generator=draw).to(device) for _ in range(2))
+        level = torch.randint(1, LEVELS + 1, (batch, 1, 1, 1), generator=draw).to(device)
+        with torch.no_grad():
+            cond = model.encode([prompts[i] for i in chosen])
+            x = drawn(model, z, cond)
+            cond = cond | {"control": as_control(outline(model.decode(x)))[:, None].to(device)}
+            before = drawn(steered, mixed(z, fresh, (level - 1) / LEVELS), cond)
+        now = drawn(steered, mixed(z, fresh, level / LEVELS), cond)
+        return (now - before).pow(2).mean() + (drawn(steered, z, cond) - x).pow(2).mean()
+
+    teach.train(
+        "adapt", work, steps, {"net": net}, optimizer=torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95)),
+        loss_at=loss, lr=teach._warm_cosine(lr, steps, 20), average=average,
+    )  # fmt: skip
+    with average.inside():
+        net.save_pretrained(work / "adapted")
+    info(f"{work / 'adapted'} is a ControlNet for --control of sbrush sample")
+
+
+def mixed(z: Tensor, fresh: Tensor, share: Tensor) -> Tensor:
+    """Noise between two of unit variance, of unit variance too: sqrt(1 - s^2) z + s fresh, for shares s of 0 .. 1."""
+    return (1 - share.square()).sqrt() * z + share * fresh
 
 
 def _examples(work: Path, teacher: Model) -> tuple[Tensor, Tensor, Tensor]:
