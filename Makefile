@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach teach-control wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach teach-control teach-tiny-vae wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -109,7 +109,7 @@ bench-eval: $(READY)  ## `sbrush eval --coco-30k` against the baseline; SIZE=sd2
 bench-serve: $(READY)  ## `sbrush serve` under the load of 100 clients for a minute, beside the bare networks
 	$(BIN)/python -m sbrush.benchmarks.serve --clients 100 --seconds 60 $(if $(SIZE),--size $(SIZE))
 
-teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, LoRA, ControlNet, student; ARGS=lora: one of them
+teach: $(READY)  ## train the built-in world again from nothing: autoencoder, judge, teacher, LoRA, ControlNet, student, tiny VAE; ARGS=lora: one of them
 ifneq ($(ARGS),)
 	$(BIN)/python -m sbrush.training.world.teach $(ARGS)
 else
@@ -127,11 +127,18 @@ else
 	    $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed --extend 3000; } || exit 1; done
 	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
 	$(BIN)/python -m sbrush.training.world.ship student runs/shipped
+	$(BIN)/python -m sbrush.training.world.tiny_vae train
+	$(BIN)/python -m sbrush.training.world.tiny_vae ship
 endif
 
 teach-control: $(READY)  ## train the built-in world's ControlNet again, beside the shipped teacher
 	$(BIN)/python -m sbrush.training.world.control train
 	$(BIN)/python -m sbrush.training.world.control ship
+
+teach-tiny-vae: $(READY)  ## train the built-in world's tiny VAE again, from the shipped VAE and student
+	$(BIN)/python -m sbrush.training.world.tiny_vae train
+	$(BIN)/python -m sbrush.training.world.tiny_vae ship
+	$(BIN)/python -m sbrush.training.world.ship graphs
 
 wheel: $(READY)  ## build the wheel, install it into an empty environment and draw an image with it
 	rm -rf dist

@@ -15,8 +15,8 @@ from sbrush.console import SbrushError
 from sbrush.models.load import BUILT_IN, load_student, load_teacher
 from sbrush.models.tokenizers import tokenize
 from sbrush.onnx.export import export_onnx, facts_of, write_graphs
-from sbrush.onnx.graphs import open_graph
-from sbrush.onnx.model import GRAPHS, Facts, OnnxModel, find
+from sbrush.onnx.graphs import GRAPHS, open_graph
+from sbrush.onnx.model import Facts, OnnxModel, find
 from sbrush.sampling.files import SampleRequest, sample_to_files
 from sbrush.sampling.generation import student_images
 from sbrush.sampling.opening import open_student
@@ -66,13 +66,16 @@ def test_prompts_are_read_as_transformers_reads_them(built_in):
 def test_drawing_needs_neither_diffusers_nor_transformers(tmp_path):
     code = (
         "import sys; from sbrush.cli.app import main; sys.argv = ['sbrush', 'sample', 'a cat', '-o', sys.argv[1]]\n"
-        "try: main()\nexcept SystemExit: pass\n"
+        "for more in ([], ['--vae', 'tiny']):\n"
+        "    sys.argv += more\n"
+        "    try: main()\n    except SystemExit: pass\n"
         "print(sorted({'diffusers', 'transformers', 'accelerate', 'peft', 'torch._dynamo'} & sys.modules.keys()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "cat.png"], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]" and (tmp_path / "cat.png").is_file()
+    assert json.loads(Image.open(tmp_path / "cat.png").text["sbrush"])["vae"]["name"] == "tiny"
 
 
 def test_the_graphs_are_those_of_the_networks_of_today(tmp_path):
@@ -157,6 +160,19 @@ def test_an_exported_folder_has_the_parts_that_onnx_pipelines_load(tiny_onnx, tm
     (damaged / "sbrush.json").write_text("{}")
     with pytest.raises(SbrushError, match=r"no sbrush\.json that says how"):
         open_student(str(damaged))
+
+
+def test_an_exported_student_of_the_built_in_world_takes_the_tiny_vae_and_another_does_not(tiny_onnx, tmp_path):
+    folder = shutil.copytree(tiny_onnx[1], tmp_path / "student")
+    with pytest.raises(SbrushError, match="exported to ONNX with its own VAE") as refused:
+        open_student(str(folder), vae="tiny")
+    assert refused.value.code == 2
+    about = json.loads((folder / "sbrush.json").read_text())
+    (folder / "sbrush.json").write_text(json.dumps(about | {"world": "stickers"}))
+    exported, built_in = open_student(str(folder), vae="tiny"), find(None, "tiny")
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert exported.decoder == built_in.decoder and torch.equal(exported.decode(latents), built_in.decode(latents))
+    assert exported.fingerprint != open_student(str(folder)).fingerprint
 
 
 @pytest.mark.slow  # traced once more; what is shipped was made so

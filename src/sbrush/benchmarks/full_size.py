@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sbrush.console import info
@@ -77,6 +77,13 @@ def make(name: str, folder: Path, *, latent: int | None = None) -> Path:
         clip_sample=False, prediction_type="v_prediction" if name == "sd21-v" else "epsilon",
     ).save_pretrained(folder / "scheduler")  # fmt: skip
     write_json(folder / "model_index.json", (ModelXL if name == "sdxl" else Model).student_index())
+    return folder
+
+
+def make_tiny_vae(folder: Path) -> Path:
+    """The folder, with an AutoencoderTiny of TAESD's shapes."""
+    vae: Any = AutoencoderTiny()
+    vae.half().save_pretrained(folder)
     return folder
 
 

@@ -30,7 +30,10 @@ from sbrush.benchmarks.roofline import matrix_rate, seconds
 from sbrush.console import info, out, out_json
 from sbrush.device import pick_arithmetic, pick_device
 from sbrush.models.load import BUILT_IN, load_student
+from sbrush.models.load_vae import with_vae
 from sbrush.models.model import Model
+from sbrush.models.vae_source import TINY
+from sbrush.onnx.decoder import DECODER
 from sbrush.onnx.model import OnnxModel, find
 from sbrush.sampling.generation import Drawer, student_images
 
@@ -85,7 +88,7 @@ def bare(model: Drawer, batch: int) -> Callable[[], Tensor]:
         def onnx() -> Tensor:
             tokens = run("text_encoder", input_ids=ids)
             x0 = run("unet", sample=noise, timestep=t[0], encoder_hidden_states=tokens)
-            return run("vae_decoder", latent_sample=x0)
+            return run(DECODER, latent_sample=x0)
 
         return onnx
     assert isinstance(model, Model)
@@ -95,9 +98,24 @@ def bare(model: Drawer, batch: int) -> Callable[[], Tensor]:
     def networks() -> Tensor:
         model.encode([PROMPT] * batch)
         x0 = model.denoise(noise, t, encoded)
-        return model.vae.decode(x0.to(model.vae.dtype)).sample
+        return model.decoding_vae.decode(x0.to(model.decoding_vae.dtype)).sample
 
     return networks
+
+
+def decoder(model: Drawer, batch: int) -> Callable[[], Tensor]:
+    """The decoder alone, on latents that are ready."""
+    latents = torch.randn(batch, *model.latent_shape, device=model.device)
+    if isinstance(model, OnnxModel):
+        return partial(model._run, DECODER, latent_sample=latents)
+    assert isinstance(model, Model)
+    vae = model.decoding_vae
+
+    @torch.inference_mode()
+    def decoded() -> Tensor:
+        return vae.decode(latents.to(vae.dtype)).sample
+
+    return decoded
 
 
 def warm_ways(models: dict[str, Drawer], batch: int) -> dict[str, Callable[[], Any]]:
@@ -105,9 +123,10 @@ def warm_ways(models: dict[str, Drawer], batch: int) -> dict[str, Callable[[], A
     ways: dict[str, Callable[[], Any]] = {}
     prompts, seeds = [PROMPT] * batch, range(batch)
     for name, model in models.items():
+        ways[f"decoder, {name}"] = decoder(model, batch)
         ways[f"bare networks, {name}"] = bare(model, batch)
         ways[f"sbrush, {name}"] = partial(_drawn, model, prompts, seeds, batch)
-        if isinstance(model, Model):
+        if isinstance(model, Model) and model.decoder is None:
             parts = {part: getattr(model, part) for part in ("vae", "text_encoder", "tokenizer", "unet")}
             absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
             pipe = StableDiffusionPipeline(**parts, scheduler=model.sampler, **absent)
@@ -122,7 +141,7 @@ def _drawn(model: Drawer, prompts: list[str], seeds: range, batch: int) -> list[
 
 
 def flops(model: Model) -> dict[str, float]:
-    """FLOPs of an image in the UNet, all its steps, and in the decoder."""
+    """FLOPs of an image in the UNet, all its steps, and in the decoder of the model."""
     noise = torch.zeros(1, *model.latent_shape, device=model.device)
     conditioning, t = model.encode([PROMPT]), model.schedule.start(1)
     found = {}
@@ -131,7 +150,7 @@ def flops(model: Model) -> dict[str, float]:
             model.denoise(noise, t, conditioning)
         found["UNet"] = float(counter.get_total_flops()) * len(model.rungs())
         with FlopCounterMode(display=False) as counter:
-            model.vae.decode(noise.to(model.vae.dtype))
+            model.decoding_vae.decode(noise.to(model.decoding_vae.dtype))
         found["decoder"] = float(counter.get_total_flops())
     return found
 
@@ -139,6 +158,7 @@ def flops(model: Model) -> dict[str, float]:
 def main(
     student: Annotated[str | None, typer.Option(help="A student's folder; by default the built-in one.")] = None,
     size: Annotated[full_size.Size | None, typer.Option(help="Random weights of this size, in its place.")] = None,
+    vae: Annotated[str, typer.Option(help="VAE beside the student's own, as sbrush sample takes it.")] = TINY,
     turns: Annotated[int, typer.Option(help="Of each way; the fastest counts.", min=1)] = 5,
     only_warm: Annotated[bool, typer.Option("--only-warm", help="Start no processes.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
@@ -150,10 +170,13 @@ def main(
     processes: dict[str, Process] = {}
     with full_size.or_made(student, size) as source:
         model = load_student(source, device=where, dtype=arithmetic.dtype)
+        other = str(full_size.make_tiny_vae(Path(source) / "taesd")) if size and source else vae
         if not only_warm:
-            processes = _cold_ways(source, where, turns)
-        onnx = find(source) if where == "cpu" else None
-    models: dict[str, Drawer] = {"torch": model} | ({"onnxruntime": onnx} if onnx else {})
+            processes = _cold_ways(source, other, where, turns)
+        tiny = with_vae(model, other)
+        onnx = [find(source), find(source, other)] if where == "cpu" else []
+    models: dict[str, Drawer] = {"torch": model, f"torch, --vae {vae}": tiny}
+    models |= {name: one for name, one in zip(("onnxruntime", f"onnxruntime, --vae {vae}"), onnx, strict=False) if one}
     warm: dict[int, dict[str, float]] = {}
     with arithmetic.context(where):
         for batch in BATCHES:
@@ -166,27 +189,29 @@ def main(
                         taken[name].append(took)
             warm[batch] = {name: min(times) for name, times in taken.items()}
         work, rate = flops(model), matrix_rate(where, arithmetic.dtype)
+        tiny_work = flops(tiny)["decoder"]
     if json_:
         out_json(
             {
                 "student": size or model.name, "device": where, "precision": str(arithmetic),
                 "torch": torch.__version__, "seconds_a_batch": warm,
                 "cold": {name: asdict(process) for name, process in processes.items()}, "flops": work,
-                "matrix_flops_per_second": rate,
+                "vae": {"name": vae, "decoder_flops": tiny_work}, "matrix_flops_per_second": rate,
             }
         )  # fmt: skip
         return
     out(f"{size or model.name} on {where}, {arithmetic}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, count in work.items():
         out(f"{name:28} {count / 1e9:9.2f} GFLOP an image")
+    out(f"{f'decoder, --vae {vae}':28} {tiny_work / 1e9:9.2f} GFLOP an image")
     floor = sum(work.values()) / rate
     out(f"{'matrix products':28} {rate / 1e12:9.3f} TFLOP/s: {1000 * floor:.1f} ms an image at least")
     for batch, times in warm.items():
-        out(f"\nbatch {batch:<22} {'ms a batch':>12} {'images/s':>10} {'over its bare networks':>24}")
+        out(f"\nbatch {batch:<34} {'ms a batch':>12} {'images/s':>10} {'over its bare networks':>24}")
         for name, took in times.items():
-            kind = name.split(", ")[-1]
-            base = times.get(f"bare networks, {'torch' if kind == name else kind}", took)
-            out(f"{name:28} {1000 * took:12.1f} {batch / took:10.1f} {took / base:24.2f}")
+            kind = name.partition(", ")[2] or "torch"
+            base = times.get(f"bare networks, {kind}", took)
+            out(f"{name:40} {1000 * took:12.1f} {batch / took:10.1f} {took / base:24.2f}")
     if processes:
         least = processes["python, import torch"]
         out(f"\n{'cold':42} {'seconds':>8} {'CPU s':>8} {'over import torch':>18} {'peak MiB':>9}")
@@ -195,7 +220,7 @@ def main(
             out(f"{name:42} {process.seconds:8.2f} {process.cpu_seconds:8.2f} {ratio:18.2f} {process.peak_mib:9.0f}")
 
 
-def _cold_ways(source: str | None, device: str, turns: int) -> dict[str, Process]:
+def _cold_ways(source: str | None, vae: str, device: str, turns: int) -> dict[str, Process]:
     """The least CPU time of each way to an image in a process of its own."""
     base, own = (source, source) if source else (str(BUILT_IN / "teacher"), str(BUILT_IN / "student"))
     with tempfile.TemporaryDirectory() as folder:
@@ -207,6 +232,7 @@ def _cold_ways(source: str | None, device: str, turns: int) -> dict[str, Process
             "python, import torch": ("-c", "import torch"),
             "python, import of the networks' classes": ("-c", imports),
             "sbrush sample": (*sample, *named),
+            f"sbrush sample --vae {Path(vae).name}": (*sample, *named, "--vae", vae),
             "sbrush sample --runtime torch": (*sample, *named, "--runtime", "torch"),
             "plain diffusers": ("-c", DIFFUSERS, base, own, path),
         }

@@ -20,6 +20,7 @@ from sbrush.cli.flags import (
     StartFlag,
     StepsFlag,
     StudentFlag,
+    VaeFlag,
     teacher_config_option,
     teacher_option,
 )
@@ -82,6 +83,7 @@ def evaluate(
     negative_method: NegativeMethodFlag = None,
     negative_scale: NegativeScaleFlag = None,
     lora: LoraFlag = None,
+    vae: VaeFlag = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -290,7 +292,7 @@ def evaluate(
     away = read_negative_flags(negative, negative_method, negative_scale)
     loras = parse_loras(lora)
     models = Models(
-        student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance, away, loras
+        student, steps, start_timestep, teacher, teacher_config, teacher_steps, teacher_guidance, away, loras, vae
     )
     execution = Execution(device, precision.value, batch)
     if coco_30k:

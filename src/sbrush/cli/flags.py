@@ -12,6 +12,7 @@ from typer.models import OptionInfo
 
 from sbrush.console import SbrushError, printable
 from sbrush.models.source import check_source
+from sbrush.models.vae_source import local_vae
 
 MACHINE, REPORT, ELSEWHERE = (
     "Device and speed",
@@ -41,6 +42,13 @@ def check_student(source: str | None) -> str | None:
     """The same; SbrushError if there is no such student."""
     if source is not None:
         check_source(source)
+    return source
+
+
+def check_vae(source: str | None) -> str | None:
+    """The same; SbrushError if there is no such VAE."""
+    if source is not None:
+        local_vae(source)
     return source
 
 
@@ -152,6 +160,18 @@ LoraFlag = Annotated[
         "a Hub id (OWNER/NAME or OWNER/NAME/FILE), or blueprint, which comes with sbrush. A weight may follow, -10 to "
         "10, by default 1. Give it again for more. A teacher beside the student gets the same.",
         metavar="LORA[:WEIGHT]",
+        show_default=False,
+    ),
+]
+VaeFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--vae",
+        help="VAE that decodes the student's images: tiny, quick and a little less exact (TAESD, or the built-in "
+        "world's own), a folder of diffusers' AutoencoderTiny or AutoencoderKL, or a Hub id. A teacher beside the "
+        "student keeps its own. Default: the student's own.",
+        metavar="VAE",
+        callback=check_vae,
         show_default=False,
     ),
 ]

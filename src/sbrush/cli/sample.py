@@ -33,6 +33,7 @@ from sbrush.cli.flags import (
     StartFlag,
     StepsFlag,
     StudentFlag,
+    VaeFlag,
     teacher_config_option,
     teacher_option,
 )
@@ -57,7 +58,7 @@ EDIT = "Starting from an image (students of several steps)"
 STRENGTH = 0.6
 FIRST = "a small red cat"  # by which an interactive session's student is tried, unless there is a prompt
 EXAMPLE = 'Example: sbrush sample "a small red cat" "a big blue fish" --seed 1-8 -o animals.png'
-OF_STUDENT = ("student", "start_timestep", "steps", "lora", "negative", "negative_method", "negative_scale")
+OF_STUDENT = ("student", "start_timestep", "steps", "lora", "vae", "negative", "negative_method", "negative_scale")
 KEPT = {  # by the next command: the flags of this one that it is to have too
     "eval": OF_STUDENT,
     "sample": (
@@ -104,6 +105,7 @@ def sample(
     student: StudentFlag = None,
     steps: StepsFlag = None,
     lora: LoraFlag = None,
+    vae: VaeFlag = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -233,8 +235,8 @@ def sample(
 
     where = pick_device(device)
     request = SampleRequest(
-        images, target, student=student, steps=steps, start_timestep=start_timestep, loras=loras, edit=edit,
-        controls=controls, negative=away, guidance=guidance, compare=compare, teacher=teacher,
+        images, target, student=student, steps=steps, start_timestep=start_timestep, loras=loras, vae=vae,
+        edit=edit, controls=controls, negative=away, guidance=guidance, compare=compare, teacher=teacher,
         teacher_config=teacher_config, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance,
         metadata=metadata, overwrite=overwrite, batch=batch, device=where,
         dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,

@@ -16,6 +16,7 @@ from sbrush.cli.flags import (
     RuntimeFlag,
     StartFlag,
     StudentFlag,
+    VaeFlag,
 )
 from sbrush.console import info
 from sbrush.models.lora_request import parse_loras
@@ -28,6 +29,7 @@ EXAMPLE = "Example: sbrush serve --student runs/stickers"
 def serve(
     student: StudentFlag = None,
     lora: LoraFlag = None,
+    vae: VaeFlag = None,
     host: Annotated[
         str,
         typer.Option(
@@ -116,6 +118,6 @@ def serve(
         where = pick_device(device)
         request = SampleRequest(
             Images([WARM_UP], [0]), Target(None), student=student, start_timestep=start_timestep, loras=loras,
-            device=where, dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
+            vae=vae, device=where, dtype=pick_dtype(precision.value, where, "sample"), runtime=runtime.value,
         )  # fmt: skip
         run(request, sock, access, Capacity(batch, queue), log_prompts=log_prompts)

@@ -12,6 +12,7 @@ from sbrush.evaluate.report import Report
 from sbrush.evaluate.request import StickersRequest
 from sbrush.evaluate.stickers import Candidate, evaluate_stickers, pairs
 from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.load_vae import with_vae
 from sbrush.models.model import Model
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
 from sbrush.sampling.guidance import teacher_with_negative, with_negative
@@ -30,6 +31,7 @@ def evaluate(request: StickersRequest) -> Report:
         models.student, start_timestep=models.start_timestep, loras=models.loras, device=device, dtype=dtype
     )
     many = load_teacher(models.teacher, config=models.teacher_config, loras=models.loras, device=device, dtype=dtype)
+    one = with_vae(one, models.vae)
     one, many = with_negative(one, models.negative), teacher_with_negative(many, models.negative)
     scale = guidance_scale_of(many, models.teacher_guidance)
     info(
@@ -49,6 +51,8 @@ def evaluate(request: StickersRequest) -> Report:
     texts = [caption.text for caption, _ in pairs(request.limit)]
     if one.loras:
         result.protocol["loras"] = describe_loras(one)
+    if one.decoder:
+        result.protocol["vae"] = f"{one.decoder.name} (sha256 {one.decoder.sha256}) decodes the student's images"
     result.protocol["truncated_prompts"] = f"{one.truncated_prompts(texts)}"
     if one.negative:
         result.protocol.update({name: f"{value}" for name, value in one.negative.drawn_by.items()})

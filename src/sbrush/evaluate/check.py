@@ -50,6 +50,8 @@ def _check_subject(request: CocoRequest) -> None:
         raise SbrushError("--negative is for a model, and none draws here", "leave out --negative or --images", code=2)
     if models.loras and request.images:
         raise SbrushError("--lora is for a model, and --images has its images already", "leave out one of them", code=2)
+    if models.vae is not None and (models.teacher or request.images):
+        raise SbrushError("--vae is the student's, and none is measured", "leave it out, or give --student", code=2)
     if sweep and not request.weights.clip_score:
         raise SbrushError("a sweep is FID against CLIP score", "leave out --no-clip-score", code=2)
     if sweep and request.output.images is not None:

@@ -34,6 +34,7 @@ class Models:
     teacher_guidance: float | None = None  # None: the scale that its folder names, else 7.5
     negative: Negative | None = None  # the student's, and in its guidance the teacher's
     loras: tuple[LoraRequest, ...] = ()  # of student and teacher
+    vae: str | None = None  # what decodes the student's images; None: its own
 
 
 @dataclass(frozen=True)

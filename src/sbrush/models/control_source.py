@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from sbrush.console import SbrushError, printable
-from sbrush.storage.files import check_name
+from sbrush.console import SbrushError
+from sbrush.models.source import local_network
 
 BUILT_IN_CONTROLS = {"outline": Path(__file__).parent.parent / "stickers" / "weights" / "control" / "outline"}
 """ControlNets that come with sbrush, for the built-in world: name -> folder."""
@@ -19,24 +18,7 @@ def local_control(source: str) -> Path | None:
 
     A name of BUILT_IN_CONTROLS stands for that one: a folder of the same name is "./outline".
     """
-    if folder := BUILT_IN_CONTROLS.get(source):
-        return folder
-    shown = printable(source)
-    try:
-        check_name(Path(source))
-        folder = Path(source).expanduser()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise SbrushError(f"{shown} is no ControlNet: it has no config.json", HINT, code=2)
-            return folder
-        if folder.exists():
-            raise SbrushError(f"{shown} is a file, not a ControlNet's folder", HINT, code=2)
-    except (OSError, RuntimeError) as problem:  # a folder that may not be read, no such user for ~
-        why = getattr(problem, "strerror", None) or problem
-        raise SbrushError(f"cannot read {shown}: {printable(why)}", HINT, code=2) from None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise SbrushError(f"no ControlNet {shown}", HINT, code=2)
-    return None
+    return BUILT_IN_CONTROLS.get(source) or local_network(source, "ControlNet", HINT)
 
 
 def check_scale(scale: float) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
@@ -30,6 +30,7 @@ from sbrush.models.lora_request import AddedLora
 from sbrush.models.negative_attention import NegativePrompt, guided_away
 from sbrush.models.schedule import as_ddim
 from sbrush.models.tokenizers import tokenize, truncated_prompts
+from sbrush.models.vae_source import Decoder
 
 # Pixels decoded at once, two images of 512 x 512: enough for any card, and three quarters of a GiB. Of 64 a layer
 # would have 2^32 values, more than cuDNN counts.
@@ -45,7 +46,8 @@ class Model:
     `about` is its sbrush.json (empty for models made elsewhere), `index` its model_index.json; `folders` says where
     each part was read from, `sources` which other files its weights come from. A student's one step is at
     `start_timestep` (None: T), where x_t is `noise_scale` z; one of several steps has a `ladder`. `loras` are in its
-    weights, see lora.add_loras. `controls` steer the UNet where its conditioning has control images.
+    weights, see lora.add_loras. `decoder` turns latents into images in place of `vae`. `controls` steer the UNet where
+    its conditioning has control images.
 
     Away from what: a student's attention from its `negative` prompt, a teacher's guidance from its `null_prompt`.
     """
@@ -81,6 +83,7 @@ class Model:
     negative: NegativePrompt | None = None
     null_prompt: str = ""
     loras: tuple[AddedLora, ...] = ()
+    decoder: Decoder | None = None
     controls: tuple[ControlNet, ...] = ()
 
     def as_student(self, scheduler: SchedulerMixin, about: dict[str, Any]) -> Self:
@@ -107,6 +110,8 @@ class Model:
             step += (self.guidance_input,)
         if self.ladder:
             step += (self.sampler_name, self.sampler.config.get("original_inference_steps"))
+        if self.decoder:
+            step += (self.decoder.sha256,)
         whole = hashlib.sha256(repr((schedule, step)).encode())
         for network in self.networks:
             for tensor in network.state_dict().values():
@@ -175,6 +180,11 @@ class Model:
     def networks(self) -> tuple[nn.Module, ...]:
         """Every part that has weights."""
         return *(encoder for _, encoder in self.text_parts), self.vae, self.unet
+
+    @property
+    def decoding_vae(self) -> AutoencoderKL | AutoencoderTiny:
+        """The VAE that turns latents into images: its own, unless `decoder` is another."""
+        return self.decoder.network if self.decoder else self.vae
 
     @property
     def text_parts(self) -> tuple[tuple[CLIPTokenizer, PreTrainedModel], ...]:
@@ -271,11 +281,12 @@ class Model:
         Rounded as diffusers rounds; or with `truncate` cut to whole numbers, as DMD2's evaluation does. Raises
         FloatingPointError if the decoder overflows in float16.
         """
-        parts = for_decoder(self.vae, x0).to(self.vae.dtype).split(self.decoded_at_once)
+        vae = self.decoding_vae
+        parts = for_decoder(vae, x0).to(vae.dtype).split(self.decoded_at_once)
         images, finite = [], []
         for part in parts:
-            pixels = self.vae.decode(part).sample.float()
-            if self.vae.dtype == torch.float16:  # read below: here the host would wait for the device
+            pixels = vae.decode(part).sample.float()
+            if vae.dtype == torch.float16:  # read below: here the host would wait for the device
                 finite.append(pixels.isfinite().all())
             images.append(to_images(pixels, truncate=truncate))
         if finite and not torch.stack(finite).all():

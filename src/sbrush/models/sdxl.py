@@ -74,6 +74,6 @@ class ModelXL(Model):
     @torch.no_grad()
     def decode(self, x0: Tensor, *, truncate: bool = False) -> Tensor:
         """As Model.decode; an autoencoder that overflows in float16 (`force_upcast`) decodes in float32 then."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            self.vae.float()
+        if (vae := self.decoding_vae).dtype == torch.float16 and vae.config.force_upcast:
+            vae.float()
         return super().decode(x0, truncate=truncate)

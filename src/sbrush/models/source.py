@@ -48,6 +48,26 @@ def local_folder(source: str) -> Path | None:
     return None
 
 
+def local_network(source: str, what: str, hint: str) -> Path | None:
+    """The folder of a single network, `what`, that is here; None for a Hub id. SbrushError if it is neither."""
+    shown = printable(source)
+    try:
+        check_name(Path(source))
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise SbrushError(f"{shown} is no {what}: it has no config.json", hint, code=2)
+            return folder
+        if folder.exists():
+            raise SbrushError(f"{shown} is a file, not a {what}'s folder", hint, code=2)
+    except (OSError, RuntimeError) as problem:  # a folder that may not be read, no such user for ~
+        why = getattr(problem, "strerror", None) or problem
+        raise SbrushError(f"cannot read {shown}: {printable(why)}", hint, code=2) from None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise SbrushError(f"no {what} {shown}", hint, code=2)
+    return None
+
+
 def local_student(source: str) -> Path | None:
     """The folder of a student by path or run; None for a Hub id. SbrushError if it is neither."""
     folder = local_folder(source)

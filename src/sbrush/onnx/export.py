@@ -28,8 +28,10 @@ from sbrush.models.model import Model
 from sbrush.models.parts import read_json
 from sbrush.models.sdxl import ModelXL
 from sbrush.models.single_file import published_name
-from sbrush.onnx.graphs import configuration_digest
-from sbrush.onnx.model import FACTS, GRAPH, INDEX, PARTS, Facts
+from sbrush.models.vae_source import BUILT_IN_TINY
+from sbrush.onnx.decoder import DECODER, TINY_DECODER, VAE_FACTS
+from sbrush.onnx.graphs import INDEX, configuration_digest
+from sbrush.onnx.model import FACTS, GRAPH, PARTS, Facts
 from sbrush.storage.files import atomic_folder, atomic_write, write_json
 
 OPSET = 20
@@ -93,13 +95,16 @@ def export_onnx(student: Model, folder: Path) -> None:
 
 
 def write_graphs(student: Model, folder: Path) -> None:
-    """Writes the architecture of each network without its weights, PART.onnx, and graphs.json: see graphs.py."""
+    """Writes the architecture of each network without its weights, PART.onnx, and graphs.json: see graphs.py.
+
+    Of a student that decodes with the built-in tiny VAE, that one's decoder too.
+    """
     import onnx
 
     check_onnx(student)
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    for part, own in PARTS.items():
+    for part, own in (PARTS | ({TINY_DECODER: "vae"} if student.decoder else {})).items():
         proto = _trace(part, student).model_proto
         for node in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
             del node.metadata_props[:]
@@ -108,7 +113,8 @@ def write_graphs(student: Model, folder: Path) -> None:
         for whole in (proto, proto.graph):
             del whole.metadata_props[:]
         del proto.graph.value_info[:]
-        config = read_json(student.folders[own] / own / "config.json")
+        home = BUILT_IN_TINY if part == TINY_DECODER else student.folders[own] / own
+        config = read_json(home / "config.json")
         index[part] = {"configuration": configuration_digest(config), "weights": _take_weights(proto.graph, own)}
         with atomic_write(folder / f"{part}.onnx") as file:
             onnx.save(proto, file)
@@ -119,7 +125,7 @@ def facts_of(student: Model) -> Facts:
     """What drawing with a student needs to know besides its networks."""
     choices = student.ladder.choices if student.ladder else (1,)
     config = student.vae.config
-    vae = {key: config[key] for key in ("scaling_factor", "latents_mean", "latents_std") if config.get(key) is not None}
+    vae = {key: config[key] for key in VAE_FACTS if config.get(key) is not None}
     return Facts(
         student.latent_shape, student.image_size, tuple(student.scheduler.alphas_cumprod.tolist()), student.prediction,
         {steps: student.rungs(steps) for steps in choices}, len(student.rungs()), student.fresh_noise,
@@ -145,7 +151,8 @@ def _trace(part: str, student: Model) -> Any:
             },
             "out_sample",
         ),
-        "vae_decoder": (_Decoder(student.vae), {"latent_sample": latents}, "sample"),
+        DECODER: (_Decoder(student.vae), {"latent_sample": latents}, "sample"),
+        TINY_DECODER: (_Decoder(student.decoding_vae), {"latent_sample": latents}, "sample"),
     }  # fmt: skip
     network, inputs, output = traced[part]
     shapes = {name: batch if value.dim() else None for name, value in inputs.items()}

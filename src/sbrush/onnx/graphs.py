@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from sbrush.console import SbrushError, printable
 
+WEIGHTS = Path(__file__).parent.parent / "stickers" / "weights"
+GRAPHS, INDEX = WEIGHTS / "graphs", "graphs.json"
 QUIET = 3  # onnxruntime's severity of errors: it warns of operators that it does not fold
 NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version")  # in a config.json, besides what begins with "_"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +25,10 @@ from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.models.latents import for_decoder, to_images
 from sbrush.models.parts import part_files, read_json
 from sbrush.models.source import is_built_in, local_student
-from sbrush.onnx.graphs import configuration_digest, open_graph, read_weights
+from sbrush.onnx.decoder import DECODER, VAE_FACTS, GraphDecoder, find_decoder
+from sbrush.onnx.graphs import GRAPHS, INDEX, WEIGHTS, configuration_digest, open_graph, read_weights
 
-WEIGHTS = Path(__file__).parent.parent / "stickers" / "weights"
-GRAPHS, INDEX = WEIGHTS / "graphs", "graphs.json"
-PARTS = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}  # a graph's name, its part's
+PARTS = {"text_encoder": "text_encoder", "unet": "unet", DECODER: "vae"}  # a graph's name, its part's
 GRAPH = "model.onnx"
 FACTS = "onnx"  # in a sbrush.json: what an exported student's drawing needs, see Facts
 DECODED = 1 << 19  # pixels decoded at once
@@ -66,7 +65,7 @@ class Facts:
 class OnnxModel:
     """What sampling needs of a student, see sampling.generation.Drawer. Runs on the CPU in float32.
 
-    `about`: its sbrush.json. `sessions`: by the names of PARTS.
+    `about`: its sbrush.json. `sessions`: by the names of PARTS. `decoder`: the VAE that decodes, if not its own.
     """
 
     runtime: str | None = "onnx"
@@ -84,12 +83,17 @@ class OnnxModel:
         sessions: dict[str, onnxruntime.InferenceSession],
         tokenizer: Path,
         files: Iterable[Path],
+        decoder: GraphDecoder | None = None,
     ) -> None:
+        if decoder:
+            facts, sessions = replace(facts, vae=decoder.vae), sessions | {DECODER: decoder.session}
+            files = (*files, *decoder.files)
         self.name, self.about, self.facts = name, about, facts
         self.latent_shape, self.image_size, self.noise_scale = facts.latent_shape, facts.image_size, facts.noise_scale
         self.prediction, self.sampler_name = facts.prediction, facts.sampler
         self.fresh_noise, self.step_choices = facts.fresh, tuple(facts.rungs)
         self._sessions, self._files = sessions, tuple(files)
+        self.decoder = decoder.about if decoder else None
         self._tokenizer, self.longest_prompt = _read_tokenizer(tokenizer)
 
     @cached_property
@@ -143,7 +147,7 @@ class OnnxModel:
         height, width = self.image_size
         latents = for_decoder(SimpleNamespace(config=SimpleNamespace(**self.facts.vae)), x0)
         parts = latents.split(max(1, DECODED // (height * width)))
-        return torch.cat([to_images(self._run("vae_decoder", latent_sample=p), truncate=truncate) for p in parts])
+        return torch.cat([to_images(self._run(DECODER, latent_sample=p), truncate=truncate) for p in parts])
 
     def _run(self, part: str, **inputs: Tensor) -> Tensor:
         outputs = self._sessions[part].run(None, {name: value.numpy() for name, value in inputs.items()})
@@ -156,9 +160,10 @@ def is_exported(source: str | None) -> bool:
     return local is not None and (local / "unet" / GRAPH).is_file()
 
 
-def find(source: str | None) -> OnnxModel | None:
+def find(source: str | None, vae: str | None = None) -> OnnxModel | None:
     """The student `source`, as load_student takes it, if its graphs are at hand; None if it has none.
 
+    `vae`: the VAE that decodes in place of its own, as load_vae.with_vae takes it; None too if that has no graph.
     SbrushError if it has, and they are damaged.
     """
     if source is None or is_built_in(source):
@@ -169,11 +174,11 @@ def find(source: str | None) -> OnnxModel | None:
             return None
         folder, name = local, source
     if (folder / "unet" / GRAPH).is_file():
-        return _exported(folder, name)
-    return _of_the_built_in_world(folder, name)
+        return _exported(folder, name, vae)
+    return _of_the_built_in_world(folder, name, vae)
 
 
-def _exported(folder: Path, name: str) -> OnnxModel:
+def _exported(folder: Path, name: str, vae: str | None) -> OnnxModel:
     """The student in a folder that export.py wrote."""
     try:
         about = read_json(folder / "sbrush.json")
@@ -183,25 +188,32 @@ def _exported(folder: Path, name: str) -> OnnxModel:
             f"{printable(name)} has ONNX graphs and no sbrush.json that says how to draw with them",
             "export it again: sbrush export STUDENT --to onnx -o FOLDER",
         ) from problem
-    files = [folder / part / GRAPH for part in PARTS]
-    sessions = {part: open_graph(file) for part, file in zip(PARTS, files, strict=True)}
-    beside = [file for part in PARTS for file in sorted((folder / part).iterdir()) if file.is_file()]
-    return OnnxModel(name, about, facts, sessions, folder / "tokenizer", beside)
+    other = find_decoder(vae, about) if vae else None
+    if vae and other is None:
+        raise SbrushError(
+            f"{printable(name)} was exported to ONNX with its own VAE, and there is no graph of {printable(vae)}",
+            "leave out --vae, or take the student that it was exported from",
+            code=2,
+        )
+    own = [part for part in PARTS if not (other and part == DECODER)]
+    sessions = {part: open_graph(folder / part / GRAPH) for part in own}
+    files = [file for part in own for file in sorted((folder / part).iterdir()) if file.is_file()]
+    return OnnxModel(name, about, facts, sessions, folder / "tokenizer", files, other)
 
 
-def _of_the_built_in_world(folder: Path, name: str) -> OnnxModel | None:
+def _of_the_built_in_world(folder: Path, name: str, vae: str | None) -> OnnxModel | None:
     """A one-step student of the built-in architecture, with the graphs that come with sbrush; None if it is another."""
     places = {
         part: folder if (folder / part).is_dir() or folder.parent != WEIGHTS else WEIGHTS / "teacher"
         for part in (*PARTS.values(), "tokenizer", "scheduler")
     }
     try:
-        about, unet, vae = (
+        about, unet, own_vae = (
             read_json(folder / "sbrush.json"), read_json(places["unet"] / "unet" / "config.json"),
             read_json(places["vae"] / "vae" / "config.json"),
         )  # fmt: skip
         scheduler = read_json(places["scheduler"] / "scheduler" / "scheduler_config.json")
-        facts = _facts(about, unet, vae, scheduler)
+        facts = _facts(about, unet, own_vae, scheduler)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # whatever it is: loading it with torch says so
     if facts is None or not (places["tokenizer"] / "tokenizer" / "tokenizer.json").is_file():
@@ -210,13 +222,16 @@ def _of_the_built_in_world(folder: Path, name: str) -> OnnxModel | None:
     for part, own in PARTS.items():
         if configuration_digest(read_json(places[own] / own / "config.json")) != graphs[part]["configuration"]:
             return None
-    weights = {part: part_files(places[own], own)[-1] for part, own in PARTS.items()}
+    other = find_decoder(vae, about) if vae else None
+    if vae and other is None:
+        return None
+    weights = {part: part_files(places[own], own)[-1] for part, own in PARTS.items() if not (other and part == DECODER)}
     sessions = {
-        part: open_graph(GRAPHS / f"{part}.onnx", read_weights(weights[part], graphs[part]["weights"]))
-        for part in PARTS
+        part: open_graph(GRAPHS / f"{part}.onnx", read_weights(file, graphs[part]["weights"]))
+        for part, file in weights.items()
     }
     files = [*weights.values(), places["tokenizer"] / "tokenizer" / "tokenizer.json"]
-    return OnnxModel(name, about, facts, sessions, places["tokenizer"] / "tokenizer", files)
+    return OnnxModel(name, about, facts, sessions, places["tokenizer"] / "tokenizer", files, other)
 
 
 def _facts(about: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> Facts | None:
@@ -231,7 +246,7 @@ def _facts(about: dict[str, Any], unet: dict[str, Any], vae: dict[str, Any], sch
     return Facts(
         (channels, size, size), (pixels, pixels), tuple(alphas_cumprod.tolist()),
         cast(Prediction, scheduler["prediction_type"]), {1: (len(betas) - 1,)}, 1, False, "DDIMScheduler",
-        {key: vae[key] for key in ("scaling_factor", "latents_mean", "latents_std") if key in vae},
+        {key: vae[key] for key in VAE_FACTS if key in vae},
     )  # fmt: skip
 
 

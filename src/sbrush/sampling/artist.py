@@ -106,6 +106,7 @@ class Artist:
             "start_timestep": self.start_timestep,
             "steps": self.taken,
             "loras": [lora.about for lora in self.student.loras] or None,
+            "vae": self.student.decoder.about if self.student.decoder else None,
             **(self.edit.drawn_by if self.edit else {"image": None, "strength": None, "mask": None}),
             **(self.student.negative.drawn_by if self.student.negative else dict.fromkeys(NEGATIVE)),
             "control": self.steering.drawn_by if self.steering else None,

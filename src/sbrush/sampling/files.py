@@ -43,6 +43,7 @@ LARGEST_GRID = 80_000_000  # pixels; Pillow takes a file of 89 million for an at
 class SampleRequest:
     """What is to be drawn, by whom, and where it goes.
 
+    `vae`: what decodes the student's images, if not its own VAE; a teacher beside it keeps its own.
     `guidance`: the scale, for a student that takes one. `teacher` None with `compare` is the one that the student
     names. `metadata`: whether an image's file says how it was drawn. `overwrite`: whether images that a folder has are
     drawn again.
@@ -54,6 +55,7 @@ class SampleRequest:
     steps: int | None = None
     start_timestep: int | None = None
     loras: tuple[LoraRequest, ...] = ()
+    vae: str | None = None
     edit: EditRequest | None = None
     negative: Negative | None = None
     guidance: float | None = None
@@ -140,8 +142,9 @@ def _load_student(request: SampleRequest) -> tuple[Drawer, torch.dtype]:
 
     def load(dtype: torch.dtype, runtime: Runtime) -> Drawer:
         student = open_student(
-            request.student, start_timestep=start, loras=request.loras, device=device, dtype=dtype, runtime=runtime
-        )
+            request.student, start_timestep=start, loras=request.loras, vae=request.vae, device=device, dtype=dtype,
+            runtime=runtime,
+        )  # fmt: skip
         if not steered:
             return student
         from sbrush.sampling.guidance import at_guidance, with_negative

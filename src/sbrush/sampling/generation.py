@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a student whose networks are ONNX graphs draws without diff
     from sbrush.models.lora_request import AddedLora
     from sbrush.models.model import Model
     from sbrush.models.negative_attention import NegativePrompt
+    from sbrush.models.vae_source import Decoder
     from sbrush.sampling.editing import Edit
 
 
@@ -51,6 +52,8 @@ class Drawer(Protocol):
     def negative(self) -> NegativePrompt | None: ...
     @property
     def loras(self) -> tuple[AddedLora, ...]: ...
+    @property
+    def decoder(self) -> Decoder | None: ...
     @property
     def fingerprint(self) -> str: ...
     @property

@@ -23,28 +23,31 @@ def open_student(
     *,
     start_timestep: int | None = None,
     loras: tuple[LoraRequest, ...] = (),
+    vae: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     runtime: Runtime = "auto",
 ) -> Drawer:
     """A student, ready to draw; see models.load.load_student.
 
-    `runtime`: "onnx" is onnxruntime, on the CPU in float32, "torch" is torch, "auto" the first that can. SbrushError if
-    there is no such student, or no graphs of it for "onnx".
+    `vae`: the VAE that decodes in place of its own, see load_vae.with_vae. `runtime`: "onnx" is onnxruntime, on the CPU
+    in float32, "torch" is torch, "auto" the first that can. SbrushError if there is no such student or VAE, or no
+    graphs of it for "onnx".
     """
     if runtime not in get_args(Runtime):
         raise SbrushError(f"no such runtime: {printable(runtime)}", "runtimes are auto, onnx and torch", code=2)
     plain = start_timestep is None and not loras and device == "cpu" and dtype == torch.float32
-    if runtime != "torch" and plain and (found := find(source)):
+    if runtime != "torch" and plain and (found := find(source, vae)):
         return found
     if runtime == "onnx":
         only = "it runs on the CPU in float32, from the scheduler's own start, without LoRAs"
-        why = "it has no ONNX graphs" if plain else only
+        why = ("there are no ONNX graphs of it with that VAE" if vae else "it has no ONNX graphs") if plain else only
         raise SbrushError(
             f"onnxruntime cannot draw with {printable(source or 'this student')}: {why}",
             "sbrush export STUDENT --to onnx -o FOLDER, or --runtime torch",
             code=2,
         )
     from sbrush.models.load import load_student
+    from sbrush.models.load_vae import with_vae
 
-    return load_student(source, start_timestep=start_timestep, loras=loras, device=device, dtype=dtype)
+    return with_vae(load_student(source, start_timestep=start_timestep, loras=loras, device=device, dtype=dtype), vae)

@@ -30,6 +30,7 @@ def load_student(
     *,
     start_timestep: int | None = None,
     loras: Iterable[str | LoraRequest] = (),
+    vae: str | None = None,
     device: str = "auto",
     precision: str = "auto",
     runtime: Runtime = "auto",
@@ -43,6 +44,9 @@ def load_student(
             scheduler says, such as 399 for DMD2's. None reads it from the scheduler.
         loras: LoRAs made for the student's teacher, added to its weights: each as `sbrush sample --lora` takes it, a
             file, a folder, a Hub id or "blueprint", with ":WEIGHT" behind it for another weight than 1.
+        vae: What decodes in place of the student's own VAE: "tiny" (TAESD, or the built-in world's own: a fraction of
+            the work, and images a little less exact), a folder of diffusers' AutoencoderTiny or AutoencoderKL, or a Hub
+            id. None is the student's own.
         device: "auto" (CUDA where there is a card, else the CPU), "cpu", "cuda" or "cuda:1".
         precision: Number format of the networks: "auto" (float16 on CUDA, float32 on the CPU), "float32", "bfloat16"
             or "float16".
@@ -53,16 +57,16 @@ def load_student(
         The student, with its weights in memory.
 
     Raises:
-        SbrushError: There is no such student, LoRA, device or precision, files are damaged, or a LoRA was made for
-            another base. `hint` says what to do.
+        SbrushError: There is no such student, LoRA, VAE, device or precision, files are damaged, or a LoRA or VAE was
+            made for another base. `hint` says what to do.
     """
     requests = parse_loras(loras)
     where = pick_device(device)
     dtype = pick_dtype(precision, where, "sample")
     model = open_student(
-        source, start_timestep=start_timestep, loras=requests, device=where, dtype=dtype, runtime=runtime
+        source, start_timestep=start_timestep, loras=requests, vae=vae, device=where, dtype=dtype, runtime=runtime
     )
-    return Student(model, source)
+    return Student(model, source, vae)
 
 
 class Student:
@@ -72,9 +76,9 @@ class Student:
     `model.device` where it runs.
     """
 
-    def __init__(self, model: Drawer, source: str | None = None) -> None:
+    def __init__(self, model: Drawer, source: str | None = None, vae: str | None = None) -> None:
         self.model = model
-        self._source = source
+        self._source, self._vae = source, vae
         self._torch = model if model.runtime is None else None  # which a negative prompt and ControlNets need
         self._controls: dict[str, Any] = {}  # those that were used, by name
 
@@ -182,7 +186,7 @@ class Student:
         """The student with torch's networks. One that onnxruntime draws is loaded again the first time."""
         if self._torch is None:
             info(f"note: {what} needs torch: loading the student again")
-            self._torch = open_student(self._source, runtime="torch")
+            self._torch = open_student(self._source, vae=self._vae, runtime="torch")
         return cast("Model", self._torch)
 
     def __repr__(self) -> str:

@@ -65,6 +65,7 @@ class Service:
             "steps": list(self.steps), "usual_steps": self.usual_steps, "longest_prompt": LONGEST_PROMPT,
             "most_images": MOST_IMAGES, "device": str(self.student.device), "precision": self.artist.precision,
             "runtime": self.student.runtime or "torch", "negative": self.takes_negative,
+            "vae": self.student.decoder.name if self.student.decoder else None,
             "loras": [lora.request.text for lora in self.student.loras],
             "built_in_world": self.student.about.get("world") == "stickers",
         }  # fmt: skip

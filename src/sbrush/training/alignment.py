@@ -11,18 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from sbrush.console import SbrushError, info, printable
 from sbrush.device import launched
 from sbrush.metrics.clip import ClipScorer
-from sbrush.models.checks import check_configuration, read_network, untrained_network
-from sbrush.models.configurations import TINY_VAE
 from sbrush.models.latents import for_decoder
+from sbrush.models.load_vae import Vae, read_vae
 from sbrush.models.model import Model
-from sbrush.models.parts import DIFFUSERS, digest_of, network_files, refuse_pointer
+from sbrush.models.parts import DIFFUSERS, digest_of, network_files
 from sbrush.stickers.judge import Judge
 from sbrush.training.request import AlignmentRequest
 
@@ -40,7 +38,7 @@ class Scorer(Protocol):
 class Alignment:
     """A decoder and a CLIP model; `name` holds their names and digests, for a run's configuration."""
 
-    def __init__(self, clip: Scorer, vae: AutoencoderKL | AutoencoderTiny, name: str) -> None:
+    def __init__(self, clip: Scorer, vae: Vae, name: str) -> None:
         self._clip, self._vae, self.name = clip, vae, name
 
     @classmethod
@@ -69,7 +67,7 @@ class Alignment:
             clip, name = loaded, f"{'open_clip' if clip_weights.is_dir() else loaded.name} {loaded.digest[:16]}"
         if tiny_vae is None:
             return cls(clip, teacher.vae, name)
-        vae = _tiny(tiny_vae, teacher, device)
+        vae = _tiny(tiny_vae, teacher).to(device).requires_grad_(False).eval()
         files = {file.name: file for file in network_files(tiny_vae, DIFFUSERS)}
         return cls(clip, vae, f"{name}, {digest_of(files)[:16]}")
 
@@ -80,7 +78,7 @@ class Alignment:
             request.clip_weights, model_name=request.clip_model
         )
         tiny_vae = request.tiny_vae
-        return cls(clip, teacher.vae if tiny_vae is None else _tiny(tiny_vae, teacher, "meta"), "shapes")
+        return cls(clip, teacher.vae if tiny_vae is None else _tiny(tiny_vae, teacher, weights=False), "shapes")
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -106,33 +104,7 @@ def _judge(teacher: Model, request: AlignmentRequest, device: str) -> Judge | No
     return Judge.load(device=device) if wanted else None
 
 
-def _tiny(folder: Path, teacher: Model, device: str) -> AutoencoderTiny:
+def _tiny(folder: Path, teacher: Model, *, weights: bool = True) -> Vae:
     """A tiny VAE; SbrushError if the folder holds none for this teacher's latents."""
-    shown = printable(folder)
     hint = "--tiny-vae takes a folder of diffusers' AutoencoderTiny: config.json and safetensors, such as TAESD's"
-    if not (folder / "config.json").is_file():
-        raise SbrushError(f"{shown} holds no tiny VAE", hint, code=2)
-    try:
-        for file in network_files(folder, DIFFUSERS, weights=device != "meta"):
-            refuse_pointer(file)
-        check_configuration(folder / "config.json", TINY_VAE, "AutoencoderTiny", shown)
-        if device == "meta":
-            with torch.device("meta"):
-                vae = untrained_network(AutoencoderTiny, folder)
-        else:
-            vae = read_network(AutoencoderTiny, folder)
-    except SbrushError:
-        raise
-    except Exception as problem:  # whatever diffusers or safetensors make of a damaged file
-        first_line = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise SbrushError(f"cannot load the tiny VAE {shown}: {printable(first_line)}", hint) from problem
-    scale = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
-    latents, size = teacher.latent_shape, teacher.image_size
-    if vae.config.latent_channels != latents[0] or (scale * latents[1], scale * latents[2]) != size:
-        raise SbrushError(
-            f"{shown} turns latents of {vae.config.latent_channels} channels into images {scale} times as wide; "
-            f"the teacher's have {latents[0]} and become {size[0] // latents[1]} times as wide",
-            "take the tiny VAE that was made for this teacher's family, or leave --tiny-vae out",
-            code=2,
-        )
-    return vae.to(device).requires_grad_(False).eval()
+    return read_vae(folder, teacher, kinds=("AutoencoderTiny",), weights=weights, hint=hint)

@@ -14,6 +14,7 @@ from sbrush.evaluate.coco.measurement import Subject
 from sbrush.evaluate.coco.protocols import Protocol
 from sbrush.evaluate.request import CocoRequest
 from sbrush.models.load import digest, load_student, load_teacher
+from sbrush.models.load_vae import with_vae
 from sbrush.models.model import Model
 from sbrush.models.places import locate_student
 from sbrush.sampling.generation import describe_steps, guidance_scale_of, student_images, teacher_images
@@ -62,11 +63,12 @@ class Generator:
         start, steps = self.request.models.start_timestep, self.request.models.steps
         loras = self.request.models.loras
         one = load_student(name, start_timestep=start, loras=loras, device=self.device, dtype=self.arithmetic.dtype)
-        one = with_negative(one, self.request.models.negative)
+        one = with_negative(with_vae(one, self.request.models.vae), self.request.models.negative)
         scale = 1 if one.guidance_input is None else one.guidance_input
         about = {"kind": "student", "sha256": digest(one), "steps": len(one.rungs(steps)), "guidance": scale}
         about |= {"start_timestep": one.start_timestep, "noise_scale": one.noise_scale}
         about |= (one.negative.drawn_by if one.negative else {}) | _loras(one)
+        about |= {"vae": one.decoder.about} if one.decoder else {}
 
         def images(texts: list[str], seeds: list[int]) -> Iterator[Tensor]:
             drawn = student_images(one, texts, seeds, steps=steps, batch=self._batch, truncate=self._truncate)

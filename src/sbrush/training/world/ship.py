@@ -23,10 +23,12 @@ from sbrush.console import info
 from sbrush.metrics.accuracy import attribute_accuracy
 from sbrush.models.card import model_card
 from sbrush.models.load import BUILT_IN, FORMAT, load_student, load_teacher
+from sbrush.models.load_vae import with_vae
 from sbrush.models.model import Model
 from sbrush.models.single_file import published_name
+from sbrush.models.vae_source import TINY
 from sbrush.onnx.export import write_graphs
-from sbrush.onnx.model import GRAPHS
+from sbrush.onnx.graphs import GRAPHS
 from sbrush.sampling.generation import teacher_images
 from sbrush.stickers import networks
 from sbrush.stickers.judge import Judge
@@ -82,7 +84,7 @@ def guidance(
 @app.command()
 def graphs(to: Annotated[Path, typer.Option(help="Where the package keeps them.")] = GRAPHS) -> None:
     """The architecture of the built-in student's networks as ONNX, with which onnxruntime draws."""
-    write_graphs(load_student(), to)
+    write_graphs(with_vae(load_student(), TINY), to)
     follow_umask(to)
 
 
