@@ -86,7 +86,7 @@ class Stub:
 
     name, image_size, about = "stub", (8, 8), {"recipe": {}}
     loras = ()
-    guidance_input, runtime, negative, fingerprint, sampler_name = None, None, None, "f" * 16, "Stub"
+    guidance_input, runtime, negative, decoder, fingerprint, sampler_name = None, None, None, None, "f" * 16, "Stub"
 
     def __init__(self, monkeypatch):
         self.alive, self.calls = weakref.WeakSet(), []
