@@ -103,7 +103,7 @@ def judge(work: Work = WORK, steps: Steps = 2200, batch: Batch = 64, lr: float =
         captions = [*single, *(_random_caption(row, f"judge/{step}", i) for i, row in enumerate(rows.tolist()))]
         tokens = _tokens(tokenizer, [c.text for c in captions]).to(device)
         x = _to_network(images[index], device)
-        x = _softened(x, draw) + _noise(x, draw)
+        x = softened(x, draw) + noise_of(x, draw)
         with _bf16(device):
             seen, said = net.encode_image(x, normalize=True), net.encode_text(tokens, normalize=True)
         logits = net.logit_scale.exp() * seen.float() @ said.float().T + bias
@@ -301,14 +301,14 @@ def _to_network(images: Tensor, device: torch.device) -> Tensor:
     return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def _softened(x: Tensor, draw: torch.Generator) -> Tensor:
+def softened(x: Tensor, draw: torch.Generator) -> Tensor:
     """Images [B, 3, 64, 64], each mixed to its own degree with itself at a lower resolution, 32 to 64 pixels."""
     size = int(torch.randint(x.shape[-1] // 2, x.shape[-1] + 1, (), generator=draw))
     soft = F.interpolate(F.interpolate(x, size, mode="bilinear", antialias=True), x.shape[-1], mode="bicubic")
     return torch.lerp(x, soft, torch.rand(len(x), 1, 1, 1, generator=draw).to(x.device))
 
 
-def _noise(x: Tensor, draw: torch.Generator) -> Tensor:
+def noise_of(x: Tensor, draw: torch.Generator) -> Tensor:
     """Noise for images in [-1, 1], of up to 0.08, each its own degree."""
     degree = 0.08 * torch.rand(len(x), 1, 1, 1, generator=draw)
     return (degree * torch.randn(x.shape, generator=draw)).to(x.device)
