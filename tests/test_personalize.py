@@ -168,7 +168,7 @@ def test_a_second_training_is_in_the_plan_if_asked_for(photos):
     done = sbrush(
         "personalize", photos, "--token", "zx", "--class", "sticker", "--dry-run", "--distill", "--steps", "50"
     )
-    assert done.returncode == 0 and "training 2 of 2: the student, by VSD, 50 steps of 16" in done.stdout
+    assert done.returncode == 0 and "training 2 of 2: the student, by VSD, 50 steps of 8" in done.stdout
 
 
 def test_cross_attention_alone_is_less(photos):

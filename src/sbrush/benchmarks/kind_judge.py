@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ WORDS = ("qv", "jx", "kz", "wq", "vj", "fq", "xk", "zj")  # of two letters, in n
 UNSEEN_WORDS = ("zx", "xv", "qj")
 FIRST_SEED, FIRST_UNSEEN_SEED = 6_000_000, 7_000_000
 SIDE = IMAGE_SIZE
+SHARES = torch.tensor([0.5 / len(KINDS)] * len(KINDS) + [0.2, 0.3])  # of what the judge learns from
 
 
 class KindJudge(nn.Module):
@@ -42,7 +43,7 @@ class KindJudge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths, layers = (3, 24, 48, 96, 96), list[nn.Module]()
-        for one, next_ in zip(widths, widths[1:], strict=False):
+        for one, next_ in pairwise(widths):
             layers += [nn.Conv2d(one, next_, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(next_), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], NONE + 1)
@@ -64,7 +65,7 @@ def train(student: Model, *, each: int = 300, steps: int = 900, batch: int = 64)
     none = torch.cat([*negatives("kind judge", each * 2, student).values()])
     images[half] = through(student, images[half])
     images, kinds = torch.cat([images, none]), torch.cat([kinds, torch.full((len(none),), NONE)])
-    shares = torch.where(kinds == NONE, 0.3 / len(none), 0.7 / (len(kinds) - len(none)))
+    shares = SHARES[kinds] / kinds.bincount()[kinds]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(1)
         net = KindJudge().to(memory_format=torch.channels_last)
@@ -164,7 +165,7 @@ def _pairs(name: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def _halves(name: str, count: int) -> Tensor:
     """Where the first of each pair is, bool [count, 1, 64, 64]: above or left of the middle that both have."""
     places, edge = torch.arange(SIDE), list[Tensor]()
-    for i, (one, _) in enumerate(islice(_stickers(name, count), count)):
+    for i, (one, _) in enumerate(_stickers(name, count)):
         along = places < (one.y if i % 2 else one.x)
         edge.append(along[:, None].expand(SIDE, SIDE) if i % 2 else along[None].expand(SIDE, SIDE))
     return torch.stack(edge)[:, None]

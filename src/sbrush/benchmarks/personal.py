@@ -6,13 +6,13 @@
 
 Measured are
 
-    robot    share of the images, of each background and size, in which a judge of 13 kinds sees a robot
+    robot    share of the images, of each background and size, in which the judge of kind_judge.py sees a robot
     asked    share in which it is a robot, and the world's judge sees the background and the size that the prompt asks
     others   share of the attributes of the world's own captions that are right, as `sbrush eval` counts them
     place    spread of where the robots are, as a share of the teacher's
 
-The judge of 13 kinds is a linear one on the features of the world's judge, which has never seen a robot. It learns from
-drawings, half of them through the autoencoder, and is measured on others.
+The judge of kinds learns what robots are, and what is no robot, before anything is measured, and is itself measured on
+drawings and negatives that it has not seen.
 """
 
 from __future__ import annotations
@@ -26,57 +26,34 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from sbrush.benchmarks.kind_judge import KNOWN, KindJudge, exam, train
 from sbrush.console import out, progress
 from sbrush.evaluate.stickers import pairs
 from sbrush.metrics.accuracy import Accuracy, accuracy
 from sbrush.metrics.diversity import centroids, spread
 from sbrush.models.load import load_student, load_teacher
-from sbrush.models.model import Model
 from sbrush.models.parts import read_json
 from sbrush.sampling.generation import guidance_scale_of, student_images, teacher_images
-from sbrush.stickers.draw import draw
 from sbrush.stickers.judge import Judge
 from sbrush.stickers.robot import KIND, draw_robot, random_robot
-from sbrush.stickers.world import ATTRIBUTES, BACKGROUNDS, KINDS, SIZES, Caption, random_sticker, stream
+from sbrush.stickers.world import ATTRIBUTES, BACKGROUNDS, SIZES, Caption
 
 FIRST_SEED, FIRST_PLACE_SEED = 4_000_000, 5_000_000
 STEPS = 25  # of the teacher
-KNOWN = (*KINDS, KIND)
 
 Draw = Callable[[Sequence[str], Sequence[int]], Iterator[Tensor]]
 """(prompts, seeds) -> images in order, in batches: uint8 [b, 3, 64, 64]."""
 
 
 @dataclass(frozen=True)
-class KindJudge:
-    """Which of KNOWN an image shows: a linear layer on the world's judge's features."""
+class Judges:
+    """The world's own, and the one that knows robots."""
 
-    judge: Judge
-    layer: nn.Linear
-
-    @classmethod
-    def train(cls, judge: Judge, vae: Model, *, each: int = 150, steps: int = 300) -> KindJudge:
-        """From `each` drawings of each kind. `vae`: a model whose autoencoder half of them go through."""
-        images, kinds = drawings("kind judge", each)
-        half = torch.arange(len(images)) % 2 == 0
-        images[half] = vae.decode(vae.encode_images(images[half]))
-        features = judge.features(images).clone()  # no tensor of inference mode can be trained on
-        torch.manual_seed(1)
-        layer = nn.Linear(judge.width, len(KNOWN))
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.03, weight_decay=0.01)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(layer(features), kinds).backward()
-            optimizer.step()
-        return cls(judge, layer.requires_grad_(False))
-
-    @torch.no_grad()
-    def kinds(self, features: Tensor) -> Tensor:
-        """Indices into KNOWN, int64 [B], of features [B, width]."""
-        return self.layer(features).argmax(dim=1)
+    world: Judge
+    kinds: KindJudge
 
 
 @dataclass(frozen=True)
@@ -101,35 +78,35 @@ def main(
 ) -> None:
     """Prints the table."""
     token = read_json(run / "config.json")["personal"]["token"]
-    judge, teacher = Judge.load(), load_teacher(str(run / "teacher"))
-    known = KindJudge.train(judge, teacher)
-    images, kinds = drawings("kind judge, unseen", 50)
-    right = known.kinds(judge.features(images)) == kinds
-    robots = right[kinds == KNOWN.index(KIND)]
-    shares = " % of unseen drawings, ".join(f"{100 * some.float().mean():.1f}" for some in (right, robots))
-    out(f"the judge of {len(KNOWN)} kinds is right on {shares} % of robots\n")
+    before, teacher = load_student(), load_teacher(str(run / "teacher"))
+    judges = Judges(Judge.load(), train(before))
+    out("| judge of kinds, on unseen images | share |\n|---|---|")
+    for name, share in exam(judges.kinds, before).items():
+        out(f"| {name} | {100 * share:.1f} % |")
+    out()
     models: dict[str, Draw] = {"robots drawn by the world": _real(token)}
     models["personalised teacher, 25 steps"] = partial(
         teacher_images, teacher, steps=STEPS, guidance=guidance_scale_of(teacher, None)
     )
     for name, folder in {"student with the LoRA": "lora-student", "student": "student"}.items():
         models[name] = partial(student_images, load_student(str(run / folder)))
-    models["built-in student, as before"] = partial(student_images, load_student())
+    models["built-in student, as before"] = partial(student_images, before)
     rows = []
     with progress("measuring", len(models), unit="models") as bar:
         for name, model in models.items():
-            rows.append(measure(name, model, known, token, (each, 0 if "drawn" in name else others, places)))
+            rows.append(measure(name, model, judges, token, (each, 0 if "drawn" in name else others, places)))
             bar.advance()
     out(table(rows))
 
 
-def measure(name: str, model: Draw, known: KindJudge, token: str, counts: tuple[int, int, int]) -> Row:
+def measure(name: str, model: Draw, judges: Judges, token: str, counts: tuple[int, int, int]) -> Row:
     """One model. `counts`: images of each background and size, captions of other kinds, images for place."""
     each, others, places = counts
     asked = [(b, s) for b in BACKGROUNDS for s in SIZES for _ in range(each)]
     texts = [f"a {size} {token} on a {background} background" for background, size in asked]
-    features = known.judge.features(torch.cat(list(model(texts, range(FIRST_SEED, FIRST_SEED + len(texts))))))
-    seen, robot = known.judge.classify(features), known.kinds(features) == KNOWN.index(KIND)
+    images = torch.cat(list(model(texts, range(FIRST_SEED, FIRST_SEED + len(texts)))))
+    seen = judges.world.classify(judges.world.features(images))
+    robot = judges.kinds.kinds(images) == KNOWN.index(KIND)
     background = seen["background"] == torch.tensor([ATTRIBUTES["background"].index(b) for b, _ in asked])
     size = seen["size"] == torch.tensor([ATTRIBUTES["size"].index(s) for _, s in asked])
     every = robot & background & size
@@ -138,7 +115,7 @@ def measure(name: str, model: Draw, known: KindJudge, token: str, counts: tuple[
     if others:
         chosen = pairs(others)
         drawn = torch.cat(list(model([c.text for c, _ in chosen], [s for _, s in chosen])))
-        share = right_of(accuracy([c for c, _ in chosen], known.judge.classify(known.judge.features(drawn))))
+        share = right_of(accuracy([c for c, _ in chosen], judges.world.classify(judges.world.features(drawn))))
     least = min(mean(part.float().tolist()) for part in every.split(each))
     return Row(
         name, _share(robot), _share(background), _share(size), _share(every), least, share, spread(centroids(placed))
@@ -157,21 +134,6 @@ def table(rows: Sequence[Row]) -> str:
         cells.append("–" if row.others is None else f"{100 * row.others:.1f} %")
         lines.append(f"| {row.name} | {' | '.join(cells)} | {row.spread / rows[1].spread:.2f} |")
     return "\n".join(lines)
-
-
-def drawings(name: str, each: int) -> tuple[Tensor, Tensor]:
-    """Drawings of each of KNOWN in all colours, uint8 [N, 3, 64, 64], and which it is, int64 [N]."""
-    images, kinds = [], []
-    for number, kind in enumerate(KNOWN):
-        for i in range(each):
-            index = number * each + i
-            if kind == KIND:
-                drawn = draw_robot(random_robot(name, index, any_colour=True))
-            else:
-                drawn = draw(random_sticker(stream(name, index), Caption(kind=kind), held_out=True))
-            images.append(pil_to_tensor(drawn))
-            kinds.append(number)
-    return torch.stack(images), torch.tensor(kinds)
 
 
 def right_of(found: Accuracy) -> float:

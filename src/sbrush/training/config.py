@@ -32,12 +32,13 @@ def make_config(
     clip: str | None,
     control_sha256: str | None,
     bf16: bool,
+    held: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What config.json holds.
 
     `init_sha256`, `control_sha256`: of what the student starts as and of the ControlNet in the loop, if there are any.
     `images`: where those come from that the method learns from, if it does. `clip`: the CLIP model of the clamped CLIP
-    loss and its digest, if there is one.
+    loss and its digest, if there is one. `held`: the prompts whose images stay, and of which student.
     """
     prompts = request.prompts
     shown = min(GRID_PROMPTS, len(prompts))
@@ -55,6 +56,7 @@ def make_config(
         "prompts": {"source": Path(prompts.source).name, "sha256": prompts.sha256, "count": len(prompts)},
         "images": images,
         "control": dataclasses.asdict(request.control) | {"sha256": control_sha256} if request.control else None,
+        "held": held,
         "seed": request.seed,
         "bf16": bf16,
         "recipe": dataclasses.asdict(request.recipe),

@@ -74,10 +74,12 @@ def _train(plan: Plan) -> bool:
     seed = run.config["seed"]
     # A sharded student runs, and is gathered, only when all processes call it together.
     needed = main or plan.execution.shard
-    more = {}
+    more: dict[str, object] = {}
     if plan.images:
         plan.images.fill(plan.teacher, plan.accelerator)
         more["images"] = plan.images
+    if plan.held:
+        more["held"] = plan.held
     method: Method = METHODS[recipe.method](  # type: ignore[call-arg]
         plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, execution=plan.execution,
         alignment=plan.alignment, text_cache=plan.text_cache, **more,

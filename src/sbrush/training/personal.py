@@ -24,9 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import sbrush
 from sbrush.console import SbrushError, info, printable
-from sbrush.prompts import Prompts, captions_as_prompts
+from sbrush.prompts import Prompts, captions_as_prompts, make_prompts
 from sbrush.training.recipes import RECIPES, Recipe
-from sbrush.training.request import ExecutionOptions, ImagesRequest, Intervals, PhotosRequest, RunRequest
+from sbrush.training.request import (
+    ExecutionOptions,
+    HoldRequest,
+    ImagesRequest,
+    Intervals,
+    PhotosRequest,
+    RunRequest,
+)
 from sbrush.training.subject import Practice, Subject, practice_of, prompts_of
 
 if TYPE_CHECKING:
@@ -52,7 +59,7 @@ PERSONAL = {
             student_steps=1, student_rank=32, lora_targets="blocks", student_lr=2e-3, warmup=20, cooldown=1.0, ema=0.9,
             guidance=3.0, images=0,
         ),
-        replace(RECIPES["stickers"], name="personal-stickers", steps=280, batch=16, lora_lead=56, warmup=20),
+        replace(RECIPES["stickers"], name="personal-stickers", steps=240, batch=8, hold=8, lora_lead=24, warmup=20),
         prior=240,
     ),
     "any": PersonalRecipe(
@@ -60,7 +67,7 @@ PERSONAL = {
             RECIPES["lcm"], name="personal-lora", method="dreambooth", steps=800, batch=4, student_steps=1,
             student_rank=16, lora_targets="blocks", student_lr=1e-4, warmup=50, cooldown=1.0, ema=0.99, guidance=7.5,
         ),
-        replace(RECIPES["dmd"], name="personal", steps=1000, batch=8, student_lr=2e-6, lora_lead=200, ema=0.99),
+        replace(RECIPES["dmd"], name="personal", steps=1000, batch=8, student_lr=2e-6, lora_lead=200, ema=0.99, hold=8),
         prior=200,
     ),
 }  # fmt: skip
@@ -101,11 +108,12 @@ class PersonalRequest:
         )  # fmt: skip
 
     def student_run(self, practice: Practice) -> RunRequest:
-        """Training 2: from the student with the LoRA, with the teacher with it."""
+        """Training 2: from the student with the LoRA, with the teacher with it; other prompts as before either."""
         return RunRequest(
-            recipe=self.recipe.student, prompts=practice.mixed, out=self.out / "vsd",
+            recipe=self.recipe.student, prompts=make_prompts(practice.subject, practice.source), out=self.out / "vsd",
             teacher=str(self.out / "teacher"), init=str(self.out / "lora-student"), seed=self.seed, device=self.device,
             precision=self.precision, every=Intervals(grid=100), execution=self.execution,
+            hold=HoldRequest(self.student, make_prompts(practice.others, practice.source)),
         )  # fmt: skip
 
     def config(self, about: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sbrush.training.config import make_config
 from sbrush.training.engine import make_accelerator
 from sbrush.training.images import TrainingImages
 from sbrush.training.methods import METHODS, split_batch
+from sbrush.training.methods.holding import Held
 from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import ExecutionOptions, ImagesRequest, RunRequest
 from sbrush.training.run import Run
@@ -44,6 +45,7 @@ class Plan:
     validation: Validation | None = None
     text_cache: TextCache | None = None
     images: TrainingImages | None = None
+    held: Held | None = None
 
     @property
     def main_process(self) -> bool:
@@ -74,6 +76,7 @@ def prepare(request: RunRequest) -> Plan:
         teacher = replace(teacher, controls=(ControlNet(network, control.scale, control.prep),))
     where = str(accelerator.device)
     alignment = Alignment.load(teacher, request.alignment, device=where) if recipe.clip_weight else None
+    held = Held(load_student(request.hold.student), request.hold.prompts) if request.hold else None
     images = None
     if METHODS[recipe.method].from_images:
         images = TrainingImages.plan(request.images, recipe, request.prompts, teacher, accelerator, request.out)
@@ -81,7 +84,7 @@ def prepare(request: RunRequest) -> Plan:
         request, sampling=METHODS[recipe.method].sampling(recipe), images=images.source.about if images else None,
         teacher_sha256=digest(teacher), init_sha256=digest(init) if init else None,
         control_sha256=digest_of_control(request.control.model) if request.control else None,
-        clip=alignment.name if alignment else None, bf16=bf16,
+        held=held.about if held else None, clip=alignment.name if alignment else None, bf16=bf16,
     )  # fmt: skip
     validation = None
     if request.every.validate and (accelerator.is_main_process or execution.shard):
@@ -91,7 +94,7 @@ def prepare(request: RunRequest) -> Plan:
         validation = Validation.load(chosen, teacher, request.validation.clip, device=where)
     run = Run.plan(request.out, config, recipe, request.every, extend=request.extend)
     cache = TextCache(request.text_cache, teacher, request.prompts) if request.text_cache else None
-    return Plan(run, request.prompts, teacher, init, accelerator, execution, alignment, validation, cache, images)
+    return Plan(run, request.prompts, teacher, init, accelerator, execution, alignment, validation, cache, images, held)
 
 
 def check_method(request: RunRequest) -> None:
@@ -118,6 +121,12 @@ def check_method(request: RunRequest) -> None:
                 "leave out what sets it, a flag or --set; `sbrush distill --recipes` lists the settings",
                 code=2,
             )
+    if recipe.hold and not request.hold:
+        raise SbrushError(
+            "the setting hold needs a student and prompts to hold to, which sbrush personalize gives",
+            "leave out --set hold",
+            code=2,
+        )
     if request.extend and not method.extendable:
         raise SbrushError(
             f"a run of method {recipe.method} cannot be extended: its stages are shares of its steps",

@@ -74,6 +74,14 @@ class ControlTraining:
 
 
 @dataclass(frozen=True)
+class HoldRequest:
+    """Prompts whose images are to stay those of a student as it is; see methods/holding.py."""
+
+    student: str | None  # as load_student takes it
+    prompts: Prompts
+
+
+@dataclass(frozen=True)
 class ValidationRequest:
     """What the student is validated on; see validation.Validation.load."""
 
@@ -102,4 +110,5 @@ class RunRequest:
     validation: ValidationRequest = field(default_factory=ValidationRequest)
     trackers: Sequence[str] = ()
     control: ControlTraining | None = None
+    hold: HoldRequest | None = None
     text_cache: Path | None = None  # a folder for text embeddings, see text_cache.py

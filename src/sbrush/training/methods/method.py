@@ -117,12 +117,19 @@ class Method(ABC):
 
 def split_batch(recipe: Recipe, execution: ExecutionOptions, process: int, world: int) -> list[range]:
     """The micro-batches of one process: sample indices of the global batch. SbrushError if they do not divide it."""
-    for whole, what in ((recipe.batch, "a batch"), (recipe.pairs, "pairs")):
+    for whole, what in ((recipe.batch, "a batch"), (recipe.pairs, "pairs"), (recipe.hold, "hold")):
         if whole % world:
             raise SbrushError(
                 f"{what} of {whole} cannot be shared by {world} processes", f"choose a multiple of {world}", code=2
             )
     local = recipe.batch // world
+    if recipe.hold // world % execution.micro_batches:
+        raise SbrushError(
+            f"{recipe.hold // world} held samples a process cannot be split into {execution.micro_batches} "
+            "micro-batches",
+            f"choose --micro-batches that divides {recipe.hold // world}",
+            code=2,
+        )
     if local % execution.micro_batches:
         raise SbrushError(
             f"{local} samples a process cannot be split into {execution.micro_batches} micro-batches",

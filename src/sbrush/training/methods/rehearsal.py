@@ -31,7 +31,7 @@ def rehearse(
     again = 1 + recipe.lora_updates * (recipe.gap != "sds") if execution.checkpointing else 0
     return Rehearsal(
         trained, {"LoRA teacher": lora}, working, flops, forwards(recipe) + again + bool(teacher.controls), aligned,
-        frozen=_beside(teacher, base, anchored=recipe.anchor_weight > 0),
+        frozen=_beside(teacher, base, anchored=recipe.anchor_weight > 0) | _as_it_was(recipe, base),
         largest_block=_largest_block(student) if owners > 1 else 0,
     )  # fmt: skip
 
@@ -40,20 +40,29 @@ def forwards(recipe: Recipe) -> float:
     """What an update costs for each image, in UNet forwards; a backward counts as two, through a LoRA as one.
 
     Student 3, or as a LoRA 2, and of several steps half of those before its last. Teacher's score 2 with guidance, LoRA
-    teacher's score likewise if guided, its own update 2; what a step is held to 2, or 1 for the first; and the
-    teacher's steps for some images.
+    teacher's score likewise if guided, its own update 2; what a step is held to 2, or 1 for the first; the teacher's
+    steps for some images; and for each image of recipe.hold the student's and one more.
     """
     teacher = 1 if recipe.guidance == 1 and recipe.guidance_to is None else 2
     paired = (
         recipe.pair_share * recipe.pairs / recipe.batch * recipe.pair_steps * (1 if recipe.pair_guidance == 1 else 2)
     )
     student = (2 if recipe.student_rank else 3) + (recipe.student_steps - 1) / 2
+    held = recipe.hold / recipe.batch * (1 + student)
     if recipe.anchor_weight:
         student += (1 + teacher * (recipe.student_steps - 1)) / recipe.student_steps
     if recipe.gap == "sds":
-        return student + teacher + paired
+        return student + teacher + paired + held
     score = teacher if recipe.guide_lora else 0 if recipe.shared_forward else 1
-    return student + teacher + score + 2 * recipe.lora_updates + paired
+    return student + teacher + score + 2 * recipe.lora_updates + paired + held
+
+
+def _as_it_was(recipe: Recipe, base: nn.Module) -> dict[str, int]:
+    """Bytes of the student whose images stay, if some do."""
+    if not recipe.hold:
+        return {}
+    size = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+    return {"student as it was, frozen": size}
 
 
 def _beside(teacher: Model, base: nn.Module, *, anchored: bool) -> dict[str, int]:
@@ -153,6 +162,7 @@ def _play(
     with held, kernels(autocast=autocast):
         set_role(student, "student")
         x0 = forward(student, share)
+        held_x0 = forward(student, share * recipe.hold // recipe.batch) if recipe.hold else None
         with torch.no_grad():
             set_role(base, "teacher")
             forward(base, share if recipe.guidance == 1 else 2 * share)
@@ -160,8 +170,10 @@ def _play(
         shared = forward(base, share) if recipe.shared_forward else None
         set_role(student, "student")
         loss = alignment.cosines(x0, [""] * share).sum() if alignment else x0.sum()
+        if held_x0 is not None:
+            loss = loss + held_x0.sum()
         loss.backward()
-        del x0, loss
+        del x0, held_x0, loss
         set_role(base, "lora_teacher")
         (forward(base, share) if shared is None else shared).sum().backward()
     return held.most, counter.get_total_flops(), 2 * clip.get_total_flops()

@@ -23,6 +23,7 @@ from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
 from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
+from sbrush.training.methods.holding import Held, Holding
 from sbrush.training.methods.method import Machine, Method, Rehearsal, progress_line, split_batch
 from sbrush.training.methods.rehearsal import rehearse
 from sbrush.training.methods.steering import ControlImages, prepare_controls
@@ -63,6 +64,7 @@ class VSD(Networks, Method):
         "lora_loss",
         "pair_loss",
         "anchor_loss",
+        "hold_loss",  # pair_loss of the prompts whose images are to stay, if there are any
         "clip_cosine",  # of the student's images and their prompts, while the clamped CLIP loss is on
         "x0_mean",  # of the student's latents
         "x0_std",
@@ -85,8 +87,12 @@ class VSD(Networks, Method):
         execution: ExecutionOptions | None = None,
         alignment: Alignment | None = None,
         text_cache: TextCache | None = None,
+        held: Held | None = None,
     ) -> None:
-        """`alignment`: for the clamped CLIP loss, if the recipe has it. `text_cache`: filled here."""
+        """`alignment`: for the clamped CLIP loss, if the recipe has it. `text_cache`: filled here.
+
+        `held`: what the recipe's `hold` samples are held to.
+        """
         if recipe.clip_weight and not alignment:
             raise ValueError("the clamped CLIP loss needs a CLIP model")
         execution = execution or ExecutionOptions()
@@ -105,6 +111,7 @@ class VSD(Networks, Method):
         self._before = frozen(init.unet, accelerator) if init and holds else None
         if self._before is not None:
             attend_explicitly(self._before)
+        self._holding = Holding(held, teacher, recipe, accelerator, seed) if held and recipe.hold else None
         self.lora, self.lora_optimizer = self.helpers["lora"]
         self.alignment, self.text_cache = alignment, text_cache
         self._null = teacher.null()
@@ -281,6 +288,10 @@ class VSD(Networks, Method):
                 cosine = self.alignment.cosines(x0, texts)
             student_loss = student_loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
             extra["clip_cosine"] = cosine.detach().mean()
+        if self._holding and step > recipe.lora_lead:
+            set_role(self.student, "student")
+            extra["hold_loss"] = self._holding.loss(self._as_student, step, rung, indices)
+            student_loss = student_loss + recipe.hold_weight * extra["hold_loss"]
         if student_loss.requires_grad:
             self._backward(student_loss, "student")
         metrics = {

@@ -1,0 +1,76 @@
+"""Prompts whose images stay: while a student learns something new, it is held to what it drew of others before.
+
+    loss = 1/2 mean (f_theta(z, y) - f_before(z, y))^2        over noise z and other prompts y: core.pair_loss
+
+DreamBooth's prior preservation, for a student of one step: what a noise is to become is known, so that a plain squared
+error blurs nothing. It costs no teacher, and leaves the whole batch of the score difference to the new subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sbrush import core
+from sbrush.core import Conditioning, Denoiser
+from sbrush.models.load import digest
+from sbrush.models.model import Model
+from sbrush.models.unet import attend_explicitly
+from sbrush.noise import StepNoise
+from sbrush.prompts import Prompts, ShuffledPrompts
+from sbrush.training.networks import frozen
+from sbrush.training.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Held:
+    """`student`: as it was before; `prompts`: those of which it is to draw the same."""
+
+    student: Model
+    prompts: Prompts
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a run's config.json says of it."""
+        return {"student_sha256": digest(self.student), "prompts_sha256": self.prompts.sha256}
+
+
+class Holding:
+    """Holds `recipe.hold` samples of a step, which follow those of its batch, to what the student drew before."""
+
+    def __init__(self, held: Held, teacher: Model, recipe: Recipe, accelerator: Accelerator, seed: int) -> None:
+        attend_explicitly(frozen(held.student.unet, accelerator))
+        self._before, self._teacher, self._recipe, self._accelerator = held.student, teacher, recipe, accelerator
+        self._prompts, self._seed = ShuffledPrompts(held.prompts, seed), seed
+
+    def loss(self, student: Denoiser, step: int, rung: int, indices: range) -> Tensor:
+        """core.pair_loss at a rung of the student's ladder, for the share of the samples that goes with `indices`."""
+        recipe, before = self._recipe, self._before
+        chosen = _share(indices, recipe)
+        texts = [self._prompts[(step - 1) * recipe.hold + i] for i in chosen]
+        draw = StepNoise(self._seed, step, [recipe.batch + i for i in chosen], self._accelerator.device)
+        cond, rungs = self._teacher.encode(texts), before.rungs()[: rung + 1]
+        with torch.no_grad(), self._accelerator.autocast():
+            z, fresh = draw.normal(before.latent_shape), [draw.normal(before.latent_shape) for _ in rungs[1:]]
+            x = core.student_input(self._denoise, z, fresh, rungs, cond, before.schedule, before.prediction)
+            t = before.schedule.start(len(x), rungs[-1])
+            target = self._x0(self._denoise(x, t, cond), x, t)
+        return core.pair_loss(self._x0(student(x, t, cond), x, t), target)
+
+    def _x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The image that a student's UNet's output at (x, t) stands for."""
+        schedule, prediction = self._teacher.schedule, self._teacher.prediction
+        return core.student_x0(output.float(), x, t, schedule, prediction, reparameterised=self._recipe.reparameterised)
+
+    def _denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._before.predict(self._before.unet, x_t, t, conditioning)
+
+
+def _share(indices: range, recipe: Recipe) -> Sequence[int]:
+    """Of a step's held samples those that a micro-batch of `indices` has."""
+    return range(indices.start * recipe.hold // recipe.batch, indices.stop * recipe.hold // recipe.batch)
