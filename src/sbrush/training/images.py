@@ -186,7 +186,8 @@ class TrainingImages:
             source = FolderSource(images, teacher, images.digest(len(images.files), cache, remember=False))
         elif request.photos:
             student = load_student(request.photos.student)
-            source = PhotoSource(request.photos.files, request.photos.rows, chosen.texts, teacher, student)
+            photos = request.photos
+            source = PhotoSource(photos.files, photos.rows, chosen.texts, teacher, student, photos.move)
         elif request.drawn:
             source = DrawnSource(teacher, chosen.texts)
         else:

@@ -45,22 +45,24 @@ CROSS_ATTENTION = "attn2.to_q attn2.to_k attn2.to_v attn2.to_out.0"
 
 @dataclass(frozen=True)
 class PersonalRecipe:
-    """Both trainings, and how many images of other prompts the student makes for the first."""
+    """Both trainings, and what images the first learns from."""
 
     lora: Recipe
     student: Recipe
-    prior: int
+    prior: int  # images of other prompts, which the student makes
+    move: bool = False  # whether the subject is shown in other sizes and places too, see moving.py
 
 
 PERSONAL = {
     "stickers": PersonalRecipe(
         replace(
-            RECIPES["stickers-lcm"], name="personal-lora-stickers", method="dreambooth", steps=300, batch=8,
-            student_steps=1, student_rank=32, lora_targets="blocks", student_lr=2e-3, warmup=20, cooldown=1.0, ema=0.9,
-            guidance=3.0, images=0,
+            RECIPES["stickers-lcm"], name="personal-lora-stickers", method="dreambooth", steps=800, batch=8,
+            student_steps=1, student_rank=32, lora_targets="blocks", student_lr=1.5e-3, warmup=20, cooldown=1.0,
+            ema=0.9, guidance=3.0, images=0,
         ),
         replace(RECIPES["stickers"], name="personal-stickers", steps=240, batch=8, hold=8, lora_lead=24, warmup=20),
-        prior=240,
+        prior=522,
+        move=True,
     ),
     "any": PersonalRecipe(
         replace(
@@ -104,7 +106,7 @@ class PersonalRequest:
             recipe=self.recipe.lora, prompts=prompts, out=self.out / "dreambooth", teacher=self.teacher,
             teacher_config=self.teacher_config, seed=self.seed, device=self.device, precision=self.precision,
             every=Intervals(grid=0), execution=self.execution,
-            images=ImagesRequest(photos=PhotosRequest(self.photos, len(others), self.student)),
+            images=ImagesRequest(photos=PhotosRequest(self.photos, len(others), self.student, self.recipe.move)),
         )  # fmt: skip
 
     def student_run(self, practice: Practice) -> RunRequest:
@@ -121,7 +123,8 @@ class PersonalRequest:
         recipes = {"lora": asdict(self.recipe.lora), "student": asdict(self.recipe.student) if self.distill else None}
         return {
             "format": 1, "version": sbrush.__version__, "recipe": "personalize", "personal": about,
-            "trainings": recipes, "prior": self.recipe.prior, "seed": self.seed,
+            "trainings": recipes, "prior": self.recipe.prior, "moved": self.recipe.move,
+            "seed": self.seed,
         }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ DreamBooth's prior preservation (arXiv 2208.12242), at the price of a forward an
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from sbrush.models.load import digest
 from sbrush.models.model import Model
 from sbrush.sampling.generation import student_latents
+from sbrush.training.moving import moved
 from sbrush.training.photo_files import open_photo
 
 SEEDS = 2_000_000_000  # from here on those of the student's images, which are nobody's who samples or measures
@@ -29,7 +31,7 @@ SEEDS = 2_000_000_000  # from here on those of the student's images, which are n
 class PhotoSource:
     """The photos, cut to the teacher's proportions around their centre and resized with Lanczos, and the prior images.
 
-    `rows`: so many rows at the beginning are photos; `prompts`: of each row.
+    `rows`: so many rows at the beginning are photos; `prompts`: of each row. With `move` each is another (moving.py).
     """
 
     files: Sequence[Path]
@@ -37,18 +39,19 @@ class PhotoSource:
     prompts: Sequence[str]
     teacher: Model
     student: Model
+    move: bool = False  # to other sizes and places, where a background is plain
 
     @property
     def about(self) -> dict[str, Any]:
         return {
             "source": "photos", "sha256": digest_of(self.files), "count": len(self.files),
-            "prior": len(self.prompts) - self.rows, "prior_sha256": digest(self.student),
+            "moved": self.move, "prior": len(self.prompts) - self.rows, "prior_sha256": digest(self.student),
         }  # fmt: skip
 
     @property
     def key(self) -> str:
         texts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        return f"{digest_of(self.files)} {digest(self.student)} {digest(self.teacher)} {self.rows} {texts}"
+        return f"{digest_of(self.files)} {digest(self.student)} {digest(self.teacher)} {self.rows} {self.move} {texts}"
 
     def latents(self, batches: Sequence[range]) -> Iterator[Tensor]:
         self.student.unet.to(self.teacher.device)
@@ -65,7 +68,8 @@ class PhotoSource:
         """A row's photo as uint8 [3, H, W]; SbrushError if it cannot be read."""
         height, width = self.teacher.image_size
         image = open_photo(self.files[row % len(self.files)])
-        return pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+        photo = pil_to_tensor(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+        return moved(photo, random.Random(f"photo {row}")) if self.move else photo
 
 
 def digest_of(files: Sequence[Path]) -> str:

@@ -51,6 +51,7 @@ class PhotosRequest:
     files: tuple[Path, ...]
     rows: int  # so many images at the beginning are the photos in turn; the student draws the others
     student: str | None  # as load_student takes it
+    move: bool = False  # whether photos with a plain background are moved and zoomed, see moving.py
 
 
 @dataclass(frozen=True)
