@@ -166,6 +166,8 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("if rung == 0 and self._before is not None", "if False", ANCHOR),
         ("(step - 1) * recipe.batch + i", "step * recipe.batch + i", BY_HAND),
         ("        self.ema.update(step)\n", "", OF_ITS_STEP),
+        ("+ recipe.hold_weight * extra", "+ 0.0 * extra",
+         "test_holding.py::test_a_student_that_is_held_leaves_its_images_less"),
         ("len(z[paired]) / len(z) * pair_loss", "pair_loss",
          "test_distill.py::test_pairs_hold_some_samples_to_the_teachers_own_images_of_their_noise"),
         ("loss / len(self._micro_batches)", "loss", IN_PARTS),
@@ -387,11 +389,26 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
     "training/methods/dreambooth.py": [
         ("(alpha * noise - sigma * x0)", "(alpha * noise + sigma * x0)", f"{PERSONAL}::test_the_loss_is_the_formula"),
     ],
+    "training/methods/holding.py": [
+        ("[recipe.batch + i for i in chosen]", "chosen",
+         "test_holding.py::test_the_loss_is_the_distance_from_what_the_student_drew_of_samples_beyond_the_batch"),
+        ("indices.start * recipe.hold // recipe.batch", "0",
+         "test_holding.py::test_micro_batches_hold_the_same_samples"),
+    ],
+    "training/moving.py": [
+        ("(photo - colour, scale", "(photo, scale",
+         "test_moving.py::test_the_subject_is_whole_elsewhere_in_another_size_on_its_own_background"),
+        ("< EVEN:", "< 0:", "test_moving.py::test_the_subject_is_what_is_before_a_plain_background"),
+    ],
     "training/photos.py": [
+        (" if self.move else photo", "",
+         "test_moving.py::test_rows_of_a_photo_differ_if_they_are_moved_and_only_then"),
         ("self.files[row % len(self.files)]", "self.files[0]",
          f"{PERSONAL}::test_rows_are_the_photos_in_turn_and_then_the_students_images"),
     ],
     "training/personal.py": [
+        ("            hold=HoldRequest(self.student, make_prompts(practice.others, practice.source)),\n", "",
+         f"{PERSONAL}::test_both_trainings_leave_what_they_promise_and_the_same_command_goes_on"),
         ("t_init=None if start == len(teacher.schedule) - 1 else start", "t_init=None",
          f"{PERSONAL}::test_the_second_training_goes_on_as_the_student_was_trained"),
     ],
