@@ -124,6 +124,23 @@ def test_rows_are_the_photos_in_turn_and_then_the_students_images(request_of, tm
     assert not torch.allclose(torch.cat(list(other.latents([range(4, 5)]))), rows[4:5])
 
 
+def test_prior_images_are_of_all_other_prompts_but_no_more_than_a_training_sees(photos):
+    subject, row = Subject("zx", "sticker"), PERSONAL["stickers"]
+    practice = practice_of(subject, None, world=True)
+
+    def rows(recipe):
+        request = PersonalRequest(find_photos([photos]), subject, Path("run"), recipe)
+        texts = request.lora_run(practice).prompts.texts
+        assert set(texts[: len(texts) // 2]) == {"a zx"}
+        return texts[len(texts) // 2 :]
+
+    assert set(rows(row)) == set(practice.others) and len(rows(row)) == row.prior
+    assert len(rows(replace(row, lora=replace(row.lora, steps=2)))) == row.lora.batch
+    held = PersonalRequest(find_photos([photos]), subject, Path("run"), row, student="x").student_run(practice)
+    assert held.prompts.texts == practice.subject and held.hold.prompts.texts == practice.others
+    assert held.hold.student == "x"
+
+
 def test_both_trainings_leave_what_they_promise_and_the_same_command_goes_on(request_of, capsys):
     request = request_of(distill=True)
     personalize(request, train)

@@ -100,7 +100,11 @@ class PersonalRequest:
 
     def lora_run(self, practice: Practice) -> RunRequest:
         """Training 1: as many rows of photos as of the student's images of other prompts."""
-        others = [practice.others[i % len(practice.others)] for i in range(self.recipe.prior)]
+        from sbrush.training.images import rows_of
+
+        seen = max(1, self.recipe.lora.steps * self.recipe.lora.batch // 2)  # of these, in so many steps
+        places = rows_of(len(practice.others), min(self.recipe.prior, seen))
+        others = [practice.others[place] for place in places]
         prompts = captions_as_prompts([practice.caption] * len(others) + others, practice.source, "photos")
         return RunRequest(
             recipe=self.recipe.lora, prompts=prompts, out=self.out / "dreambooth", teacher=self.teacher,
