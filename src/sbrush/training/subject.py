@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sbrush.console import SbrushError, printable
-from sbrush.prompts import Prompts, captions_as_prompts, make_prompts
+from sbrush.prompts import Prompts, make_prompts
 from sbrush.stickers.world import KINDS, Caption, all_captions, unknown_words
 
 EXAMPLE = '--token "sks dog" --class dog'
@@ -75,13 +75,6 @@ class Practice:
     def caption(self) -> str:
         """That of the photos: the first prompt of the subject."""
         return self.subject[0]
-
-    @property
-    def mixed(self) -> Prompts:
-        """Those that a student practises on: as many of the subject as others, in turn."""
-        count = max(len(self.subject), len(self.others))
-        pairs = [(self.subject[i % len(self.subject)], self.others[i % len(self.others)]) for i in range(count)]
-        return captions_as_prompts([text for pair in pairs for text in pair], self.source, "practice")
 
 
 def practice_of(subject: Subject, prompts: Prompts | None, *, world: bool) -> Practice:
