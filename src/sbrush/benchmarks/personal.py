@@ -83,7 +83,7 @@ def main(
     out("| judge of kinds, on unseen images | share |\n|---|---|")
     for name, share in exam(judges.kinds, before).items():
         out(f"| {name} | {100 * share:.1f} % |")
-    out()
+    out("")
     models: dict[str, Draw] = {"robots drawn by the world": _real(token)}
     models["personalised teacher, 25 steps"] = partial(
         teacher_images, teacher, steps=STEPS, guidance=guidance_scale_of(teacher, None)
