@@ -60,7 +60,10 @@ PERSONAL = {
             student_steps=1, student_rank=32, lora_targets="blocks", student_lr=1.5e-3, warmup=20, cooldown=1.0,
             ema=0.9, guidance=3.0, images=0,
         ),
-        replace(RECIPES["stickers"], name="personal-stickers", steps=240, batch=8, hold=8, lora_lead=24, warmup=20),
+        replace(
+            RECIPES["stickers"], name="personal-stickers", steps=160, batch=8, student_lr=2e-4, hold=8, lora_lead=16,
+            warmup=10,
+        ),
         prior=522,
         move=True,
     ),
