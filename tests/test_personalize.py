@@ -141,7 +141,7 @@ def test_prior_images_are_of_all_other_prompts_but_no_more_than_a_training_sees(
 
 
 def test_both_trainings_leave_what_they_promise_and_the_same_command_goes_on(request_of, capsys):
-    request = request_of(distill=True)
+    request = request_of()
     personalize(request, train)
     out = request.out
     about = json.loads((out / "student" / "sbrush.json").read_text())
@@ -172,7 +172,7 @@ def test_both_trainings_leave_what_they_promise_and_the_same_command_goes_on(req
 
 
 def test_a_lora_alone_is_the_student_with_it(request_of):
-    request = request_of()
+    request = request_of(distill=False)
     personalize(request, train)
     assert not (request.out / "vsd").exists()
     student = load_student(str(request.out)).unet.state_dict()
@@ -181,16 +181,14 @@ def test_a_lora_alone_is_the_student_with_it(request_of):
 
 
 def test_a_second_training_is_in_the_plan_if_asked_for(photos):
-    done = sbrush(
-        "personalize", photos, "--token", "zx", "--class", "sticker", "--dry-run", "--distill", "--steps", "50"
-    )
+    done = sbrush("personalize", photos, "--token", "zx", "--class", "sticker", "--dry-run", "--steps", "50")
     assert done.returncode == 0 and "training 2 of 2: the student, by VSD, 50 steps of 8" in done.stdout
 
 
 def test_cross_attention_alone_is_less(photos):
     trained = {}
     for flags in ((), ("--cross-attention",), ("--rank", "4")):
-        done = sbrush("personalize", photos, "--token", "zx", "--class", "sticker", "--dry-run", *flags)
+        done = sbrush("personalize", photos, "--token", "zx", "--class", "sticker", "--dry-run", "--no-distill", *flags)
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if line.startswith("student, trained"))
         trained[flags] = float(line.split()[2])
@@ -254,7 +252,7 @@ def test_photos_are_turned_as_their_camera_says(tmp_path):
     [
         (("--class", "dog"), "no --token"),
         (("--token", "sks dog"), "no --class"),
-        ((*ASKED, "--steps", "9"), "second training's"),
+        ((*ASKED, "--steps", "9", "--no-distill"), "second training's"),
         ((*ASKED, "--teacher", "someone/model"), "built-in student"),
     ],
 )
@@ -273,6 +271,6 @@ def test_senseless_requests_are_refused_at_once(photos, flags, said):
     ],
 )
 def test_what_the_teacher_makes_of_the_words_is_said(photos, token, kind, said):
-    done = sbrush("personalize", photos, "--token", token, "--class", kind, "--dry-run")
+    done = sbrush("personalize", photos, "--token", token, "--class", kind, "--dry-run", "--no-distill")
     assert done.returncode == 0 and "training 1 of 1" in done.stdout
     assert (said in done.stderr) if said else ("note:" not in done.stderr)

@@ -49,11 +49,11 @@ def personalize_(
     distill: Annotated[
         bool,
         typer.Option(
-            "--distill",
-            help="Train a second time: after the LoRA, the student follows the teacher that has it, by VSD. Default: "
-            "the student gets the LoRA as it is.",
+            "--distill/--no-distill",
+            help="Whether to train a second time: after the LoRA, the student follows the teacher that has it, by VSD. "
+            "Without, the student gets the LoRA as it is: quicker, and less like the photos.",
         ),
-    ] = False,
+    ] = True,
     seed: Annotated[int, typer.Option(help="Random seed of both trainings.", min=0)] = 0,
     dry_run: Annotated[
         bool,
@@ -104,14 +104,14 @@ def personalize_(
         Precision, typer.Option(help="Number format of matrix products.", rich_help_panel=MACHINE)
     ] = Precision.auto,
 ) -> None:  # fmt: skip
-    """Teach a student a new subject from a few photos, by DreamBooth on its teacher."""
+    """Teach a student a new subject from a few photos, by DreamBooth on its teacher and VSD after it."""
     if token is None or class_ is None:
         missing = " and ".join(f for f, value in (("--token", token), ("--class", class_)) if value is None)
         raise SbrushError(f"no {missing}", EXAMPLE, code=2)
     if not distill and steps is not None:
         raise SbrushError(
             "--steps is the second training's, and there is none",
-            "give --distill too; --lora-steps is the first one's",
+            "leave out --no-distill; --lora-steps is the first one's",
             code=2,
         )
     if teacher is not None and student is None:

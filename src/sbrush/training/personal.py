@@ -10,7 +10,7 @@
     OUT/student/         the result
 
 The training loop knows nothing of this, as of merged.py. Without `distill` there is no training 2: the student with the
-LoRA as it is kept more of all else, and drew as many robots of the built-in world (docs/log.md).
+LoRA as it is, which of the built-in world's robots drew blobs (docs/personalizing.md).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class PersonalRequest:
     teacher: str | None = None
     teacher_config: str | None = None
     student: str | None = None  # None: the built-in one
-    distill: bool = False  # whether there is a second training
+    distill: bool = True  # whether there is a second training
     seed: int = 0
     device: str = "cpu"
     precision: Any = "auto"
@@ -140,7 +140,7 @@ def follow(recipe: PersonalRecipe, student: Model, teacher: Model) -> PersonalRe
     if student.guidance_input is not None or (student.ladder and not student.ladder.fresh):
         raise SbrushError(
             f"{printable(student.name)} takes a guidance scale, or keeps its noise between steps",
-            "VSD cannot go on with it: give a student that sbrush distill made with VSD, or leave out --distill",
+            "VSD cannot go on with it: give a student that sbrush distill made with VSD, or give --no-distill",
             code=2,
         )
     start = len(student.schedule) - 1
