@@ -61,7 +61,7 @@ PERSONAL = {
             ema=0.9, guidance=3.0, images=0,
         ),
         replace(
-            RECIPES["stickers"], name="personal-stickers", steps=160, batch=8, student_lr=2e-4, hold=8, lora_lead=16,
+            RECIPES["stickers"], name="personal-stickers", steps=300, batch=8, student_lr=2e-4, hold=8, lora_lead=16,
             warmup=10,
         ),
         prior=522,

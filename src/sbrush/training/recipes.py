@@ -76,7 +76,7 @@ class Recipe:
     pair_share: float = 1.0  # of the run, its beginning, in which there are pairs
     pair_weight: float = 1.0  # of that loss, against the score difference's on one sample
     hold: int = 0  # samples a step, beside the batch, of other prompts, whose images are to stay: methods/holding.py
-    hold_weight: float = 4.0  # of core.pair_loss on these
+    hold_weight: float = 16.0  # of core.pair_loss on these
     clip_weight: float = 0.0  # of core.clamped_clip_loss at the start, from which it falls to zero at the last step
     clip_tau: float = 0.35  # the cosine from which on an image fits its prompt well enough
     # Of the methods lcm and guided, whose `guidance` is the scale that the student draws at if not told another:
