@@ -162,8 +162,7 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("return step > self.recipe.lora_lead or", "return step > 0 or",
          "test_distill.py::test_the_lora_teacher_may_learn_alone_at_first"),
         ("core.vsd_loss(x0, gap) if step > recipe.lora_lead else", "core.vsd_loss(x0, gap) if step > 0 else", ANCHOR),
-        ('guess = self._score("teacher", z, t,', 'guess = self._score("lora_teacher", z, t,', ANCHOR),
-        ("if rung == 0 and self._before is not None", "if False", ANCHOR),
+        ('partial(self._score, "teacher", z,', 'partial(self._score, "lora_teacher", z,', ANCHOR),
         ("(step - 1) * recipe.batch + i", "step * recipe.batch + i", BY_HAND),
         ("        self.ema.update(step)\n", "", OF_ITS_STEP),
         ("+ recipe.hold_weight * extra", "+ 0.0 * extra",
@@ -390,6 +389,7 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("(alpha * noise - sigma * x0)", "(alpha * noise + sigma * x0)", f"{PERSONAL}::test_the_loss_is_the_formula"),
     ],
     "training/methods/holding.py": [
+        ("if rung > 0 or self._before is None:", "if True:", ANCHOR),
         ("[recipe.batch + i for i in chosen]", "chosen",
          "test_holding.py::test_the_loss_is_the_distance_from_what_the_student_drew_of_samples_beyond_the_batch"),
         ("indices.start * recipe.hold // recipe.batch", "0",

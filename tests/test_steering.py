@@ -109,7 +109,7 @@ def test_a_run_records_its_controlnet_and_goes_on(tiny_teacher, folders, prompt_
     ]  # fmt: skip
     told = sbrush(*command, "--dry-run")
     assert told.returncode == 0 and f"ControlNet: {folders['control']}, control images by canny" in told.stdout
-    assert "student to start from, frozen" in told.stdout
+    assert "student as it was, frozen" in told.stdout
     done = sbrush(*command)
     assert done.returncode == 0, done.stderr
     said = json.loads((folders["out"] / "student" / "sbrush.json").read_text())["control"]
@@ -128,7 +128,7 @@ def test_the_cost_counts_the_controlnet(tiny_teacher, folders):
     with_it = estimate(str(tiny_teacher), SMALL, ExecutionOptions(), prepared=Prepared(control=str(folders["control"])))
     control = load_control(str(folders["control"]), load_teacher(str(tiny_teacher)))
     assert with_it.memory["ControlNet, frozen"] == sum(p.nbytes for p in control.parameters())
-    assert with_it.memory["student to start from, frozen"] == 4 * plain.parameters["UNet"]
+    assert with_it.memory["student as it was, frozen"] == 4 * plain.parameters["UNet"]
     assert with_it.forwards == forwards(SMALL) + 1 and with_it.flops > plain.flops
     assert with_it.checkpoint == plain.checkpoint
 

@@ -1,14 +1,18 @@
-"""Prompts whose images stay: while a student learns something new, it is held to what it drew of others before.
+"""What a student is held to while it learns something new: what it drew before, or its teacher's guess.
+
+Prompts whose images stay:
 
     loss = 1/2 mean (f_theta(z, y) - f_before(z, y))^2        over noise z and other prompts y: core.pair_loss
 
 DreamBooth's prior preservation, for a student of one step: what a noise is to become is known, so that a plain squared
 error blurs nothing. It costs no teacher, and leaves the whole batch of the score difference to the new subject.
+
+And the steps of a student of several, see Anchor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +73,36 @@ class Holding:
 
     def _denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self._before.predict(self._before.unet, x_t, t, conditioning)
+
+
+class Anchor:
+    """What the steps of a few-step student are held to, which starts as `student`, by core.pair_loss.
+
+    The first step to what `student` drew, others to the teacher's guess of x0 from the same x_t: at their noise that is
+    all but an image of the data. Steered by control images, the first is to draw something else, and is not held.
+    """
+
+    def __init__(self, student: Model, teacher: Model, accelerator: Accelerator) -> None:
+        self._before = None if teacher.controls else student
+        self._teacher, self._accelerator = teacher, accelerator
+        if self._before:
+            attend_explicitly(frozen(self._before.unet, accelerator))
+
+    def holds(self, rung: int) -> bool:
+        """Whether a step of the ladder is held, the first being 0."""
+        return rung > 0 or self._before is not None
+
+    @torch.no_grad()
+    def target(
+        self, rung: int, x_t: Tensor, t: Tensor, conditioning: Conditioning, guess: Callable[[], Tensor]
+    ) -> Tensor:
+        """The x0 that a step is held to, [B, C, H, W]. `guess`: the teacher's noise prediction at (x_t, t)."""
+        schedule, prediction = self._teacher.schedule, self._teacher.prediction
+        if rung > 0 or self._before is None:
+            return core.to_x0(guess(), x_t, t, schedule, "epsilon")
+        with self._accelerator.autocast():
+            output = self._before.predict(self._before.unet, x_t, t, conditioning)
+        return core.student_x0(output.float(), x_t, t, schedule, prediction)
 
 
 def _share(indices: range, recipe: Recipe) -> Sequence[int]:

@@ -31,7 +31,7 @@ def rehearse(
     again = 1 + recipe.lora_updates * (recipe.gap != "sds") if execution.checkpointing else 0
     return Rehearsal(
         trained, {"LoRA teacher": lora}, working, flops, forwards(recipe) + again + bool(teacher.controls), aligned,
-        frozen=_beside(teacher, base, anchored=recipe.anchor_weight > 0) | _as_it_was(recipe, base),
+        frozen=_beside(teacher, base, recipe),
         largest_block=_largest_block(student) if owners > 1 else 0,
     )  # fmt: skip
 
@@ -57,24 +57,17 @@ def forwards(recipe: Recipe) -> float:
     return student + teacher + score + 2 * recipe.lora_updates + paired + held
 
 
-def _as_it_was(recipe: Recipe, base: nn.Module) -> dict[str, int]:
-    """Bytes of the student whose images stay, if some do."""
-    if not recipe.hold:
-        return {}
-    size = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
-    return {"student as it was, frozen": size}
-
-
-def _beside(teacher: Model, base: nn.Module, *, anchored: bool) -> dict[str, int]:
-    """Bytes of other networks that a training holds: ControlNets, and the student to start from as it was."""
+def _beside(teacher: Model, base: nn.Module, recipe: Recipe) -> dict[str, int]:
+    """Bytes of other networks that a training holds: ControlNets, and the student as it was before."""
 
     def size(network: nn.Module) -> int:
         return sum(p.numel() * p.element_size() for p in network.parameters() if not p.requires_grad)
 
-    controls = sum(size(control.network.requires_grad_(False)) for control in teacher.controls)
-    held = {"ControlNet, frozen": controls} if teacher.controls else {}
-    if teacher.controls or anchored:  # it draws the control images, or what the first step is held to
-        held["student to start from, frozen"] = size(base)
+    held = {"ControlNet, frozen": 0} if teacher.controls else {}
+    for control in teacher.controls:
+        held["ControlNet, frozen"] += size(control.network.requires_grad_(False))
+    if teacher.controls or recipe.anchor_weight or recipe.hold:  # it draws control images, or what is to stay
+        held["student as it was, frozen"] = size(base)
     return held
 
 

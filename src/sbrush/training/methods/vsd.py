@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,16 +19,16 @@ from sbrush import core
 from sbrush.console import SbrushError
 from sbrush.core import Conditioning
 from sbrush.models.model import Model
-from sbrush.models.unet import Role, add_lora, attend_explicitly, set_role
+from sbrush.models.unet import Role, add_lora, set_role
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
 from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
-from sbrush.training.methods.holding import Held, Holding
+from sbrush.training.methods.holding import Anchor, Held, Holding
 from sbrush.training.methods.method import Machine, Method, Rehearsal, progress_line, split_batch
 from sbrush.training.methods.rehearsal import rehearse
 from sbrush.training.methods.steering import ControlImages, prepare_controls
-from sbrush.training.networks import Networks, average_gradients, frozen
+from sbrush.training.networks import Networks, average_gradients
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
 from sbrush.training.text_cache import TextCache
@@ -106,11 +107,7 @@ class VSD(Networks, Method):
         super().__init__(teacher, recipe, seed=seed, accelerator=accelerator, init=init, execution=execution)
         if init and teacher.controls:
             self._control_images = ControlImages(init, teacher, accelerator)
-        # What the first step is held to. Steered by a control image, the student is to draw something else than before.
-        holds = init and recipe.anchor_weight and not teacher.controls
-        self._before = frozen(init.unet, accelerator) if init and holds else None
-        if self._before is not None:
-            attend_explicitly(self._before)
+        self._anchor = Anchor(init, teacher, accelerator) if init and recipe.anchor_weight else None
         self._holding = Holding(held, teacher, recipe, accelerator, seed) if held and recipe.hold else None
         self.lora, self.lora_optimizer = self.helpers["lora"]
         self.alignment, self.text_cache = alignment, text_cache
@@ -279,8 +276,9 @@ class VSD(Networks, Method):
             conditioning = {name: value[paired] for name, value in cond.items()}
             pair_loss = core.pair_loss(x0[paired], self._teacher_images(z[paired], conditioning))
             student_loss = student_loss + recipe.pair_weight * len(z[paired]) / len(z) * pair_loss
-        if self._is_anchored(rung):
-            anchor_loss = core.pair_loss(x0, self._anchor(z, t_init, rung, cond, drawn_scale))
+        if self._anchor and self._anchor.holds(rung):
+            guess = partial(self._score, "teacher", z, t_init, (cond, self._null_of(cond)), drawn_scale)
+            anchor_loss = core.pair_loss(x0, self._anchor.target(rung, z, t_init, cond, guess))
             student_loss = student_loss + recipe.anchor_weight * anchor_loss
         extra = {}
         if self.alignment and (weight := recipe.clip_weight_at(step)):
@@ -304,23 +302,7 @@ class VSD(Networks, Method):
 
     def _learns(self, step: int, rung: int) -> bool:
         """Whether the student learns in a step: while the LoRA teacher leads, from the anchor alone."""
-        return step > self.recipe.lora_lead or self._is_anchored(rung)
-
-    def _is_anchored(self, rung: int) -> bool:
-        return self.recipe.anchor_weight > 0 and (rung > 0 or self._before is not None)
-
-    @torch.no_grad()
-    def _anchor(self, z: Tensor, t: Tensor, rung: int, cond: Conditioning, scale: float | Tensor) -> Tensor:
-        """The x0 to which a step of the student is held: the first to its image before, others to the teacher's guess.
-
-        At low noise that guess is all but an image of the data.
-        """
-        if rung == 0 and self._before is not None:
-            with self.accelerator.autocast():
-                output = self.teacher.predict(self._before, self._laid_out(z), t, cond)
-            return core.student_x0(output.float(), z, t, self.schedule, self.prediction)
-        guess = self._score("teacher", z, t, (cond, self._null_of(cond)), scale)
-        return core.to_x0(guess, z, t, self.schedule, "epsilon")
+        return step > self.recipe.lora_lead or (self._anchor is not None and self._anchor.holds(rung))
 
     def _guidance(self, draw: StepNoise) -> float | Tensor:
         """The guidance scale of a step."""
