@@ -123,7 +123,7 @@ def test_flags_named_in_the_text_exist():
             known |= {*parameter.opts, *parameter.secondary_opts}
     others = {
         "--turns", "--minutes", "--size", "--cards", "--no-compile", "--clip", "--quick", "--only",  # benchmarks, tests
-        "--list", "--weights", "--only-warm", "--clients", "--seconds",
+        "--list", "--weights", "--only-warm", "--clients", "--seconds", "--scales",
         "--num_processes", "--nproc_per_node", "--index-url",  # accelerate, torchrun, pip
     }  # fmt: skip
     for page in TODAY:
