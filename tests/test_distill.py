@@ -274,9 +274,15 @@ def test_the_students_learning_rate_rises_while_the_lora_teacher_learns_at_full_
     assert same == lora > SMALL.lora_lr / 2
 
 
-def test_the_lora_teacher_may_learn_alone_at_first(tiny_teacher):
+def test_the_lora_teacher_may_learn_alone_at_first(tiny_teacher, monkeypatch):
     ours = distiller(tiny_teacher, dataclasses.replace(SMALL, steps=5, warmup=2, lora_lead=2, shared_forward=False))
-    order = ShuffledPrompts(PROMPTS, 0)
+    order, with_gradient, student_x0 = ShuffledPrompts(PROMPTS, 0), [], core.student_x0
+
+    def watch(output, *args, **kwargs):
+        with_gradient.append(output.requires_grad)
+        return student_x0(output, *args, **kwargs)
+
+    monkeypatch.setattr(core, "student_x0", watch)
 
     def changed(step):
         before = [[p.detach().clone() for p in part] for part in (ours.trained.values(), ours.lora.values())]
@@ -291,6 +297,7 @@ def test_the_lora_teacher_may_learn_alone_at_first(tiny_teacher):
     assert [changed(step) for step in (1, 2)] == [([False, True], False)] * 2
     assert all(p.grad is None for p in ours.trained.values())  # or the student's first update would be of three steps
     assert changed(3) == ([True, True], True)
+    assert with_gradient == [False, False, True]  # what nothing learns from keeps no activations
     assert [ours.recipe.student_lr_at(s) for s in (2, 3, 4)] == pytest.approx(
         [0, SMALL.student_lr / 2, SMALL.student_lr]
     )
