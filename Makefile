@@ -10,8 +10,11 @@ STEPS  ?=
 LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
+FEW    := --student-steps 4 --init stickers --steps 450 --student-lr 1e-4 --set tell_rung=true \
+          --set lora_lead=120 --set anchor_weight=5
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach teach-control teach-tiny-vae wheel clean
+.PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach teach-control teach-few teach-tiny-vae wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -127,9 +130,16 @@ else
 	    $(BIN)/sbrush distill prompts/stickers.txt --seed $$seed --out runs/seed-$$seed --extend 3000; } || exit 1; done
 	$(BIN)/sbrush merge runs/seed-0 runs/seed-1 -o runs/shipped
 	$(BIN)/python -m sbrush.training.world.ship student runs/shipped
+	$(MAKE) teach-few
 	$(BIN)/python -m sbrush.training.world.tiny_vae train
 	$(BIN)/python -m sbrush.training.world.tiny_vae ship
 endif
+
+teach-few: $(READY)  ## train the built-in world's student of four steps again, from the shipped student
+	$(BIN)/sbrush distill prompts/stickers.txt $(FEW) --out runs/few
+	! grep -q '"extended_by": \[\]' runs/few/config.json || \
+	  $(BIN)/sbrush distill prompts/stickers.txt $(FEW) --out runs/few --extend 900
+	$(BIN)/python -m sbrush.training.world.ship student runs/few --name stickers-few
 
 teach-control: $(READY)  ## train the built-in world's ControlNet again, beside the shipped teacher
 	$(BIN)/python -m sbrush.training.world.control train

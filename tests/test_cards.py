@@ -19,6 +19,7 @@ from sbrush.models.ladder import Sampling
 from sbrush.models.load import BUILT_IN, load_student, load_teacher
 from sbrush.models.merge import merge
 from sbrush.models.scheduler_swap import SCHEDULERS
+from sbrush.models.source import BUILT_IN_STUDENTS
 from sbrush.models.unet import STUDENT_TARGETS, add_lora, merge_lora
 
 ABOUT = {"version": "0", "reparameterised": True, "recipe": {"name": "x"}, "seed": 0,
@@ -198,7 +199,8 @@ def test_a_merged_students_card_names_both_in_words(tmp_path, tiny_teacher):
     assert "from 1 prompt and no images" in text
 
 
-def test_so_does_that_of_the_shipped_student(tmp_path, monkeypatch):
-    text = (BUILT_IN / "student" / "README.md").read_text(encoding="utf-8")
-    assert text == card.model_card(load_student())
+@pytest.mark.parametrize(("name", "folder"), BUILT_IN_STUDENTS.items())
+def test_so_do_those_of_the_shipped_students(tmp_path, monkeypatch, name, folder):
+    text = (BUILT_IN / folder / "README.md").read_text(encoding="utf-8")
+    assert text == card.model_card(load_student(name))
     check_text(text, tmp_path, monkeypatch)

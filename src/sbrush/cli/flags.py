@@ -117,7 +117,7 @@ StudentFlag = Annotated[
     typer.Option(
         "--student",
         help="Student: its folder, the --out folder of its run, one of the run's checkpoints, or a Hub id. "
-        "Default: the built-in student.",
+        "Default: the built-in student, stickers. stickers-few is built in too, and takes up to 4 steps.",
         metavar="MODEL",
         callback=check_student,
     ),

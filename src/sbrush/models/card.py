@@ -14,6 +14,7 @@ from sbrush.models.comfyui import instructions
 from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.models.scheduler_swap import same_image
+from sbrush.models.source import BUILT_IN_STUDENTS
 
 
 class About(NamedTuple):
@@ -32,8 +33,8 @@ METHODS = {
 STATED = ("license", "license_name", "license_link", "safety_checker")  # what others say that students must say too
 BUILT_IN_TEACHER = "stickers (built in)"
 SHIPPED = """\
-unet = UNet2DConditionModel.from_pretrained(BUILT_IN / "student" / "unet")
-scheduler = {scheduler}.from_pretrained(BUILT_IN / "student" / "scheduler")
+unet = UNet2DConditionModel.from_pretrained(BUILT_IN / "{folder}" / "unet")
+scheduler = {scheduler}.from_pretrained(BUILT_IN / "{folder}" / "scheduler")
 pipe = DiffusionPipeline.from_pretrained(BUILT_IN / "teacher", unet=unet, scheduler=scheduler)
 pipe.to(torch.float32)
 """  # how diffusers loads the shipped student
@@ -74,11 +75,15 @@ def model_card(student: Model) -> str:
     about, own = student.about, type(student.sampler).__name__
     whole = len(set(student.folders.values())) == 1  # the shipped student's other parts are the built-in teacher's
     imports = {"DiffusionPipeline"} | sampling_imports(about)
-    option = " --student path/to/this/folder" if whole else ""
+    option, folder = " --student path/to/this/folder" if whole else "", student.folders["unet"].name
     first, load, holds = "", 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")\n', ""
     if not whole:
+        option = "".join(
+            f" --student {name}" for name, place in BUILT_IN_STUDENTS.items() if place == folder != "student"
+        )
         imports |= {own, "UNet2DConditionModel"}
-        first, load = "from sbrush.models.load import BUILT_IN\n", SHIPPED.replace("{scheduler}", own)
+        first = "from sbrush.models.load import BUILT_IN\n"
+        load = SHIPPED.format(folder=folder, scheduler=own)
         holds = "\n- It consists of UNet and scheduler. Its other parts are those of its teacher."
     checker = "may have had a safety checker"
     if "safety_checker" in about:

@@ -34,7 +34,7 @@ from sbrush.models.places import BUILT_IN_TEACHER, FAMILIES, find_teacher, locat
 from sbrush.models.schedule import noise_scale, read_scheduler, scheduler_class
 from sbrush.models.single_file import Entry, convert, known_configuration, read_header
 from sbrush.models.snapshot import Snapshot
-from sbrush.models.source import is_built_in, is_single_file
+from sbrush.models.source import BUILT_IN_STUDENTS, built_in_student, is_single_file
 
 FORMAT = 1  # of sbrush.json
 MOST_STEPS = 1000  # of a student
@@ -90,9 +90,10 @@ def load_student(
     """
     if loras:
         return _with_loras(load_student(source, start_timestep=start_timestep), loras, device, dtype)
-    if source is None or is_built_in(source):
-        places, name = [BUILT_IN / "student", BUILT_IN / "teacher"], "stickers student (built in)"
+    if own := built_in_student(source):
+        places, name = [BUILT_IN / BUILT_IN_STUDENTS[own], BUILT_IN / "teacher"], f"{own} student (built in)"
     else:
+        assert source is not None
         places, name = [locate_student(source)], source
     if (places[0] / "unet" / "model.onnx").is_file():
         raise SbrushError(
@@ -211,7 +212,8 @@ def _load(places: list[Path], name: str, device: str, dtype: torch.dtype, *, stu
         folders = {part: next((p for p in places if (p / part).is_dir()), places[0]) for part in family.parts}
         _check(folders, index, family, name, weights=device != "meta", student=student)
         config = read_json(folders["scheduler"] / "scheduler" / "scheduler_config.json")
-        if "scheduler" in index:  # the class that diffusers takes, whatever the configuration says of itself
+        # The class that diffusers takes, whatever the configuration says of itself; a built-in student has no index.
+        if "scheduler" in index and (folders["scheduler"] / "model_index.json").is_file():
             config["_class_name"] = index["scheduler"][1]
         table = TABLES[family.pipeline]["scheduler"]
         scheduler = read_scheduler(config, name, {**table, **ONE_STEP} if student else table)

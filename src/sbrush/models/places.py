@@ -11,7 +11,7 @@ from sbrush.models.model import Model
 from sbrush.models.parts import digest_of_parts, read_json
 from sbrush.models.sdxl import ModelXL
 from sbrush.models.snapshot import Snapshot
-from sbrush.models.source import is_built_in, is_single_file, local_folder, local_student
+from sbrush.models.source import built_in_student, is_single_file, local_folder, local_student
 
 BUILT_IN_TEACHER = "stickers (built in)"  # as configurations and students name it
 FAMILIES: dict[str, type[Model]] = {family.pipeline: family for family in (Model, ModelXL)}
@@ -35,7 +35,7 @@ def teacher_of(student: Model | str | None) -> str | None:
     `student`: loaded, or as load_student takes it. SbrushError if the student does not name its teacher, or if what
     bears that name is not there or is another model by now.
     """
-    if student is None or (isinstance(student, str) and is_built_in(student)):
+    if student is None or (isinstance(student, str) and built_in_student(student)):
         return None
     if isinstance(student, Model):
         shown, about = printable(student.name), student.about

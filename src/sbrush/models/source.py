@@ -8,7 +8,8 @@ from pathlib import Path
 from sbrush.console import SbrushError, printable
 from sbrush.storage.files import check_name
 
-BUILT_IN_STUDENT = "stickers"  # its name where no name means something else, as --init does
+# By name, the folders of the students that come with sbrush; no name at all stands for the first.
+BUILT_IN_STUDENTS = {"stickers": "student", "stickers-few": "student-few"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LAYOUT = "give a folder in Stable Diffusion's format (model_index.json, unet/, vae/ ...), a Hub id, or nothing"
 
@@ -18,9 +19,14 @@ def is_single_file(source: str) -> bool:
     return source.lower().endswith((".safetensors", *PICKLES)) and not Path(source).expanduser().is_dir()
 
 
-def is_built_in(student: str) -> bool:
-    """Whether a student's name is that of the one that comes with sbrush; a folder of that name goes first."""
-    return student == BUILT_IN_STUDENT and not Path(student).exists()
+def built_in_student(name: str | None) -> str | None:
+    """The name of a student that comes with sbrush, None standing for the first; None if it is another's name.
+
+    A folder of that name goes first.
+    """
+    if name is None:
+        return next(iter(BUILT_IN_STUDENTS))
+    return name if name in BUILT_IN_STUDENTS and not Path(name).exists() else None
 
 
 def check_file(file: Path) -> None:
@@ -81,7 +87,7 @@ def check_source(source: str, *, single_file: bool = False) -> None:
 
     `single_file`: whether a .safetensors is one too, as for teachers.
     """
-    if not single_file and is_built_in(source):
+    if not single_file and built_in_student(source):
         return
     check_name(Path(source))
     try:

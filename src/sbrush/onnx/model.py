@@ -24,7 +24,7 @@ from sbrush.console import SbrushError, printable
 from sbrush.core import Conditioning, NoiseSchedule, Prediction
 from sbrush.models.latents import for_decoder, to_images
 from sbrush.models.parts import part_files, read_json
-from sbrush.models.source import is_built_in, local_student
+from sbrush.models.source import BUILT_IN_STUDENTS, built_in_student, local_student
 from sbrush.onnx.decoder import DECODER, VAE_FACTS, GraphDecoder, find_decoder
 from sbrush.onnx.graphs import GRAPHS, INDEX, WEIGHTS, configuration_digest, open_graph, read_weights
 
@@ -156,7 +156,7 @@ class OnnxModel:
 
 def is_exported(source: str | None) -> bool:
     """Whether a student is a folder that `sbrush export --to onnx` wrote, which torch cannot read."""
-    local = None if source is None or is_built_in(source) else local_student(source)
+    local = None if source is None or built_in_student(source) else local_student(source)
     return local is not None and (local / "unet" / GRAPH).is_file()
 
 
@@ -166,9 +166,10 @@ def find(source: str | None, vae: str | None = None) -> OnnxModel | None:
     `vae`: the VAE that decodes in place of its own, as load_vae.with_vae takes it; None too if that has no graph.
     SbrushError if it has, and they are damaged.
     """
-    if source is None or is_built_in(source):
-        folder, name = WEIGHTS / "student", "stickers student (built in)"
+    if own := built_in_student(source):
+        folder, name = WEIGHTS / BUILT_IN_STUDENTS[own], f"{own} student (built in)"
     else:
+        assert source is not None
         local = local_student(source)
         if local is None:
             return None

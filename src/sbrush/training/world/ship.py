@@ -26,6 +26,7 @@ from sbrush.models.load import BUILT_IN, FORMAT, load_student, load_teacher
 from sbrush.models.load_vae import with_vae
 from sbrush.models.model import Model
 from sbrush.models.single_file import published_name
+from sbrush.models.source import BUILT_IN_STUDENTS
 from sbrush.models.vae_source import TINY
 from sbrush.onnx.export import write_graphs
 from sbrush.onnx.graphs import GRAPHS
@@ -92,16 +93,18 @@ def graphs(to: Annotated[Path, typer.Option(help="Where the package keeps them."
 def student(
     folder: Annotated[Path, typer.Argument(help="The student to be shipped, or the run that made it.")],
     to: Path = BUILT_IN,
+    name: Annotated[str, typer.Option(help="Its name: " + " or ".join(BUILT_IN_STUDENTS))] = "stickers",
 ) -> None:
     """A student as shipped: its UNet in float16; the other parts are the teacher's."""
+    home = BUILT_IN_STUDENTS[name]
     if (folder / "student").is_dir():
         folder = folder / "student"
-    _save_half(UNet2DConditionModel.from_pretrained(folder / "unet"), to / "student" / "unet")
-    shutil.copytree(folder / "scheduler", to / "student" / "scheduler", dirs_exist_ok=True)
-    shutil.copyfile(folder / "sbrush.json", to / "student" / "sbrush.json")
+    _save_half(UNet2DConditionModel.from_pretrained(folder / "unet"), to / home / "unet")
+    shutil.copytree(folder / "scheduler", to / home / "scheduler", dirs_exist_ok=True)
+    shutil.copyfile(folder / "sbrush.json", to / home / "sbrush.json")
     made = load_student(str(folder))
-    places = {part: to / ("student" if part in ("unet", "scheduler") else "teacher") for part in made.parts}
-    write_text(to / "student" / "README.md", model_card(dataclasses.replace(made, folders=places)))
+    places = {part: to / (home if part in ("unet", "scheduler") else "teacher") for part in made.parts}
+    write_text(to / home / "README.md", model_card(dataclasses.replace(made, folders=places)))
     follow_umask(to)
 
 
