@@ -30,9 +30,9 @@ def before(tmp_path_factory, tiny_teacher):
 
 
 def holding(teacher, before, recipe=HELD, **options):
-    return distiller(
-        teacher, recipe, init=load_student(str(before)), held=Held(load_student(str(before)), OTHERS), **options
-    )
+    ours = distiller(teacher, recipe, init=load_student(str(before)), **options)
+    ours.hold(Held(load_student(str(before)), OTHERS))
+    return ours
 
 
 @torch.no_grad()
@@ -105,6 +105,7 @@ def test_a_run_says_what_it_holds_and_none_can_hold_to_nothing(tmp_path, tiny_te
 def test_the_old_student_computes_in_the_precision_of_the_training(tiny_teacher, before):
     ours = VSD(
         load_teacher(str(tiny_teacher)), HELD, seed=3, accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
-        init=load_student(str(before)), held=Held(load_student(str(before)), OTHERS),
+        init=load_student(str(before)),
     )  # fmt: skip
+    ours.hold(Held(load_student(str(before)), OTHERS))
     assert ours._holding.loss(ours._as_student, 1, 0, range(4)) < 1e-4

@@ -78,12 +78,12 @@ def _train(plan: Plan) -> bool:
     if plan.images:
         plan.images.fill(plan.teacher, plan.accelerator)
         more["images"] = plan.images
-    if plan.held:
-        more["held"] = plan.held
     method: Method = METHODS[recipe.method](  # type: ignore[call-arg]
         plan.teacher, recipe, seed=seed, accelerator=plan.accelerator, init=plan.init, execution=plan.execution,
         alignment=plan.alignment, text_cache=plan.text_cache, **more,
     )  # fmt: skip
+    if plan.held and recipe.hold:
+        method.hold(plan.held)
     if main and plan.execution.shard:
         share = 100 * sharding.held(method.trained.values())
         info(f"the student is sharded among {plan.accelerator.num_processes} processes (FSDP2); here {share:.0f} %")

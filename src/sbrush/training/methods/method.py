@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from sbrush.storage.checkpoint import Checkpoint
 from sbrush.training.alignment import Alignment
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
+
+if TYPE_CHECKING:  # which knows networks
+    from sbrush.training.methods.holding import Held
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class Method(ABC):
     student: nn.Module
     teacher: Model
     trained: dict[str, nn.Parameter]
+
+    def hold(self, held: Held) -> None:
+        """Holds samples of other prompts to what a student drew of them before, by a method that has such a setting."""
+        raise ValueError("this method has no setting hold")
 
     @abstractmethod
     def step(self, step: int, prompts: ShuffledPrompts) -> dict[str, Tensor]:

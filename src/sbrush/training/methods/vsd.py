@@ -88,12 +88,8 @@ class VSD(Networks, Method):
         execution: ExecutionOptions | None = None,
         alignment: Alignment | None = None,
         text_cache: TextCache | None = None,
-        held: Held | None = None,
     ) -> None:
-        """`alignment`: for the clamped CLIP loss, if the recipe has it. `text_cache`: filled here.
-
-        `held`: what the recipe's `hold` samples are held to.
-        """
+        """`alignment`: for the clamped CLIP loss, if the recipe has it. `text_cache`: filled here."""
         if recipe.clip_weight and not alignment:
             raise ValueError("the clamped CLIP loss needs a CLIP model")
         execution = execution or ExecutionOptions()
@@ -108,7 +104,7 @@ class VSD(Networks, Method):
         if init and teacher.controls:
             self._control_images = ControlImages(init, teacher, accelerator)
         self._anchor = Anchor(init, teacher, accelerator) if init and recipe.anchor_weight else None
-        self._holding = Holding(held, teacher, recipe, accelerator, seed) if held and recipe.hold else None
+        self._holding: Holding | None = None
         self.lora, self.lora_optimizer = self.helpers["lora"]
         self.alignment, self.text_cache = alignment, text_cache
         self._null = teacher.null()
@@ -118,6 +114,10 @@ class VSD(Networks, Method):
                 encoder.cpu()
         self.schedule, self.prediction = teacher.schedule, teacher.prediction
         self._rungs = teacher.as_student(self.scheduler, {"steps": recipe.student_steps}).rungs()
+
+    def hold(self, held: Held) -> None:
+        """From now on the recipe's `hold` samples of a step are held to what a student drew of them before."""
+        self._holding = Holding(held, self.teacher, self.recipe, self.accelerator, self.seed)
 
     def add_helpers(self) -> dict[str, tuple[dict[str, nn.Parameter], float]]:
         """The LoRA teacher: an adapter on the teacher's own frozen UNet."""
