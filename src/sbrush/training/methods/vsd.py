@@ -5,7 +5,7 @@ What a step of it costs is rehearsal.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,19 +35,30 @@ from sbrush.training.text_cache import TextCache
 
 
 @dataclass
-class MicroBatch:
-    """A micro-batch, from the prompts to both teachers' noise predictions on the student's images."""
+class Images:
+    """The student's images of a micro-batch, and what it drew them from."""
 
+    step: int
+    indices: range  # the samples' places in the global batch
     draw: StepNoise
-    rung: int  # of the student's ladder, from 0
+    texts: list[str]
     cond: Conditioning
-    x0: Tensor  # [b, C, H, W] float32, detached, as are all but lora_loss
-    noise: Tensor
+    rung: int  # of the student's ladder, from 0
+    x: Tensor  # [b, C, H, W] float32, what the student saw there: at its first rung pure noise
+    t: Tensor  # [b] int64, the rung's timestep
+    x0: Tensor  # [b, C, H, W] float32, with the student's gradient until that has been taken
+
+
+@dataclass
+class Scores:
+    """What both teachers say of those images, made noisy. Without gradient, but for lora_loss."""
+
+    noise: Tensor  # [b, C, H, W] float32, as are all but t
     x_t: Tensor
     t: Tensor  # [b] int64
+    scale: float | Tensor  # the guidance scale, before `guidance_high`
     eps_teacher: Tensor
     eps_lora: Tensor
-    metrics: dict[str, Tensor]
     lora_loss: Tensor | None  # if the LoRA teacher's score was a forward to be trained through
 
 
@@ -180,55 +191,46 @@ class VSD(Networks, Method):
         recipe, schedule = self.recipe, self.schedule
         self.student_optimizer.param_groups[0]["lr"] = recipe.student_lr_at(step)
         self.lora_optimizer.param_groups[0]["lr"] = recipe.lora_lr_at(step)
-        micro_batches = []
+        parts, measured = list[tuple[Images, Scores]](), list[dict[str, Tensor]]()
         for indices in self._micro_batches:
             with self._gradients_wait(last=indices is self._micro_batches[-1]):
-                micro = self._compare(step, indices, prompts)
-                if micro.lora_loss is not None:
-                    self._backward(micro.lora_loss, "lora_teacher")
-            micro_batches.append(micro)
-        student_grad = lora_grad = torch.zeros((), device=schedule.alpha.device)
-        if self._learns(step, micro_batches[-1].rung):
+                images = self._draw_images(step, indices, prompts)
+                scores = self._ask_teachers(images)
+                loss, metrics = self._student_loss(images, scores)
+                if loss.requires_grad:
+                    self._backward(loss, "student")
+                images.x0 = images.x0.detach()
+                if scores.lora_loss is not None:
+                    self._backward(scores.lora_loss, "lora_teacher")
+            parts.append((images, scores))
+            measured.append(metrics)
+        student_grad = torch.zeros((), device=schedule.alpha.device)
+        if self._learns(step, parts[-1][0].rung):
             student_grad = self.apply(self.student_optimizer, self.trained)
         self.ema.update(step)
+        lora_loss, lora_grad = self._teach_lora(parts)
 
-        lora_losses = [micro.lora_loss for micro in micro_batches if micro.lora_loss is not None]
-        for update in range(recipe.lora_updates if recipe.gap != "sds" else 0):
-            if update > 0 or not recipe.shared_forward:
-                lora_losses = []
-                for micro in micro_batches:
-                    with self._gradients_wait(last=micro is micro_batches[-1]):
-                        lora_losses.append(self._lora_loss(micro))
-                        self._backward(lora_losses[-1], "lora_teacher")
-            self._average_rung_tokens()
-            lora_grad = self.apply(self.lora_optimizer, self.lora)
-
-        whole = {
-            name: torch.cat([getattr(micro, name) for micro in micro_batches])
-            for name in ("x0", "noise", "x_t", "t", "eps_teacher", "eps_lora")
-        }
-        apart, error, lora_divergence = (
-            (whole[one] - whole[other]).abs().mean()
-            for one, other in (("eps_teacher", "eps_lora"), ("eps_teacher", "noise"), ("eps_lora", "noise"))
+        x0 = torch.cat([images.x0 for images, _ in parts])
+        noise, x_t, t, eps_teacher, eps_lora = (
+            torch.cat([getattr(scores, name) for _, scores in parts])
+            for name in ("noise", "x_t", "t", "eps_teacher", "eps_lora")
         )
+        error = (eps_teacher - noise).abs().mean()
         skipped = ~(student_grad.isfinite() & lora_grad.isfinite())
-        measured = [micro.metrics for micro in micro_batches]
-        metrics = {name: torch.stack([one[name] for one in measured]).mean() for name in measured[0]}
-        metrics |= {
-            "lora_loss": torch.stack(lora_losses).mean() if lora_losses else torch.zeros_like(lora_grad),
-            "x0_mean": whole["x0"].mean(), "x0_std": whole["x0"].std(), "student_grad": student_grad,
+        result = {name: torch.stack([one[name] for one in measured]).mean() for name in measured[0]}
+        result |= {
+            "lora_loss": lora_loss, "x0_mean": x0.mean(), "x0_std": x0.std(), "student_grad": student_grad,
             "lora_grad": lora_grad, "skipped": skipped.float(),
-            "score_gap_ratio": apart / error, "lora_divergence": lora_divergence / error,
+            "score_gap_ratio": (eps_teacher - eps_lora).abs().mean() / error,
+            "lora_divergence": (eps_lora - noise).abs().mean() / error, "x0": x0,
+            "teacher_x0": core.to_x0(eps_teacher, x_t, t, schedule, "epsilon"),
+            "lora_x0": core.to_x0(eps_lora, x_t, t, schedule, "epsilon"),
         }  # fmt: skip
-        guesses = {
-            name: core.to_x0(whole[eps], whole["x_t"], whole["t"], schedule, "epsilon")
-            for name, eps in (("teacher_x0", "eps_teacher"), ("lora_x0", "eps_lora"))
-        }
-        return {name: value.detach() for name, value in (metrics | {"x0": whole["x0"]} | guesses).items()}
+        return {name: value.detach() for name, value in result.items()}
 
-    def _compare(self, step: int, indices: range, prompts: ShuffledPrompts) -> MicroBatch:
-        """The student's images and what both teachers make of them; the student's gradients are added up."""
-        recipe, schedule = self.recipe, self.schedule
+    def _draw_images(self, step: int, indices: range, prompts: ShuffledPrompts) -> Images:
+        """What the student makes of its prompts and noise, at the step's rung."""
+        recipe = self.recipe
         draw = StepNoise(self.seed, step, indices, self.accelerator.device)
         numbers = [(step - 1) * recipe.batch + i for i in indices]
         texts = [prompts[number] for number in numbers]
@@ -238,67 +240,87 @@ class VSD(Networks, Method):
             cond = self.teacher.encode(texts)
         if self._control_images:
             cond = cond | {"control": self._control_images.draw(cond, draw)}
-        null = self._null_of(cond)
         z = draw.normal(self.teacher.latent_shape)
         set_role(self.student, "student")
         rung = draw.index(len(self._rungs)) if len(self._rungs) > 1 else 0
-        z, t_init = self._go_down(z, rung, draw, cond)
+        x, t = self._go_down(z, rung, draw, cond)
         with torch.set_grad_enabled(self._learns(step, rung)):
-            output = self._as_student(z, t_init, cond)
+            output = self._as_student(x, t, cond)
         x0 = core.student_x0(
-            output.float(), z, t_init, schedule, self.prediction, reparameterised=recipe.reparameterised
+            output.float(), x, t, self.schedule, self.prediction, reparameterised=recipe.reparameterised
         )
+        return Images(step, indices, draw, texts, cond, rung, x, t, x0)
+
+    def _ask_teachers(self, images: Images) -> Scores:
+        """Both teachers' noise predictions on the images, at noise and timesteps of their own."""
+        recipe, schedule, draw, cond = self.recipe, self.schedule, images.draw, images.cond
+        null = self._null_of(cond)
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
-        x_t = core.add_noise(x0.detach(), noise, t, schedule)
+        x_t = core.add_noise(images.x0.detach(), noise, t, schedule)
         drawn_scale = scale = self._guidance(draw)
         if recipe.guidance_high is not None:
             scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
         eps_teacher = self._score("teacher", x_t, t, (cond, null), scale)
+        told, told_null = self._told(cond, images.rung), self._told(null, images.rung)
         lora_loss = None
         if recipe.gap == "sds":
             eps_lora = noise
         elif recipe.shared_forward:
-            eps_lora = self._lora_epsilon(x_t, t, self._told(cond, rung))
+            eps_lora = self._lora_epsilon(x_t, t, told)
             lora_loss = core.lora_loss(eps_lora, noise, t, schedule, weight=recipe.lora_weight)
             eps_lora = eps_lora.detach()
         else:
-            told, null = self._told(cond, rung), self._told(null, rung)
-            eps_lora = self._score("lora_teacher", x_t, t, (told, null), scale if recipe.guide_lora else 1.0)
+            eps_lora = self._score("lora_teacher", x_t, t, (told, told_null), scale if recipe.guide_lora else 1.0)
+        return Scores(noise, x_t, t, drawn_scale, eps_teacher, eps_lora, lora_loss)
+
+    def _student_loss(self, images: Images, scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
+        """The paper's loss and what the recipe adds to it; and what is logged of each."""
+        recipe, step, x0 = self.recipe, images.step, images.x0
         if recipe.gap == "dmd":
-            gap = core.dmd_gap(eps_teacher, eps_lora, noise)
+            gap = core.dmd_gap(scores.eps_teacher, scores.eps_lora, scores.noise)
         else:
-            gap = core.vsd_gap(eps_teacher, eps_lora, t, schedule)
-        student_loss = core.vsd_loss(x0, gap) if step > recipe.lora_lead else torch.zeros((), device=x0.device)
-        pair_loss = anchor_loss = torch.zeros((), device=x0.device)
-        paired = slice(-indices.start % self._pair_every, None, self._pair_every)
-        if recipe.pairs and len(z[paired]) and step <= recipe.pair_share * recipe.steps:
-            conditioning = {name: value[paired] for name, value in cond.items()}
-            pair_loss = core.pair_loss(x0[paired], self._teacher_images(z[paired], conditioning))
-            student_loss = student_loss + recipe.pair_weight * len(z[paired]) / len(z) * pair_loss
-        if self._anchor and self._anchor.holds(rung):
-            guess = partial(self._score, "teacher", z, t_init, (cond, self._null_of(cond)), drawn_scale)
-            anchor_loss = core.pair_loss(x0, self._anchor.target(rung, z, t_init, cond, guess))
-            student_loss = student_loss + recipe.anchor_weight * anchor_loss
-        extra = {}
+            gap = core.vsd_gap(scores.eps_teacher, scores.eps_lora, scores.t, self.schedule)
+        none = torch.zeros((), device=x0.device)
+        loss = core.vsd_loss(x0, gap) if step > recipe.lora_lead else none
+        metrics = {"gap": gap.abs().mean(), "pair_loss": none, "anchor_loss": none}
+        paired = slice(-images.indices.start % self._pair_every, None, self._pair_every)
+        if recipe.pairs and len(z := images.x[paired]) and step <= recipe.pair_share * recipe.steps:
+            cond = {name: value[paired] for name, value in images.cond.items()}
+            metrics["pair_loss"] = core.pair_loss(x0[paired], self._teacher_images(z, cond))
+            loss = loss + recipe.pair_weight * len(z) / len(x0) * metrics["pair_loss"]
+        if self._anchor and self._anchor.holds(images.rung):
+            x, t, cond = images.x, images.t, images.cond
+            guess = partial(self._score, "teacher", x, t, (cond, self._null_of(cond)), scores.scale)
+            metrics["anchor_loss"] = core.pair_loss(x0, self._anchor.target(images.rung, x, t, cond, guess))
+            loss = loss + recipe.anchor_weight * metrics["anchor_loss"]
         if self.alignment and (weight := recipe.clip_weight_at(step)):
             with self.accelerator.autocast():
-                cosine = self.alignment.cosines(x0, texts)
-            student_loss = student_loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
-            extra["clip_cosine"] = cosine.detach().mean()
+                cosine = self.alignment.cosines(x0, images.texts)
+            metrics["clip_cosine"] = cosine.mean()
+            loss = loss + weight * core.clamped_clip_loss(cosine, recipe.clip_tau)
         if self._holding and step > recipe.lora_lead:
             set_role(self.student, "student")
-            extra["hold_loss"] = self._holding.loss(self._as_student, step, rung, indices)
-            student_loss = student_loss + recipe.hold_weight * extra["hold_loss"]
-        if student_loss.requires_grad:
-            self._backward(student_loss, "student")
-        metrics = {
-            "gap": gap.abs().mean(), "student_loss": student_loss.detach(), "pair_loss": pair_loss.detach(),
-            "anchor_loss": anchor_loss.detach(),
-        }  # fmt: skip
-        return MicroBatch(
-            draw, rung, cond, x0.detach(), noise, x_t, t, eps_teacher, eps_lora, metrics | extra, lora_loss
-        )
+            metrics["hold_loss"] = self._holding.loss(self._as_student, step, images.rung, images.indices)
+            loss = loss + recipe.hold_weight * metrics["hold_loss"]
+        metrics["student_loss"] = loss
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def _teach_lora(self, parts: Sequence[tuple[Images, Scores]]) -> tuple[Tensor, Tensor]:
+        """The LoRA teacher's updates on the images: its last loss, and its gradient's norm before clipping."""
+        recipe = self.recipe
+        losses = [scores.lora_loss for _, scores in parts if scores.lora_loss is not None]
+        norm = torch.zeros((), device=self.schedule.alpha.device)
+        for update in range(recipe.lora_updates if recipe.gap != "sds" else 0):
+            if update > 0 or not recipe.shared_forward:
+                losses = []
+                for images, _ in parts:
+                    with self._gradients_wait(last=images is parts[-1][0]):
+                        losses.append(self._lora_loss(images))
+                        self._backward(losses[-1], "lora_teacher")
+            self._average_rung_tokens()
+            norm = self.apply(self.lora_optimizer, self.lora)
+        return torch.stack(losses).mean() if losses else torch.zeros_like(norm), norm
 
     def _learns(self, step: int, rung: int) -> bool:
         """Whether the student learns in a step: while the LoRA teacher leads, from the anchor alone."""
@@ -325,16 +347,16 @@ class VSD(Networks, Method):
     def _as_student(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self.teacher.predict(self._student, self._laid_out(x_t), t, conditioning)
 
-    def _lora_loss(self, micro: MicroBatch) -> Tensor:
+    def _lora_loss(self, images: Images) -> Tensor:
         """The LoRA teacher's loss on the same images, with fresh noise."""
-        t = micro.draw.timesteps(0, len(self.schedule) - 1)
-        noise = micro.draw.normal(self.teacher.latent_shape)
-        conditioning = micro.cond
-        if micro.draw.chance(self.recipe.null_chance):
+        t = images.draw.timesteps(0, len(self.schedule) - 1)
+        noise = images.draw.normal(self.teacher.latent_shape)
+        conditioning = images.cond
+        if images.draw.chance(self.recipe.null_chance):
             null = self._null_of(conditioning)
             conditioning = {name: value.expand_as(conditioning[name]) for name, value in null.items()}
-        conditioning = self._told(conditioning, micro.rung)
-        eps = self._lora_epsilon(core.add_noise(micro.x0, noise, t, self.schedule), t, conditioning)
+        conditioning = self._told(conditioning, images.rung)
+        eps = self._lora_epsilon(core.add_noise(images.x0, noise, t, self.schedule), t, conditioning)
         return core.lora_loss(eps, noise, t, self.schedule, weight=self.recipe.lora_weight)
 
     def _lora_epsilon(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
