@@ -1,5 +1,6 @@
 """README.md and docs/ are true: Python blocks run, command lines are the program's own, links lead somewhere."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -14,7 +15,7 @@ from conftest import sbrush as command
 from sbrush.cli.app import app
 from sbrush.console import SbrushError
 from sbrush.training.health import ALARMS
-from sbrush.training.recipes import RECIPES
+from sbrush.training.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -70,11 +71,13 @@ def test_the_readme_names_every_room_in_its_tree():
         assert re.search(rf"^ +{re.escape(room.name)}/? +\S", readme, re.M), f"{room.name} is not in the README's tree"
 
 
-def test_every_alarm_is_explained_and_every_recipe_described():
+def test_every_alarm_is_explained_and_every_recipe_and_setting_described():
     table = (ROOT / "docs" / "distilling.md").read_text(encoding="utf-8")
     assert all(f"| **{alarm.name}** |" in table for alarm in ALARMS)
     recipes = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in recipes for name in RECIPES)
+    settings = recipes.partition("\n## Every setting\n")[2]
+    assert [f.name for f in dataclasses.fields(Recipe) if f.name != "name" and f"`{f.name}`" not in settings] == []
 
 
 @pytest.mark.parametrize("page", TODAY, ids=ids(TODAY))

@@ -9,8 +9,8 @@ lcm              latent consistency distillation (arXiv 2310.04378)   SwiftBrush
 guided           Guided Distillation (arXiv 2210.03142): a student    SwiftBrush's paper: one step FID 37.3, CLIP 0.27
                  with a guidance input, then progressive halving
 stickers         the built-in teacher on a CPU                        see docs/results.md
-stickers-lcm     lcm for the built-in teacher on a CPU, not tuned     not measured yet
-stickers-guided  guided for the built-in teacher on a CPU, not tuned  not measured yet
+stickers-lcm     lcm for the built-in teacher on a CPU, not tuned     see docs/results.md
+stickers-guided  guided for the built-in teacher on a CPU, not tuned  see docs/results.md
 
 lcm and guided learn from images: the teacher's own, or --images.
 
