@@ -45,7 +45,7 @@ test-all: $(READY)  ## the suite and what only a long run can show: full-size ne
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m slow
 
-lint: $(READY)  ## ruff, mypy and the arrows between rooms
+lint: $(READY)  ## ruff, mypy, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

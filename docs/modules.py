@@ -1,4 +1,4 @@
-"""A hook of mkdocs: puts every room's modules, each with the start of its docstring, where a page asks for them."""
+"""A hook of mkdocs: puts every package's modules, each with the start of its docstring, where a page asks for them."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ def first_sentence(file):
 
 
 def every_module():
-    """A table for each room, the package's own files last."""
+    """A table for each folder, the top folder's own files last."""
     lines = []
     rooms = sorted(folder for folder in SOURCE.rglob("*") if (folder / "__init__.py").is_file())
     for room in [*rooms, SOURCE]:
