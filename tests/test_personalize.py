@@ -266,7 +266,7 @@ def test_senseless_requests_are_refused_at_once(photos, flags, said):
 @pytest.mark.parametrize(
     "token, kind, said",
     [
-        ("red cat", "cat", "the teacher knows red already"),
+        ("red cat", "cat", "the teacher already knows red"),
         ("zx robot", "robot", "the built-in world draws no robot"),
         ("sks robot", "robot", "loses the background"),
         ("zx", "sticker", None),

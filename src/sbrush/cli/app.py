@@ -45,8 +45,8 @@ HINTS = {  # what to do about an OSError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Text-to-image students of one step or a few, by Variational Score Distillation (SwiftBrush).",
-    epilog="Exit codes: 0 done, 1 could not be done, 2 the command makes no sense, 130 interrupted.",
+    help="Distil text-to-image diffusion models into students that draw in one step or a few (SwiftBrush).",
+    epilog="Exit codes: 0 done, 1 could not be done, 2 the command makes no sense as given, 130 interrupted.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("distill", epilog=distill.EXAMPLE)(distill.distill)

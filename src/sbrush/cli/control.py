@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from sbrush.sampling.control_request import Control
     from sbrush.training.request import ControlTraining
 
-CONTROL = "Steering by an image (ControlNet)"
-SCALE = "How strongly a ControlNet steers: 0 not at all, 1 as it was trained, up to 10. One for all, or one for each."
+CONTROL = "ControlNet: steering with an image"
+SCALE = "How strongly the ControlNet steers: 0 is not at all, 1 as it was trained; up to 10."
 
 
 class Prep(StrEnum):
@@ -38,8 +38,8 @@ ControlFlag = Annotated[
     list[str] | None,
     typer.Option(
         "--control",
-        help="ControlNet that was made for the student's teacher: a folder in diffusers' format, a Hub id, or outline, "
-        "the built-in one. Give it again for several at once, each with its --control-image.",
+        help="ControlNet that was trained for the student's teacher: a folder in diffusers' format, a Hub id, or "
+        "outline, the built-in one. Repeat it for several at once, each with its own --control-image.",
         metavar="MODEL",
         rich_help_panel=CONTROL,
     ),
@@ -48,20 +48,27 @@ ControlImageFlag = Annotated[
     list[Path] | None,
     typer.Option(
         "--control-image",
-        help="Image that steers what is drawn. Its middle is cut to the student's size.",
+        help="Image that steers what is drawn; --control-prep says how it is prepared. It is first cropped to its "
+        "middle and scaled to the student's size.",
         metavar="FILE",
         rich_help_panel=CONTROL,
     ),
 ]
 ControlScaleFlag = Annotated[
-    list[float] | None, typer.Option("--control-scale", help=f"{SCALE} Default: 1.", rich_help_panel=CONTROL)
+    list[float] | None,
+    typer.Option(
+        "--control-scale",
+        help=f"{SCALE} Give it once for all ControlNets, or once for each. Default: 1.",
+        rich_help_panel=CONTROL,
+    ),
 ]
 ControlPrepFlag = Annotated[
     list[Prep] | None,
     typer.Option(
         "--control-prep",
-        help="What makes the control image: canny edges, the outline of a thing on a plain background, or none if "
-        "--control-image is one already. One for all, or one for each. Default: none.",
+        help="How --control-image becomes the control image. canny: its edges. outline: the outline of one thing on a "
+        "plain background. none: it already is a control image. Give it once for all ControlNets, or once for each. "
+        "Default: none.",
         rich_help_panel=CONTROL,
     ),
 ]
@@ -71,9 +78,9 @@ TrainedControlFlag = Annotated[
     str | None,
     typer.Option(
         "--control",
-        help="Prepare a student for this ControlNet of the teacher, as --control of sbrush sample takes it: teacher, "
-        "LoRA teacher and student see control images, which are made of the images of the student in --init. The "
-        "ControlNet itself stays as it is.",
+        help="Train the student to be used with this ControlNet of the teacher: a folder in diffusers' format, a Hub "
+        "id, or outline, the built-in one. Control images are made from images that the student of --init draws. The "
+        "ControlNet itself is not changed. Needs --init and --control-prep.",
         metavar="MODEL",
         rich_help_panel=CONTROL,
     ),
@@ -82,13 +89,14 @@ TrainedPrepFlag = Annotated[
     TrainedPrep | None,
     typer.Option(
         "--control-prep",
-        help="What makes the control images: canny edges, or the outline of a thing on a plain background.",
+        help="How control images are made. canny: edges. outline: the outline of one thing on a plain background. Take "
+        "what the ControlNet was trained with.",
         rich_help_panel=CONTROL,
     ),
 ]
 TrainedScaleFlag = Annotated[
     float | None,
-    typer.Option("--control-scale", help="How strongly the ControlNet steers. Default: 1.", rich_help_panel=CONTROL),
+    typer.Option("--control-scale", help=f"{SCALE} Default: 1.", rich_help_panel=CONTROL),
 ]
 
 

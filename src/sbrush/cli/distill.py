@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from sbrush.training.plan import Plan
 
 IMAGES = "Images to learn from (lcm, guided)"
-PLAN, SETTINGS, MEMORY = "Before you start", "Training settings", "Fit a smaller GPU"
-RECORD, CLIP, ABLATION = "What a run records", "CLIP loss (SwiftBrush v2)", "The paper's ablations"
+PLAN, SETTINGS, MEMORY = "Before you start", "Training settings", "For smaller GPUs"
+RECORD, CLIP, ABLATION = "Logs and checkpoints", "CLIP loss (SwiftBrush v2)", "The paper's ablations"
 RecipeName = StrEnum("RecipeName", {name: name for name in (*RECIPES, *MERGED)})  # type: ignore[misc]
 STICKERS = "stickers"  # what --images takes for a folder of that name, but with ./ before it
 EXAMPLE = "Example: sbrush distill prompts/stickers.txt --steps 500 --out runs/first"
@@ -60,8 +60,8 @@ def distill(
     prompts: Annotated[
         Path | None,
         typer.Argument(
-            help="The prompts to train on: text with one prompt a line, a CSV, TSV or JSON file, or - for the "
-            "standard input. With --images FOLDER there are none: its captions are the prompts.",
+            help="File of prompts to train on: text with one prompt per line, CSV, TSV or JSON, or - for the standard "
+            "input. Leave it out with --images FOLDER, whose captions are the prompts.",
             show_default=False,
         ),
     ] = None,
@@ -77,19 +77,19 @@ def distill(
     recipe: Annotated[
         RecipeName | None,
         typer.Option(
-            help="Row of training settings; --recipes prints them. Default: stickers for the built-in teacher, "
-            "swiftbrush (the paper's) for any other."
+            help="Named set of training settings; --recipes prints them all. Default: stickers for the built-in "
+            "teacher, swiftbrush (the paper's) for any other."
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps, one student update each. Default: the recipe's.", min=1)
+        int | None, typer.Option(help="Training steps; each updates the student once. Default: the recipe's.", min=1)
     ] = None,
     student_steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps in which the student is to draw an image: 1, 2 or 4 (lcm: 1 to 50). Each more costs a UNet "
-            "forward in drawing, and half a one in training. A student of 4 draws in 1 to 4. Default: the recipe's: 4 "
-            "for lcm, else 1.",
+            help="Steps in which the student will draw an image: 1, 2 or 4 (lcm: 1 to 50). A student of 4 steps can "
+            "also draw in 1 to 3. Each additional step costs a UNet forward per image in sampling, and half of one in "
+            "training. Default: the recipe's, which is 4 for lcm and stickers-lcm, else 1.",
             min=1,
             max=1000,
         ),
@@ -99,22 +99,24 @@ def distill(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print what this run would need (memory, disk, hours) and train nothing. Downloads no weights. "
-            "--device cuda plans for a GPU even where there is none.",
+            help="Print what this run would need (memory, disk, hours), train nothing and download no weights. With "
+            "--device cuda it plans for a GPU even on a machine without one.",
             rich_help_panel=PLAN,
         ),
     ] = False,
     recipes: Annotated[
         bool,
-        typer.Option("--recipes", help="Print every recipe's settings side by side and stop.", rich_help_panel=PLAN),
+        typer.Option(
+            "--recipes", help="Print the settings of all recipes side by side and exit.", rich_help_panel=PLAN
+        ),
     ] = False,
     column: ColumnFlag = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="Images for recipes that learn from them (lcm, guided): a folder with captions beside the images, as "
-            "`sbrush eval --images` reads it; or stickers, drawn by the built-in world. Default: the teacher makes its "
-            "own of the prompts.",
+            help="Images for recipes that learn from images (lcm, guided): a folder with captions beside the images, "
+            "such as captions.txt or metadata.csv; or stickers, which draws images of the built-in world. Default: the "
+            "teacher draws the prompts.",
             metavar="FOLDER|stickers",
             rich_help_panel=IMAGES,
         ),
@@ -122,8 +124,8 @@ def distill(
     image_cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to keep the images' latents in, which several runs may share: each image is made or read "
-            "once. Default: the run folder.",
+            help="Folder for the latents of these images. Several runs can share it, so that each image is drawn or "
+            "read once. Default: the run folder.",
             rich_help_panel=IMAGES,
         ),
     ] = None,
@@ -131,8 +133,9 @@ def distill(
     init: Annotated[
         str | None,
         typer.Option(
-            help="Start from this student (folder, run or Hub id; stickers: the built-in one) instead of a copy of the "
-            "teacher.",
+            help="Start from this student (its folder, a run, a Hub id, or stickers, the built-in one) instead of from "
+            "a copy of the teacher.",
+            metavar="MODEL",
             callback=check_student,
             rich_help_panel=SETTINGS,
         ),
@@ -143,8 +146,8 @@ def distill(
     extend: Annotated[
         int,
         typer.Option(
-            help="Add this many training steps to the finished run in --out. Its learning rate follows the longer "
-            "schedule. 0: none.",
+            help="Number of training steps to add to the finished run in --out. The learning rates follow the schedule "
+            "of the longer run. 0: none.",
             min=0,
             rich_help_panel=SETTINGS,
         ),
@@ -160,8 +163,8 @@ def distill(
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Classifier-free guidance scale of the teacher. Higher is sharper and less varied. "
-            "Default: the recipe's.",
+            help="Classifier-free guidance scale of the teacher during training. Higher values give sharper and less "
+            "varied images. Default: the recipe's.",
             min=0,
             rich_help_panel=SETTINGS,
         ),
@@ -179,16 +182,16 @@ def distill(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Change any setting of the recipe, e.g. --set lora_lr=5e-4 --set t_init=625. May be repeated; "
-            "--recipes lists the names.",
+            help="Change any setting of the recipe, e.g. --set lora_lr=5e-4 --set t_init=625. May be repeated. "
+            "--recipes prints the names and values; docs/recipes.md explains each.",
             rich_help_panel=SETTINGS,
         ),
     ] = None,
     student_lora: Annotated[
         int | None,
         typer.Option(
-            help="Train the student as a LoRA of this rank (64 to 256) instead of a full copy: less memory, and a "
-            "LoRA file besides the full student. Default: a full copy.",
+            help="Train the student as a LoRA of this rank (64 to 256 are usual) on the teacher, not as a full copy. "
+            "It takes less memory, and writes a LoRA file beside the whole student. Default: a full copy.",
             min=1,
             rich_help_panel=MEMORY,
         ),
@@ -196,8 +199,8 @@ def distill(
     micro_batches: Annotated[
         int,
         typer.Option(
-            help="Split each batch into this many parts, one after another: less memory, slower; "
-            "the student is the same but for rounding.",
+            help="Process each batch in this many parts, one after another. This takes less memory and more time; the "
+            "student is the same up to rounding.",
             min=1,
             rich_help_panel=MEMORY,
         ),
@@ -206,28 +209,32 @@ def distill(
         bool,
         typer.Option(
             "--checkpointing",
-            help="Gradient checkpointing: compute activations twice instead of keeping them.",
+            help="Gradient checkpointing: compute activations twice instead of keeping them. Less memory, slower.",
             rich_help_panel=MEMORY,
         ),
     ] = False,
     ema_on_cpu: Annotated[
         bool,
         typer.Option(
-            "--ema-on-cpu", help="Keep the student's moving average in host memory.", rich_help_panel=MEMORY
+            "--ema-on-cpu",
+            help="Keep the student's moving average in host memory instead of on the GPU.",
+            rich_help_panel=MEMORY,
         ),
     ] = False,
     adam_8bit: Annotated[
         bool,
         typer.Option(
             "--adam-8bit",
-            help="Adam's moments in 8 bits, a quarter of the memory. Needs: pip install bitsandbytes.",
+            help="Keep Adam's moments in 8 bits, a quarter of the memory. Needs bitsandbytes, which the extra adam8bit "
+            "installs.",
             rich_help_panel=MEMORY,
         ),
     ] = False,
     text_cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to keep text embeddings in: each prompt is encoded once and the text encoder leaves the GPU.",
+            help="Folder for the prompts' embeddings. Each prompt is encoded once, and then the text encoder leaves "
+            "the GPU.",
             rich_help_panel=MEMORY,
         ),
     ] = None,
@@ -235,7 +242,8 @@ def distill(
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Number format of matrix products; auto is bfloat16 where the hardware has it.",
+            help="Number format of matrix products in training. auto is bfloat16 where the hardware supports it, else "
+            "float32.",
             rich_help_panel=MACHINE,
         ),
     ] = Precision.auto,
@@ -243,7 +251,8 @@ def distill(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the networks with torch.compile: minutes at the start, faster steps after.",
+            help="Compile the networks with torch.compile, which takes minutes at the start. Whether steps then become "
+            "faster was not measured.",
             rich_help_panel=MACHINE,
         ),
     ] = False,
@@ -253,8 +262,8 @@ def distill(
     grid_every: Annotated[
         int,
         typer.Option(
-            help="Steps between sample grids, the same prompts and seeds each time. 0: none, and no alarms that "
-            "need the teacher's images.",
+            help="Steps between sample grids, which show the same prompts and seeds each time. 0: no grids, and none "
+            "of the alarms that need the teacher's images.",
             min=0,
             rich_help_panel=RECORD,
         ),
@@ -262,18 +271,18 @@ def distill(
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            help="Steps between checkpoints. Default: 200, or more where saving would take over 5 % of the time.",
+            help="Steps between checkpoints. Default: 200, or more if saving would take over 5 % of the time.",
             min=1,
             rich_help_panel=RECORD,
         ),
     ] = None,
     keep: Annotated[
-        int, typer.Option(help="How many of the newest checkpoints stay.", min=1, rich_help_panel=RECORD)
+        int, typer.Option(help="Number of newest checkpoints to keep.", min=1, rich_help_panel=RECORD)
     ] = 2,
     validate_every: Annotated[
         int,
         typer.Option(
-            help="Steps between CLIP scores of the student on 64 prompts. 0: none.",
+            help="Steps between measurements of the student's CLIP score on 64 prompts. 0: none.",
             min=0,
             rich_help_panel=RECORD,
         ),
@@ -281,16 +290,16 @@ def distill(
     validation_prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts for --validate-every, in any form that PROMPTS has; 64 of them are used. Default: the "
-            "training prompts.",
+            help="File of prompts for --validate-every, in any format of the training prompts; 64 of them are used. "
+            "Default: the training prompts.",
             rich_help_panel=RECORD,
         ),
     ] = None,
     validation_clip: Annotated[
         Path | None,
         typer.Option(
-            help="CLIP model for --validate-every: weights of ViT-g-14, or an open_clip folder. Default: the built-in "
-            "judge for the built-in teacher, else ViT-g-14 from the usual cache.",
+            help="CLIP model for --validate-every: a file with weights of ViT-g-14, or an open_clip folder. Default: "
+            "the built-in CLIP model for the built-in teacher, else ViT-g-14 from the Hub's cache.",
             rich_help_panel=RECORD,
         ),
     ] = None,
@@ -301,8 +310,8 @@ def distill(
     clip_loss: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the clamped CLIP loss at the first step, falling to 0 at the last (SwiftBrush v2 uses "
-            "0.1). Default: 0, off.",
+            help="Weight of the clamped CLIP loss at the first step; it falls to 0 at the last. SwiftBrush v2 uses "
+            "0.1. Default: 0, off.",
             min=0,
             rich_help_panel=CLIP,
         ),
@@ -310,20 +319,22 @@ def distill(
     clip_weights: Annotated[
         Path | None,
         typer.Option(
-            help="CLIP model of --clip-loss: weights of the model named by --clip-model, or an open_clip folder.",
+            help="CLIP model of --clip-loss: a file with weights of the model in --clip-model, or an open_clip folder. "
+            "Default for the built-in teacher: the built-in CLIP model.",
             rich_help_panel=CLIP,
         ),
     ] = None,
     clip_model: Annotated[
         str,
         typer.Option(
-            help="open_clip's name of the model in --clip-weights.", rich_help_panel=CLIP
+            help="open_clip's name of the model whose weights are in --clip-weights.", rich_help_panel=CLIP
         ),
     ] = "ViT-B-32",
     tiny_vae: Annotated[
         Path | None,
         typer.Option(
-            help="AutoencoderTiny folder that decodes for --clip-loss: less memory than the teacher's VAE.",
+            help="Folder of diffusers' AutoencoderTiny, such as TAESD, that decodes images for --clip-loss. It takes "
+            "less memory than the teacher's VAE, which is the default.",
             rich_help_panel=CLIP,
         ),
     ] = None,
@@ -331,7 +342,7 @@ def distill(
         bool,
         typer.Option(
             "--no-lora-teacher",
-            help="Train without the LoRA teacher: Score Distillation Sampling.",
+            help="Train without the LoRA teacher, that is by Score Distillation Sampling.",
             rich_help_panel=ABLATION,
         ),
     ] = False,
@@ -339,12 +350,16 @@ def distill(
         bool,
         typer.Option(
             "--no-reparameterisation",
-            help="Take the UNet's output itself for the clean latent.",
+            help="Use the student UNet's output itself as the clean latent, instead of computing the latent from its "
+            "epsilon or v prediction.",
             rich_help_panel=ABLATION,
         ),
     ] = False,
 ) -> None:  # fmt: skip
-    """Distil a teacher into a student of one step or a few; from prompts alone, but for lcm and guided."""
+    """Distil a teacher into a student of one step or a few.
+
+    It learns from prompts alone; only the recipes lcm and guided also need images.
+    """
     name = recipe.value if recipe else "stickers" if teacher is None else "swiftbrush"
     given: dict[str, Any] = {
         "steps": steps, "student_steps": student_steps, "batch": batch, "guidance": guidance, "student_lr": student_lr,

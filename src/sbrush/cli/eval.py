@@ -37,7 +37,7 @@ from sbrush.evaluate.request import (
 )
 from sbrush.models.lora_request import parse_loras
 
-TEACHER, WORLD = "The teacher beside the student", "Built-in world alone"
+TEACHER, WORLD = "The teacher", "Built-in world only"
 COCO, COCO_METRICS = "COCO-30K: captions and images", "COCO-30K: metrics"
 EXAMPLE = "Example: sbrush eval --student runs/stickers --limit 200 --report runs/stickers/report.html"
 
@@ -87,21 +87,25 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Number of captions to measure on: 100 to 50,000, by default 1,000. With --coco-30k 4 or more, by "
-            "default the protocol's 30,000. FID falls as it grows: compare FIDs of the same number only."
+            help="Number of captions to measure on: 100 to 50,000, by default 1,000. With --coco-30k: 4 or more, by "
+            "default the protocol's 30,000. FID falls as this number grows: compare only FIDs of the same number."
         ),
     ] = None,
     coco_30k: Annotated[
         bool,
         typer.Option(
             "--coco-30k",
-            help="Measure on MS-COCO's captions and photographs, the benchmark of Stable Diffusion's students, in "
-            "place of the built-in world. See the COCO-30K flags below.",
+            help="Measure on MS-COCO's captions and photographs, the usual benchmark for distilled Stable Diffusion, "
+            "instead of on the built-in world. See the COCO-30K flags below.",
         ),
     ] = False,
     teacher: Annotated[
         str | None,
-        teacher_option(TEACHER, default="the built-in teacher; with --coco-30k none, one in place of a student"),
+        teacher_option(
+            TEACHER,
+            default="the built-in teacher. With --coco-30k there is no default, and the teacher is measured instead of "
+            "a student",
+        ),
     ] = None,
     teacher_config: Annotated[str | None, teacher_config_option(TEACHER)] = None,
     teacher_steps: Annotated[
@@ -111,7 +115,7 @@ def evaluate(
     teacher_guidance: Annotated[
         float | None,
         typer.Option(
-            help="Guidance scale of the teacher; 1 is none. Default: the one that its folder names, else 7.5.",
+            help="Guidance scale of the teacher; 1 is none. Default: the value in its folder, else 7.5.",
             min=0,
             rich_help_panel=TEACHER,
         ),
@@ -119,8 +123,9 @@ def evaluate(
     diversity: Annotated[
         int | None,
         typer.Option(
-            help="Number of images of each of ten open captions, such as 'a cat', whose variety is measured. Default: "
-            "a tenth of --limit, at most 100. More makes diversity more exact, and the run longer.",
+            help="Number of images from which diversity is measured, for each of ten captions that leave attributes "
+            "open, such as 'a cat'. More images measure it more exactly and take longer. Default: a tenth of --limit, "
+            "at most 100.",
             min=2,
             max=100_000,
             rich_help_panel=WORLD,
@@ -130,15 +135,15 @@ def evaluate(
         bool,
         typer.Option(
             "--fresh",
-            help="Measure the teacher again, though its metrics are cached (or come with sbrush, for the built-in "
-            "teacher). The student is measured every time.",
+            help="Measure the teacher again, even if its metrics are cached or, for the built-in teacher, come with "
+            "sbrush. The student is measured every time.",
             rich_help_panel=WORLD,
         ),
     ] = StickersRequest.fresh,
     coco_root: Annotated[
         Path,
         typer.Option(
-            help="Folder with annotations/captions_val2014.json and val2014/, as COCO's archives unpack.",
+            help="Folder of COCO, with annotations/captions_val2014.json and val2014/ as its archives unpack.",
             rich_help_panel=COCO,
         ),
     ] = CocoData.root,
@@ -146,25 +151,26 @@ def evaluate(
         bool,
         typer.Option(
             "--download",
-            help="Fetch what is missing: COCO into --coco-root (6.9 GB), Inception (91 MB) and CLIP (5.5 GB) into "
-            "their libraries' caches. Goes on where it was stopped.",
+            help="Download what is missing: COCO into --coco-root (6.9 GB), Inception (91 MB) and CLIP (5.5 GB) into "
+            "their libraries' caches. A stopped download is resumed.",
             rich_help_panel=COCO,
         ),
     ] = CocoData.download,
     protocol: Annotated[
         Protocol,
         typer.Option(
-            help="Rules to measure by, and so which published figures compare. swiftbrush: SwiftBrush's and v2's, "
-            "though which captions gave SwiftBrush's 16.67 is not known. gigagan: GigaGAN's and SiD-LSG's. dmd2: "
-            "DMD2's. These two need --captions. torchmetrics, torch-fidelity: those libraries' FID, no paper's.",
+            help="Rules of the measurement; your figures compare only with published ones under the same rules. "
+            "swiftbrush: SwiftBrush and v2 (which captions gave SwiftBrush's 16.67 is not known). gigagan: GigaGAN and "
+            "SiD-LSG. dmd2: DMD2. Both gigagan and dmd2 need --captions. torchmetrics, torch-fidelity: those "
+            "libraries' FID, which no paper reports.",
             rich_help_panel=COCO,
         ),
     ] = DEFAULT_PROTOCOL,
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="Captions in place of the first annotation of each COCO image: text with one a line, a CSV, TSV or "
-            "JSON file, or - for the standard input.",
+            help="File of captions to use instead of the first annotation of each COCO image: text with one caption "
+            "per line, CSV, TSV or JSON, or - for the standard input.",
             rich_help_panel=COCO,
         ),
     ] = None,
@@ -172,24 +178,24 @@ def evaluate(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images that another tool generated, to be measured in place of a model: with their "
-            "captions' numbers from 0 on anywhere in their names, with COCO's own names, or with captions.txt, "
-            "captions.csv, metadata.jsonl or a text for each image beside them.",
+            help="Folder of images from another tool, to be measured instead of a model. Their captions are found by "
+            "COCO's file names, by caption numbers from 0 in the file names, or in files beside them: captions.txt, "
+            "captions.csv, metadata.jsonl or a text file for each image.",
             rich_help_panel=COCO,
         ),
     ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(
-            help="Several measurements and a plot of FID against CLIP score: guidance scales of --teacher, such as "
-            "1,2,4.5,7.5; or students, or a run's checkpoints folder, with commas between.",
+            help="Measure several points and plot FID against CLIP score. Takes guidance scales of --teacher, such as "
+            "1,2,4.5,7.5, or students separated by commas, or a run's checkpoints folder.",
             rich_help_panel=COCO,
         ),
     ] = None,
     seed: Annotated[
         int,
         typer.Option(
-            help="Seed of the generated images: caption number i gets 1,000,000 times it, plus i.",
+            help="Seed of the generated images. Caption number i gets the seed 1,000,000 times this, plus i.",
             min=0,
             max=10**12,
             rich_help_panel=COCO,
@@ -198,22 +204,23 @@ def evaluate(
     save_images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to keep the generated images in, as PNGs named by their captions' numbers. Default: none.",
+            help="Folder in which to keep the generated images, as PNGs named by their captions' numbers. Default: "
+            "they are not kept.",
             rich_help_panel=COCO,
         ),
     ] = None,
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for features and scores so far (8 KiB an image), from which the same command goes on. "
-            "Default: the user's cache.",
+            help="Folder for the features and scores so far (8 KiB per image), from which the same command resumes. "
+            "Default: a folder in your cache.",
             rich_help_panel=COCO,
         ),
     ] = None,
     max_unreadable: Annotated[
         int,
         typer.Option(
-            help="Number of damaged or missing image files that may be left out; one more ends the command.",
+            help="Number of damaged or missing image files that may be left out. With more, the command fails.",
             min=0,
             rich_help_panel=COCO,
         ),
@@ -221,7 +228,8 @@ def evaluate(
     inception: Annotated[
         Path | None,
         typer.Option(
-            help="File of Inception's weights for FID, .pth or .safetensors. Default: torch's cache, see --download.",
+            help="File of Inception's weights for FID, .pth or .safetensors. Default: the one in torch's cache; "
+            "--download puts it there.",
             rich_help_panel=COCO_METRICS,
         ),
     ] = None,
@@ -229,7 +237,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Weights for the CLIP score: open_clip's ViT-g-14 as a file, or a folder in open_clip's layout. "
-            "Default: the Hub's cache, see --download.",
+            "Default: those in the Hub's cache; --download puts them there.",
             rich_help_panel=COCO_METRICS,
         ),
     ] = None,
@@ -237,7 +245,7 @@ def evaluate(
         bool,
         typer.Option(
             " /--no-clip-score",
-            help="Leave the CLIP score out: no need for its 5.5 GB of weights.",
+            help="Leave out the CLIP score, which needs 5.5 GB of weights.",
             show_default=False,
             rich_help_panel=COCO_METRICS,
         ),
@@ -245,18 +253,21 @@ def evaluate(
     hps_weights: Annotated[
         Path | None,
         typer.Option(
-            help="File of HPS v2's ViT-H-14, to score human preference too; --hps-version says which it is.",
+            help="File of HPS v2's weights (ViT-H-14), to measure a human preference score too. Needs --hps-version.",
             rich_help_panel=COCO_METRICS,
         ),
     ] = None,
     hps_version: Annotated[
         HpsVersion | None,
-        typer.Option(help="Version of --hps-weights. Scores of the two do not compare.", rich_help_panel=COCO_METRICS),
+        typer.Option(
+            help="Version of the weights in --hps-weights. Scores of the two versions do not compare.",
+            rich_help_panel=COCO_METRICS,
+        ),
     ] = None,
     max_fid: Annotated[
         float | None,
         typer.Option(
-            help="Largest FID that counts as success: exit code 1 if the best one is above, for CI.",
+            help="For CI: end with exit code 1 if the FID is above this. Of several FIDs, the lowest counts.",
             min=0,
             rich_help_panel=COCO_METRICS,
         ),
@@ -264,30 +275,31 @@ def evaluate(
     report: Annotated[
         Path,
         typer.Option(
-            help="HTML file for table, protocol and images; the same numbers as JSON go beside it.",
+            help="HTML file for table, protocol and images. A JSON file with the same numbers is written beside it.",
             rich_help_panel=REPORT,
         ),
     ] = StickersRequest.report,
     json_: JsonFlag = False,
     batch: Annotated[
         int,
-        typer.Option(
-            help="Number of images generated at once; fewer take less memory.", min=1, rich_help_panel=MACHINE
-        ),
+        typer.Option(help="Number of images drawn at once; fewer take less memory.", min=1, rich_help_panel=MACHINE),
     ] = Execution.batch,
     device: DeviceFlag = "auto",
     precision: Annotated[
         Precision,
         typer.Option(
             "--precision",
-            help="Number format of the networks that generate. auto: float32, on CUDA with TF32 products, as DMD2 "
-            "measures. float32 is exact, and on CUDA 4 times as slow; float16 and bfloat16 take a third less time, and "
-            "change images a little.",
+            help="Number format of the networks that draw. auto: float32, on CUDA with TF32 products, as DMD2 does. "
+            "float32: without TF32, and on CUDA 4 times as slow. float16 and bfloat16: a third less time than auto, "
+            "and slightly different images.",
             rich_help_panel=MACHINE,
         ),
     ] = Precision.auto,
 ) -> None:
-    """Measure a student, its teacher and real images: FID, CLIP score, accuracy, diversity."""
+    """Measure a student, its teacher and real images: FID, CLIP score, accuracy, diversity.
+
+    Without --coco-30k, it measures on the built-in world.
+    """
     _check_given(context, coco=coco_30k, teacher=teacher is not None, sweep=sweep is not None, clip_score=clip_score)
     away = read_negative_flags(negative, negative_method, negative_scale)
     loras = parse_loras(lora)

@@ -31,8 +31,9 @@ def export(
         Format,
         typer.Option(
             "--to",
-            help="single-file: one .safetensors, for ComfyUI and A1111. lora: a LoRA for its teacher. onnx: for "
-            "onnxruntime. diffusers: a folder in half precision. hub: the same, uploaded to the Hugging Face Hub.",
+            help="Format. single-file: one .safetensors, for ComfyUI and A1111. lora: the student as a LoRA of its "
+            "teacher. onnx: ONNX graphs, for onnxruntime. diffusers: a diffusers folder in half precision. hub: the "
+            "same folder, uploaded to the Hugging Face Hub.",
         ),
     ],
     out: Annotated[
@@ -40,44 +41,49 @@ def export(
         typer.Option(
             "-o",
             "--out",
-            help="Folder for the export, new or empty; with --to hub the repository, OWNER/NAME.",
+            help="Folder for the export, which must be new or empty. With --to hub: the repository, OWNER/NAME.",
             metavar="FOLDER|OWNER/NAME",
         ),
     ],
     precision: Annotated[
         Numbers | None,
         typer.Option(
-            help="Number format of the exported weights. Default: float16, and float32 for onnx.",
+            help="Number format of the exported weights. Default: float16, but float32 for onnx.",
             show_default=False,
         ),
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="Rank of the LoRA. Default: the lowest that keeps --max-error.", min=1, rich_help_panel=LORA),
+        typer.Option(
+            help="Rank of the LoRA. Default: the lowest with an error of at most --max-error.",
+            min=1,
+            rich_help_panel=LORA,
+        ),
     ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
-            help="Share of the student's change from its teacher that the LoRA may leave out, in the layers that it "
-            f"covers, 0 to 1: |change - LoRA| / |change|. Default: {ERROR}.",
+            help="Share of the difference between student and teacher that the LoRA may leave out in the layers that "
+            f"it covers, 0 to 1: |difference - LoRA| / |difference|. It sets the rank. Default: {ERROR}.",
             min=0,
             max=1,
             show_default=False,
             rich_help_panel=LORA,
         ),
     ] = None,
-    teacher: Annotated[str | None, teacher_option(LORA, default="the one that the student names")] = None,
+    teacher: Annotated[str | None, teacher_option(LORA, default="the one in the student's sbrush.json")] = None,
     teacher_config: Annotated[str | None, teacher_config_option(LORA)] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make the repository a private one.", rich_help_panel=HUB)
+        bool, typer.Option("--private", help="Make the repository private.", rich_help_panel=HUB)
     ] = False,
     json_: JsonFlag = False,
 ) -> None:
     """Write a student for another program: ComfyUI, A1111, diffusers, onnxruntime.
 
-    Each export has a README.md that says how to sample with it there, and where
-    ComfyUI's own nodes can draw with it, a workflow to drop on its window. An
-    export is complete or not there. Nothing is uploaded but by --to hub.
+    Each export has a README.md that says how to sample with it there. If
+    ComfyUI's own nodes can draw with it, there is also a workflow to drop on
+    ComfyUI's window. A failed export leaves nothing behind. Nothing is uploaded
+    without --to hub.
     """
     request = ExportRequest(
         student, to, out, numbers=precision, rank=rank, error=max_error, teacher=teacher,

@@ -17,7 +17,7 @@ from sbrush.models.vae_source import local_vae
 MACHINE, REPORT, ELSEWHERE = (
     "Device and speed",
     "Output",
-    "Students that other programs have trained",
+    "Students from other projects",
 )  # panels of --help
 
 
@@ -80,8 +80,9 @@ def teacher_option(panel: str | None = None, *, default: str = "the built-in tea
 def teacher_config_option(panel: str | None = None) -> OptionInfo:
     """--teacher-config, in a panel of a command's --help."""
     text = (
-        "Folder or Hub id that a .safetensors teacher takes its configuration and tokenizer from. Default: the model "
-        "that its tensors' shapes tell. Set it offline, or for a fine-tune with another configuration."
+        "For a .safetensors teacher only: folder or Hub id of the model whose configuration and tokenizer it has. "
+        "Default: SD 1.5 or SDXL base from the Hub, by the tensors' shapes. Set it for SD 2.x, offline, or if the "
+        "configuration is another one."
     )
     return _option("--teacher-config", text, panel, metavar="MODEL", callback=check_student)
 
@@ -97,7 +98,7 @@ DeviceFlag = Annotated[
     str,
     typer.Option(
         "--device",
-        help="Where to compute: auto, cpu, cuda or cuda:1. auto is the first CUDA card, else the CPU.",
+        help="Where to compute: auto, cpu, cuda or cuda:1. auto is the first CUDA GPU, else the CPU.",
         metavar="DEVICE",
         callback=check_device,
         rich_help_panel=MACHINE,
@@ -107,8 +108,8 @@ PrecisionFlag = Annotated[
     Precision,
     typer.Option(
         "--precision",
-        help="Number format of the networks. auto is float32 on the CPU and float16 on CUDA, or float32 there too if "
-        "float16 overflows. bfloat16 is as fast as float16, and its error 9 times as large.",
+        help="Number format of the networks. auto is float32 on the CPU. On CUDA it is float16, or float32 if float16 "
+        "overflows. bfloat16 is as fast as float16, but its error is 9 times as large.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -117,7 +118,7 @@ StudentFlag = Annotated[
     typer.Option(
         "--student",
         help="Student: its folder, the --out folder of its run, one of the run's checkpoints, or a Hub id. "
-        "Default: the built-in student, stickers. stickers-few is built in too, and takes up to 4 steps.",
+        "Default: stickers, the built-in one-step student. stickers-few is built in too; it draws in 1 to 4 steps.",
         metavar="MODEL",
         callback=check_student,
     ),
@@ -126,8 +127,8 @@ StepsFlag = Annotated[
     int | None,
     typer.Option(
         "--steps",
-        help="Steps in which the student draws an image: 1, or up to as many as it can take. Default: as many as it "
-        "was trained for, which --student-steps of sbrush distill sets.",
+        help="Steps in which the student draws an image, at most as many as it was trained for (--student-steps of "
+        "sbrush distill). Default: that many. A one-step student takes 1 only.",
         min=1,
         max=1000,
         show_default=False,
@@ -137,8 +138,8 @@ StartFlag = Annotated[
     int | None,
     typer.Option(
         "--start-timestep",
-        help="Timestep at which the student takes unit noise for x_t, 1 to 999. Default: as its scheduler says. Set "
-        "399 for DMD2's students.",
+        help="Timestep at which the student starts from unit noise, 1 to 999. Default: that of its scheduler. Set 399 "
+        "for DMD2's students, whose scheduler does not say it.",
         min=1,
         rich_help_panel=ELSEWHERE,
     ),
@@ -147,8 +148,9 @@ RuntimeFlag = Annotated[
     Runtime,
     typer.Option(
         "--runtime",
-        help="Library that draws: onnx is onnxruntime, on the CPU in float32 and quick to start; torch is torch. auto "
-        "takes onnx for the built-in world's students and for those that were exported to it.",
+        help="Library that draws. onnx: onnxruntime, which starts faster but runs on the CPU in float32 only. torch: "
+        "torch and diffusers. auto: onnx for the built-in students and for those that were exported to ONNX, if no "
+        "other flag needs torch; else torch.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -156,9 +158,9 @@ LoraFlag = Annotated[
     list[str] | None,
     typer.Option(
         "--lora",
-        help="LoRA made for the student's teacher (diffusers', PEFT's or kohya's layout): a .safetensors, a folder, "
-        "a Hub id (OWNER/NAME or OWNER/NAME/FILE), or blueprint, which comes with sbrush. A weight may follow, -10 to "
-        "10, by default 1. Give it again for more. A teacher beside the student gets the same.",
+        help="LoRA that was trained for the student's teacher (diffusers', PEFT's or kohya's layout): a .safetensors "
+        "file, a folder, a Hub id (OWNER/NAME or OWNER/NAME/FILE), or blueprint, which comes with sbrush. WEIGHT is "
+        "-10 to 10, by default 1. May be repeated. A teacher that is compared with the student gets the same LoRAs.",
         metavar="LORA[:WEIGHT]",
         show_default=False,
     ),
@@ -167,9 +169,9 @@ VaeFlag = Annotated[
     str | None,
     typer.Option(
         "--vae",
-        help="VAE that decodes the student's images: tiny, quick and a little less exact (TAESD, or the built-in "
-        "world's own), a folder of diffusers' AutoencoderTiny or AutoencoderKL, or a Hub id. A teacher beside the "
-        "student keeps its own. Default: the student's own.",
+        help="VAE that decodes the student's images. tiny: TAESD, or for the built-in student a tiny VAE of its own; "
+        "faster, and a little less exact. Or a folder or Hub id of diffusers' AutoencoderTiny or AutoencoderKL. A "
+        "teacher that is compared with the student keeps its own. Default: the student's own.",
         metavar="VAE",
         callback=check_vae,
         show_default=False,
@@ -181,8 +183,8 @@ ColumnFlag = Annotated[
     str | None,
     typer.Option(
         "--column",
-        help="Column of a table of prompts or captions, or key of JSON objects. Default: prompt, caption or text, in "
-        "any case.",
+        help="Column of the table, or key of the JSON objects, that holds the prompts or captions. Default: prompt, "
+        "caption or text, in upper or lower case.",
         metavar="NAME",
     ),
 ]

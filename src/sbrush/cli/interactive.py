@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from sbrush.sampling.files import SampleRequest
 
 COMMANDS = {
-    "/seed": "/seed 7 draws with that seed from now on; /seed alone takes one by chance",
-    "/steps": "/steps 4 draws in so many steps; /steps alone in as many as the student was trained for",
-    "/negative": "/negative blurry draws away from that from now on; /negative alone draws without",
-    "/save": "/save cat.png keeps a copy of the last image",
-    "/help": "/help shows these lines",
-    "/quit": "/quit ends, as Ctrl-D does",
+    "/seed": "/seed 7 draws with seed 7 from now on; /seed alone takes a random one",
+    "/steps": "/steps 4 draws in 4 steps from now on; /steps alone in as many as the student was trained for",
+    "/negative": "/negative blurry sets the negative prompt; /negative alone removes it",
+    "/save": "/save cat.png saves a copy of the last image",
+    "/help": "/help shows this list",
+    "/quit": "/quit ends the session, as Ctrl-D does",
 }
 # What --interactive does not do. Each is an option of `sbrush sample`.
 OTHERS = (
@@ -157,7 +157,7 @@ class Session:
         info(f"{'replaced' if replaced else 'saved'} {printable(target.path)}")
 
     def _help(self, _: str) -> None:
-        info("Type a prompt and press Enter: its image is drawn. The arrow keys bring earlier lines back.")
+        info("Type a prompt and press Enter to draw its image. The arrow keys recall earlier lines.")
         for text in COMMANDS.values():
             info(f"  {text}")
 

@@ -19,7 +19,7 @@ def merge(
     one: Annotated[
         str,
         typer.Argument(
-            help="First student: its folder, the --out of its run, or a Hub id; stickers: the built-in one.",
+            help="First student: its folder, the --out of its run, a Hub id, or stickers, the built-in one.",
             metavar="FIRST",
             callback=check_student,
         ),
@@ -27,19 +27,21 @@ def merge(
     two: Annotated[
         str,
         typer.Argument(
-            help="Second student, of the same teacher and start timestep.", metavar="SECOND", callback=check_student
+            help="Second student, with the same teacher and start timestep. Takes the same forms as the first.",
+            metavar="SECOND",
+            callback=check_student,
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the new student. It must not exist yet.")],
     share: Annotated[
-        float, typer.Option(help="Share of the first student in each weight; the rest is the second's.", min=0, max=1)
+        float, typer.Option(help="Weight of the first student in the mean; the rest is the second's.", min=0, max=1)
     ] = 0.5,
 ) -> None:
     """Merge two students of one teacher into a third.
 
     Each weight of the new student is the mean of the two students' weights
-    (SwiftBrush v2). Merge two runs that differ in their seed, for example,
-    or a full student and a LoRA student. The two students stay as they are.
+    (SwiftBrush v2). You can merge two runs with different seeds, for example,
+    or a full student and a LoRA student. The two students are not changed.
     """
     check_new(out)
     info("loading torch and the students ...")

@@ -10,7 +10,7 @@ import typer
 from sbrush.console import SbrushError
 from sbrush.sampling.negative_request import Negative
 
-NEGATIVE = "Negative prompt, guidance"
+NEGATIVE = "Negative prompt and guidance"
 
 
 class NegativeMethod(StrEnum):
@@ -24,8 +24,8 @@ NegativeFlag = Annotated[
     str | None,
     typer.Option(
         "--negative",
-        help='What images are not to show, such as "blurry". A student has it in its attention, which costs a few '
-        "percent, its teacher in classifier-free guidance.",
+        help='What images should not show, such as "blurry". In a student it acts in the attention, which adds about 1 '
+        "percent of FLOPs; in a teacher that is compared with it, in classifier-free guidance.",
         metavar="TEXT",
         rich_help_panel=NEGATIVE,
     ),
@@ -34,8 +34,8 @@ NegativeMethodFlag = Annotated[
     NegativeMethod | None,
     typer.Option(
         "--negative-method",
-        help="How a student's attention moves away from --negative: Normalized Attention Guidance or Negative-Away "
-        "Steer Attention. Default: nag.",
+        help="How a student's attention moves away from --negative. nag: Normalized Attention Guidance. nasa: "
+        "Negative-Away Steer Attention. Default: nag.",
         show_default=False,
         rich_help_panel=NEGATIVE,
     ),
@@ -44,8 +44,9 @@ NegativeScaleFlag = Annotated[
     float | None,
     typer.Option(
         "--negative-scale",
-        help="How far it moves: 0 changes nothing; nag up to 20, nasa up to 1. Default: that of the student's family, "
-        "for Stable Diffusion 1.5, 2.1 and XL 2 with nag, and 0.1, 0.2, 0.2 with nasa.",
+        help="How strongly --negative acts: from 0, not at all, to 20 with nag or to 1 with nasa. Default for the "
+        "built-in student: 4 with nag, 0.4 with nasa. For Stable Diffusion: 2 with nag; with nasa 0.1 (SD 1.5) or 0.2 "
+        "(SD 2.1, XL).",
         rich_help_panel=NEGATIVE,
     ),
 ]
@@ -53,8 +54,9 @@ GuidanceFlag = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        help="Guidance scale of a student that takes one as input, such as those of recipes lcm and guided. Default: "
-        "the one that it records. Other students have guidance trained into them: for these, --negative.",
+        help="Guidance scale, for students that take one as input, such as those of recipes lcm and guided. Default: "
+        "the one in the student's sbrush.json. Other students have their guidance trained in, and refuse it; they take "
+        "--negative.",
         min=0,
         rich_help_panel=NEGATIVE,
     ),

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from sbrush.models.model import Model
 
 EXAMPLE = 'Example: sbrush personalize photos/ --token "sks dog" --class dog --out runs/my-dog'
+BUILT_IN, OTHER = PERSONAL["stickers"], PERSONAL["any"]
+
+
+def _default(built_in: int, other: int) -> str:
+    """What a setting is by default, for --help."""
+    return f"Default: {other}." if built_in == other else f"Default: {built_in} for the built-in teacher, else {other}."
 
 
 def personalize_(
@@ -31,10 +37,15 @@ def personalize_(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option(help='What prompts are to call the subject: a made-up word and its class, such as "sks dog".'),
+        typer.Option(
+            help='What prompts will call the subject: a made-up word and its class, such as "sks dog". Needed.'
+        ),
     ] = None,
     class_: Annotated[
-        str | None, typer.Option("--class", help="What the subject is one of, in words that the teacher knows: dog.")
+        str | None,
+        typer.Option(
+            "--class", help='The kind of thing that the subject is, in words that the teacher knows: "dog". Needed.'
+        ),
     ] = None,
     student: StudentFlag = None,
     teacher: TeacherFlag = None,
@@ -42,7 +53,7 @@ def personalize_(
         Path | None,
         typer.Option(
             "--out", "-o",
-            help="Run folder: the trainings, the LoRA, the teacher with it, a sample grid and the student. Repeat the "
+            help="Run folder: both trainings, the LoRA, the teacher with it, a sample grid and the student. Repeat the "
             "same command to resume. Default: runs/ and the token.",
         ),
     ] = None,
@@ -50,8 +61,8 @@ def personalize_(
         bool,
         typer.Option(
             "--distill/--no-distill",
-            help="Whether to train a second time: after the LoRA, the student follows the teacher that has it, by VSD. "
-            "Without, the student gets the LoRA as it is: quicker, and less like the photos.",
+            help="Whether there is a second training, in which the student is distilled by VSD from the teacher with "
+            "the LoRA. Without it, the LoRA is only added to the student: faster, and much less like the photos.",
         ),
     ] = True,
     seed: Annotated[int, typer.Option(help="Random seed of both trainings.", min=0)] = 0,
@@ -66,8 +77,9 @@ def personalize_(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts of the class and of other things. The subject takes the place of the class in those that "
-            "name it; all others stay as they are. Default: templates; for the built-in teacher its captions.",
+            help="File of prompts, with the class and with other things. In those with the class, the subject takes "
+            "its place; for the others, the images should stay the same. Default: templates with the class; for the "
+            "built-in teacher its captions.",
             rich_help_panel=SETTINGS,
         ),
     ] = None,
@@ -75,36 +87,71 @@ def personalize_(
     teacher_config: TeacherConfigFlag = None,
     lora_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of the first training, the teacher's.", min=1, rich_help_panel=SETTINGS),
+        typer.Option(
+            help="Steps of the first training, DreamBooth on the teacher. "
+            f"{_default(BUILT_IN.lora.steps, OTHER.lora.steps)}",
+            min=1,
+            rich_help_panel=SETTINGS,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Steps of the second training, the student's.", min=2, rich_help_panel=SETTINGS),
+        typer.Option(
+            help="Steps of the second training, VSD on the student. "
+            f"{_default(BUILT_IN.student.steps, OTHER.student.steps)}",
+            min=2,
+            rich_help_panel=SETTINGS,
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Rank of the LoRA.", min=1, max=1024, rich_help_panel=SETTINGS)
+        int | None,
+        typer.Option(
+            help=f"Rank of the LoRA. {_default(BUILT_IN.lora.student_rank, OTHER.lora.student_rank)}",
+            min=1,
+            max=1024,
+            rich_help_panel=SETTINGS,
+        ),
     ] = None,
     cross_attention: Annotated[
         bool,
         typer.Option(
             "--cross-attention",
-            help="Put the LoRA on cross-attention alone: a smaller file, and less of the subject. Default: on all "
-            "layers of the UNet's blocks.",
+            help="Put the LoRA on cross-attention only, which gives a smaller file that resembles the subject less. "
+            "Default: on all layers of the UNet's blocks.",
             rich_help_panel=SETTINGS,
         ),
     ] = False,
     micro_batches: Annotated[
-        int, typer.Option(help="Split each batch into this many parts.", min=1, rich_help_panel=MEMORY)
+        int,
+        typer.Option(
+            help="Process each batch in this many parts, one after another: less memory, slower.",
+            min=1,
+            rich_help_panel=MEMORY,
+        ),
     ] = 1,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Gradient checkpointing.", rich_help_panel=MEMORY)
+        bool,
+        typer.Option(
+            "--checkpointing",
+            help="Gradient checkpointing: compute activations twice instead of keeping them. Less memory, slower.",
+            rich_help_panel=MEMORY,
+        ),
     ] = False,
     device: DeviceFlag = "auto",
     precision: Annotated[
-        Precision, typer.Option(help="Number format of matrix products.", rich_help_panel=MACHINE)
+        Precision,
+        typer.Option(
+            help="Number format of matrix products in training. auto is bfloat16 where the hardware supports it, else "
+            "float32.",
+            rich_help_panel=MACHINE,
+        ),
     ] = Precision.auto,
 ) -> None:  # fmt: skip
-    """Teach a student a new subject from a few photos, by DreamBooth on its teacher and VSD after it."""
+    """Teach a student a new subject from a few photos.
+
+    DreamBooth trains a LoRA of the teacher. Then the student is distilled by VSD
+    from the teacher with that LoRA.
+    """
     if token is None or class_ is None:
         missing = " and ".join(f for f, value in (("--token", token), ("--class", class_)) if value is None)
         raise SbrushError(f"no {missing}", EXAMPLE, code=2)
@@ -119,7 +166,7 @@ def personalize_(
             "a teacher of your own, and the built-in student", "name the teacher's student: --student MODEL", code=2
         )
     subject = Subject(token, class_)
-    recipe = _recipe(PERSONAL["stickers" if teacher is None else "any"], lora_steps, steps, rank, cross_attention)
+    recipe = _recipe(BUILT_IN if teacher is None else OTHER, lora_steps, steps, rank, cross_attention)
     from sbrush.prompts import read_prompts
     from sbrush.training.photo_files import find_photos
 
@@ -171,8 +218,8 @@ def _note(request: PersonalRequest) -> Model:
     if words := ordinary_words(shapes, subject.own_words):
         named = " and ".join(printable(word) for word in words)
         info(
-            f"note: the teacher knows {named} already: what it draws of that will change. A made-up word, such as sks, "
-            "is free"
+            f"note: the teacher already knows {named}: its images of that will change. A made-up word, such as sks, "
+            "avoids this"
         )
     if shapes.about.get("world") == "stickers" and request.prompts is None and unseen_by_world(subject):
         info(
@@ -181,8 +228,8 @@ def _note(request: PersonalRequest) -> Model:
         )
     if too_long_for_world(shapes, subject.token):
         info(
-            f"note: {printable(subject.token)} is too many tokens for the built-in text encoder, which then loses the "
-            "background at a prompt's end; two letters, such as zx, are not"
+            f"note: {printable(subject.token)} has too many tokens for the built-in text encoder, which then loses the "
+            "background at the end of a prompt; two letters, such as zx, are short enough"
         )
     return shapes
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from sbrush.sampling.edit_request import EditRequest
 
 COMPARE = "Comparison with the teacher"
-EDIT = "Starting from an image (students of several steps)"
+EDIT = "Starting from an image (few-step students)"
 STRENGTH = 0.6
 FIRST = "a small red cat"  # by which an interactive session's student is tried, unless there is a prompt
 EXAMPLE = 'Example: sbrush sample "a small red cat" "a big blue fish" --seed 1-8 -o animals.png'
@@ -79,9 +79,9 @@ def sample(
         typer.Option(
             "-o",
             "--out",
-            help="Where the images go. A .png file: the image, or a grid of all; the file is replaced if it is there. "
-            "Another name: a folder with a file each; the same command goes on where it stopped. -: one PNG on stdout. "
-            "Default: out.png, or out-2.png ... if that is there.",
+            help="Where the images go. A .png file: the image, or a grid of all images; an existing file is replaced. "
+            "Another name: a folder with a file per image; the same command resumes there. -: one PNG on stdout. "
+            "Default: out.png, or out-2.png and so on if that exists.",
             metavar="FILE|FOLDER|-",
         ),
     ] = None,
@@ -89,7 +89,8 @@ def sample(
         Path | None,
         typer.Option(
             "--prompts",
-            help="More prompts: text with one prompt a line, a CSV, TSV or JSON file, or - for the standard input.",
+            help="File of further prompts: text with one prompt per line, CSV, TSV or JSON, or - for the standard "
+            "input.",
             metavar="FILE|-",
         ),
     ] = None,
@@ -97,7 +98,7 @@ def sample(
     seed: Annotated[
         str,
         typer.Option(
-            help="Seeds from 0 on: 7, 1-8 or 1,5,9-12. Each prompt is drawn with each seed. The same prompt and seed "
+            help="One or more seeds: 7, 1-8 or 1,5,9-12. Each prompt is drawn with each seed. The same prompt and seed "
             "give the same image.",
             metavar="SEEDS",
         ),
@@ -109,7 +110,8 @@ def sample(
     image: Annotated[
         Path | None,
         typer.Option(
-            help="Image to start from, such as a photo or a sketch. Its middle is cut to the student's size.",
+            help="Image to start from, such as a photo or a sketch. It is cropped to its middle and scaled to the "
+            "student's size. Needs a student of several steps.",
             metavar="FILE",
             rich_help_panel=EDIT,
         ),
@@ -117,15 +119,15 @@ def sample(
     strength: Annotated[
         float | None,
         typer.Option(
-            help="How much of --image is drawn anew: above 0, and up to 1, the student's first step. It "
-            f"starts at the nearest of its steps. Default: {STRENGTH}.",
+            help="How much of --image is redrawn, above 0 and up to 1. 1 is the student's first step; it starts at the "
+            f"step that is nearest. Default: {STRENGTH}.",
             rich_help_panel=EDIT,
         ),
     ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(
-            help="Gray image of the size of --image: white where it is drawn anew, black where it stays as it is.",
+            help="Gray image of the same size as --image: white where that is redrawn, black where it is kept.",
             metavar="FILE",
             rich_help_panel=EDIT,
         ),
@@ -138,7 +140,8 @@ def sample(
         bool,
         typer.Option(
             "--interactive",
-            help="Type prompts one after the other, with the student kept in memory. /help there tells the rest.",
+            help="Type prompts one after the other in the terminal, with the student kept in memory. /help there lists "
+            "the commands.",
         ),
     ] = False,
     negative: NegativeFlag = None,
@@ -149,16 +152,16 @@ def sample(
         bool,
         typer.Option(
             "--compare",
-            help="Draw each image with the student's teacher too, in many steps, and put it beside the student's.",
+            help="Also draw each image with the teacher, in --teacher-steps, and put it beside the student's.",
             rich_help_panel=COMPARE,
         ),
     ] = False,
-    teacher: Annotated[str | None, teacher_option(COMPARE, default="the one that the student names")] = None,
+    teacher: Annotated[str | None, teacher_option(COMPARE, default="the one in the student's sbrush.json")] = None,
     teacher_config: Annotated[str | None, teacher_config_option(COMPARE)] = None,
     teacher_steps: Annotated[
         int,
         typer.Option(
-            help="Steps of the teacher's sampler, DDIM. More take longer and are seldom better than 50.",
+            help="Steps of the teacher's sampler, DDIM. More than 50 are seldom better.",
             min=1,
             max=1000,
             rich_help_panel=COMPARE,
@@ -167,7 +170,7 @@ def sample(
     teacher_guidance: Annotated[
         float | None,
         typer.Option(
-            help="Guidance scale of the teacher; 1 is none. Default: what its folder says, else 7.5.",
+            help="Guidance scale of the teacher; 1 is none. Default: the value in its folder, else 7.5.",
             min=0,
             rich_help_panel=COMPARE,
         ),
@@ -176,7 +179,7 @@ def sample(
         bool,
         typer.Option(
             "--overwrite",
-            help="Draw images again that the folder has already, and replace files of the same names.",
+            help="Draw all images again, including those that the folder already has, and replace their files.",
             rich_help_panel=REPORT,
         ),
     ] = False,
@@ -184,8 +187,8 @@ def sample(
         bool,
         typer.Option(
             " /--no-metadata",
-            help="Leave prompt, seed and model out of the PNG files. By default they hold them, as other image viewers "
-            "and programs read them.",
+            help="Leave prompt, seed and model out of the PNG files. By default they are in the metadata, in a form "
+            "that other programs read.",
             show_default=False,
             rich_help_panel=REPORT,
         ),
@@ -195,7 +198,7 @@ def sample(
     batch: Annotated[
         int,
         typer.Option(
-            help="Images drawn at once. Lower it if memory runs out; a seed's image stays the same.",
+            help="Number of images drawn at once. Lower it if memory runs out; the images stay the same.",
             min=1,
             rich_help_panel=MACHINE,
         ),
@@ -204,7 +207,7 @@ def sample(
     precision: PrecisionFlag = Precision.auto,
     runtime: RuntimeFlag = Runtime.auto,
 ) -> None:
-    """Draw images in one step, or in a few with a student that was trained for it.
+    """Draw images with a student, in one step or, with a few-step student, in several.
 
     Prints the path of each image as soon as it is written.
     """

@@ -13,7 +13,6 @@ from sbrush.cli.flags import (
     Precision,
     PrecisionFlag,
     Runtime,
-    RuntimeFlag,
     StartFlag,
     StudentFlag,
     VaeFlag,
@@ -22,7 +21,7 @@ from sbrush.console import info
 from sbrush.models.lora_request import parse_loras
 from sbrush.sampling.targets import Images, Target
 
-ACCESS = "Who may ask"
+ACCESS = "Access"
 EXAMPLE = "Example: sbrush serve --student runs/stickers"
 
 
@@ -33,7 +32,8 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on. 127.0.0.1 is this machine alone; 0.0.0.0 lets other machines in.",
+            help="Address to listen on. 127.0.0.1: only this machine can connect. 0.0.0.0: other machines can too, "
+            "which needs --api-key or --no-auth.",
             metavar="ADDRESS",
         ),
     ] = "127.0.0.1",
@@ -42,7 +42,7 @@ def serve(
         str | None,
         typer.Option(
             help="Key that every request must have, as 'Authorization: Bearer KEY' or as the password that a browser "
-            "asks for. Other users of the machine see command lines: better set SBRUSH_API_KEY.",
+            "asks for. Better set SBRUSH_API_KEY, because other users of the machine can see command lines.",
             metavar="KEY",
             envvar="SBRUSH_API_KEY",
             show_envvar=False,
@@ -51,13 +51,13 @@ def serve(
     ] = None,
     no_auth: Annotated[
         bool,
-        typer.Option("--no-auth", help="Let everyone in who reaches --host, without a key.", rich_help_panel=ACCESS),
+        typer.Option("--no-auth", help="Answer everyone who can reach --host, without a key.", rich_help_panel=ACCESS),
     ] = False,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name by which the server may be called, such as that of a proxy in front of it. Addresses and "
-            "localhost always may. Give it again for more.",
+            help="Host name that requests may use for this server, such as that of a proxy in front of it. IP "
+            "addresses and localhost are always allowed. May be repeated.",
             metavar="NAME",
             show_default=False,
             rich_help_panel=ACCESS,
@@ -66,20 +66,20 @@ def serve(
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Site whose pages may ask the server, such as https://front.example. Give it again for more.",
+            help="Web site whose pages may use the server, such as https://front.example. May be repeated.",
             metavar="ORIGIN",
             show_default=False,
             rich_help_panel=ACCESS,
         ),
     ] = None,
     log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Log each prompt and its seed. By default nothing tells prompts.")
+        bool, typer.Option("--log-prompts", help="Log each prompt and its seed. By default prompts are not logged.")
     ] = False,
     start_timestep: StartFlag = None,
     batch: Annotated[
         int,
         typer.Option(
-            help="Images drawn at once, of requests that overlap. Lower it if memory runs out.",
+            help="Largest number of images drawn at once, from requests that overlap. Lower it if memory runs out.",
             min=1,
             rich_help_panel=MACHINE,
         ),
@@ -87,20 +87,28 @@ def serve(
     queue: Annotated[
         int,
         typer.Option(
-            help="Images that may wait. Beyond them a request is answered with 429 and when to try again.",
+            help="Largest number of images that may wait. A request beyond it is answered with status 429 and the time "
+            "after which to try again.",
             min=1,
             rich_help_panel=MACHINE,
         ),
     ] = 256,
     device: DeviceFlag = "auto",
     precision: PrecisionFlag = Precision.auto,
-    runtime: RuntimeFlag = Runtime.auto,
+    runtime: Annotated[
+        Runtime,
+        typer.Option(
+            "--runtime",
+            help="Library that draws. torch: torch and diffusers, which negative prompts need. onnx: onnxruntime, on "
+            "the CPU in float32, for the built-in students and for those that were exported to ONNX. auto: torch, but "
+            "onnx for exported ones.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = Runtime.auto,
 ) -> None:
-    """Serve a page where the image follows the typing, and the OpenAI and AUTOMATIC1111 image APIs.
+    """Serve a web page that redraws the image as you type, and the OpenAI and AUTOMATIC1111 image APIs.
 
-    With --runtime auto, torch draws, for it alone takes negative prompts; onnx draws for students exported to it.
-
-    Prints the page's address when it is ready. Nothing is loaded from elsewhere, and nothing leaves the machine.
+    Prints the page's address when it is ready. The page loads nothing from elsewhere, and nothing leaves the machine.
     """
     from sbrush.serving.address import Access, bind, check_access
 
