@@ -127,8 +127,8 @@ StepsFlag = Annotated[
     int | None,
     typer.Option(
         "--steps",
-        help="Steps in which the student draws an image, at most as many as it was trained for (--student-steps of "
-        "sbrush distill). Default: that many. A one-step student takes 1 only.",
+        help="Steps in which the student draws an image. Default: as many as it was trained for (--student-steps of "
+        "sbrush distill). Most few-step students can also take fewer; a one-step student takes 1.",
         min=1,
         max=1000,
         show_default=False,
