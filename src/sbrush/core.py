@@ -22,8 +22,9 @@ One update of the student theta, then one of the LoRA teacher psi:
     theta follows vsd_loss(x0, gap)                                         and pair_loss, clamped_clip_loss, if asked
     psi follows lora_loss(eps_psi at x_t' = add_noise(x0.detach()), noise, t')
 
-A student of several steps stands on a ladder of timesteps, rungs[0] being its start. A training step takes one rung:
-student_input goes down to it without gradient, and what it returns stands in the equations above for z, the rung for T.
+A student of several steps has a list of timesteps, its ladder; the first of these rungs is its start. A training step
+takes one rung: student_input goes down to it without gradient. Its result then replaces z in the equations above, and
+the rung replaces T.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How well outlines are followed on the built-in world, and by whom.  `python -m sbrush.benchmarks.control`
+"""How well teacher and students follow outlines on the built-in world.  `python -m sbrush.benchmarks.control`
 
 Outlines of stickers that no training has seen, each with a caption that is true of its sticker. What is drawn is asked
 for its own outline: chamfer distance in pixels of 64, intersection over union of the two shapes, and the judge's

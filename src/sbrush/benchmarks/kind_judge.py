@@ -1,4 +1,4 @@
-"""A judge of the built-in world's twelve kinds, of robots, and of what is none of these; for personal.py.
+"""A network that recognises the built-in world's twelve kinds, robots, and what is none of these; for personal.py.
 
     drawings    of each of KNOWN, as they are, through the autoencoder, softened, and with a little noise
     none        what a student that has never seen a robot draws of words that mean nothing to it; and, of all of KNOWN,

@@ -1,4 +1,4 @@
-"""The fastest image: how long one takes, warm and cold, beside what it cannot take less than.  `make bench-sample`
+"""The fastest image: how long one takes, warm and cold, beside the least time that it can take.  `make bench-sample`
 
 Warm: images a second of the bare networks (text encoder, UNet, decoder; nothing else), of sbrush and of plain
 diffusers, taking turns in one process. Cold: a new process each, from its start to the image on the disk, beside that

@@ -1,4 +1,4 @@
-"""The program: its commands, and the exit code and the lines that follow from what they raise.
+"""The program: its commands, exit codes and error lines.
 
 Each command checks its cheap inputs, then hands over to the module of its own name. Nothing heavy is imported at module
 level: `sbrush --help` answers in the time that typer takes.

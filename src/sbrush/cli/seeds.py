@@ -1,4 +1,4 @@
-"""Seeds as people write them."""
+"""Reads --seed, such as 7, 1-8 or 1,5,9-12."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `sbrush eval` is asked for: the command line resolves its flags to these, and the defaults stand here alone.
+"""What `sbrush eval` is asked for: the command line turns its flags into these. The defaults are defined here only.
 
 Nothing is imported here, for `sbrush --help` reads it too. What cannot work is refused by check.py.
 """

@@ -1,1 +1,1 @@
-"""Students out into other programs: single files, LoRAs, ONNX, diffusers, the Hub; the command line comes here."""
+"""Writes students for other programs: single files, LoRAs, ONNX, diffusers, the Hub. Only `cli` imports from here."""

@@ -1,4 +1,4 @@
-"""`sbrush export`: a student into a folder or repository for another program, whole or not at all."""
+"""`sbrush export`: a student into a folder or repository for another program, completely or not at all."""
 
 from __future__ import annotations
 

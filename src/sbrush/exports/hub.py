@@ -1,4 +1,4 @@
-"""A student onto the Hugging Face Hub, when it is asked for and never else: model folder, card, example images."""
+"""Uploads a student to the Hugging Face Hub, only on request: model folder, card, example images."""
 
 from __future__ import annotations
 

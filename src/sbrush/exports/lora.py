@@ -1,4 +1,4 @@
-"""A whole student as a LoRA for its teacher: each layer's change W_student - W_teacher, cut to a low rank.
+"""A whole student as a LoRA for its teacher: each layer's change W_student - W_teacher, approximated at a low rank.
 
 The best approximation of rank r is that of the r largest singular values (Eckart and Young 1936): with the eigenvectors
 U of D D^T, D of shape [out, in k k], it is D ~ U_r (U_r^T D). What it leaves out is measured, after rounding to the

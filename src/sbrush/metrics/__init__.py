@@ -1,1 +1,1 @@
-"""One metric a file: features or images in, numbers out. Training's validation and `evaluate` import from here."""
+"""One metric per file: features or images in, numbers out. Training's validation and `evaluate` import from here."""

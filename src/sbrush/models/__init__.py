@@ -1,1 +1,1 @@
-"""Teachers and students as networks: loaded, adapted to core's one signature, given LoRAs, merged, exported."""
+"""Teachers and students as networks: loaded, adapted to what core.py expects, given LoRAs, merged, exported."""

@@ -1,4 +1,4 @@
-"""What a student says of itself: sbrush.json, and README.md as the Hub and people read it."""
+"""The description of a student: sbrush.json, and README.md as its model card."""
 
 from __future__ import annotations
 

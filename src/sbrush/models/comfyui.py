@@ -1,4 +1,4 @@
-"""A student in ComfyUI: the numbers of its one step there, and a workflow of stock nodes that takes it.
+"""A student in ComfyUI: the sampler settings of its one step, and a workflow of ComfyUI's own nodes.
 
 ComfyUI counts noise in sigma_t / alpha_t, here `s`: x = x0 + s eps, of which the network sees x / sqrt(1 + s^2). The
 student sees unit noise z at its timestep, so that x = sqrt(1 + s^2) z. At the end of ComfyUI's schedule KSampler scales

@@ -1,4 +1,4 @@
-"""The timesteps that a student of several steps stands on, as the scheduler in its folder has them."""
+"""The list of timesteps (the ladder) of a few-step student, from the scheduler in its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between latents and images: what a VAE's configuration says of its latents, and pixels as whole numbers."""
+"""Latents and images: how a VAE's configuration scales its latents, and pixels as whole numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in: a folder in Stable Diffusion's format, a Hub id or a single .safetensors file to one `Model`."""
+"""Loads models: a folder in Stable Diffusion's format, a Hub id or a single .safetensors file to one `Model`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ControlNets in: by name, folder or Hub id, checked against the model that they are to steer."""
+"""Loads ControlNets: by name, folder or Hub id, checked against the model that they are to steer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VAEs in: one that decodes in place of a student's own, checked against the student."""
+"""Loads VAEs that decode instead of a student's own, checked against the student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAs onto a loaded model: W + weight (alpha / r) B A in every layer that a file names, text encoders included.
+"""Adds LoRAs to a loaded model: W + weight (alpha / r) B A in every layer that a file names, text encoders included.
 
 Files are read by diffusers' own loaders, in its own, PEFT's or kohya's key layout. Before anything is changed, each
 tensor is checked: that it is a number, and that a layer of the model takes it. Diffusers would pass over the rest.

@@ -1,4 +1,4 @@
-"""One UNet in several roles: LoRAs onto it, who answers, and attention where torch's own is slow."""
+"""One UNet in several roles: its LoRAs, the active role, and attention where torch's own is slow."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Networks as ONNX graphs: a student that draws without diffusers and transformers, and the way there."""
+"""Networks as ONNX graphs: a student that draws without diffusers and transformers, and its export."""

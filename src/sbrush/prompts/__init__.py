@@ -1,4 +1,4 @@
-"""Prompts and captions in: plain text, tables and JSON, from files and pipes; the order in which a run takes them.
+"""Reads prompts and captions: plain text, tables and JSON, from files and pipes; the order in which a run takes them.
 
 source.py opens what was named, encoding.py makes text of its bytes, tables.py finds the texts in it.
 """

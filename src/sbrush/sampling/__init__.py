@@ -1,1 +1,1 @@
-"""Images out of models, in one step and in many, and out of files and folders; image files and grids."""
+"""Images from models, in one step and in many, and from files and folders; image files and grids."""

@@ -21,10 +21,10 @@ T = TypeVar("T")
 class Control:
     """An image that steers a student through a ControlNet.
 
-    `model`: a ControlNet that was made for the student's teacher: a folder, a Hub id, or "outline", the one that comes
-    with sbrush for the built-in world. `image`: a Pillow image or a file. `scale`: how strongly it steers, 0 to 10; 1
-    as it was trained. `prep`: what makes the control image of it: "canny" edges, the "outline" of a thing on a plain
-    background, or "none", for an image that is one already.
+    `model`: a ControlNet that was made for the student's teacher: a folder, a Hub id, or "outline", the built-in one.
+    `image`: a Pillow image or a file. `scale`: how strongly it steers, from 0, not at all, through 1, as it was
+    trained, to 10. `prep`: how `image` becomes the control image: "canny" finds its edges, "outline" the outline of one
+    thing on a plain background, and "none" takes it as it is.
     """
 
     model: str

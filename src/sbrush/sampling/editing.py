@@ -1,4 +1,4 @@
-"""Images that start from an image: the rung of a student's ladder that they enter at, and what a mask leaves alone."""
+"""Images that start from an image: the timestep of the student at which they start, and what a mask keeps."""
 
 from __future__ import annotations
 

@@ -15,16 +15,16 @@ LARGEST = {"nag": 20.0, "nasa": 1.0}  # scales, by method; those of the papers a
 
 @dataclass(frozen=True)
 class Negative:
-    """A negative prompt: what a student's images are not to show.
+    """A negative prompt: what a student's images should not show.
 
     Args:
         text: The prompt, such as "red" or "blurry".
         method: "nag" (Normalized Attention Guidance) or "nasa" (Negative-Away Steer Attention).
-        scale: How far the images go from it; 0 changes nothing. nag: up to 20, nasa: up to 1. None is the default for
-            the student's family.
+        scale: How strongly it acts, from 0, not at all, to 20 with nag or to 1 with nasa. None is the default for the
+            student's family.
 
     Raises:
-        SbrushError: The text is empty, the method is none of these, or the scale is out of its range.
+        SbrushError: The text is empty, there is no such method, or the scale is out of its range.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Negative:
         if not isinstance(self.text, str) or not self.text.strip() or not is_text(self.text):
             raise SbrushError(
                 f"not a negative prompt: {printable(repr(self.text))}",
-                'give what images are not to show: "red"',
+                'give what images should not show: "red"',
                 code=2,
             )
         if self.method not in LARGEST:

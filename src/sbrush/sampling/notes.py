@@ -1,4 +1,4 @@
-"""What is said of prompts before anything is drawn of them."""
+"""Notes about prompts before they are drawn: truncated ones, and unknown words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files in, of any kind that people have: 8-bit RGB out, or a reason why not.
+"""Reads image files of any mode as 8-bit RGB, or says why it cannot.
 
 What is not 8-bit RGB becomes it so:
 

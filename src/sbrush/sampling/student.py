@@ -35,30 +35,30 @@ def load_student(
     precision: str = "auto",
     runtime: Runtime = "auto",
 ) -> Student:
-    """A one-step student, ready to draw.
+    """Loads a student, ready to draw.
 
     Args:
-        source: A student's folder, a run's folder (the student in it), one of a run's checkpoints (the student as it
-            was then) or a Hub id. None is the student that comes with sbrush, for the built-in world.
-        start_timestep: For a student that was trained to take its noise for x_t at an earlier timestep than its
-            scheduler says, such as 399 for DMD2's. None reads it from the scheduler.
-        loras: LoRAs made for the student's teacher, added to its weights: each as `sbrush sample --lora` takes it, a
-            file, a folder, a Hub id or "blueprint", with ":WEIGHT" behind it for another weight than 1.
-        vae: What decodes in place of the student's own VAE: "tiny" (TAESD, or the built-in world's own: a fraction of
-            the work, and images a little less exact), a folder of diffusers' AutoencoderTiny or AutoencoderKL, or a Hub
-            id. None is the student's own.
-        device: "auto" (CUDA where there is a card, else the CPU), "cpu", "cuda" or "cuda:1".
+        source: A student's folder, a run's folder (its student), one of a run's checkpoints (the student at that time)
+            or a Hub id; "stickers" or "stickers-few" are built in. None is "stickers".
+        start_timestep: Timestep at which the student starts from unit noise, for students whose scheduler does not say
+            it, such as 399 for DMD2's. None reads it from the scheduler.
+        loras: LoRAs made for the student's teacher, added to its weights. Each is a file, a folder, a Hub id or
+            "blueprint", as for `sbrush sample --lora`; append ":WEIGHT" for another weight than 1.
+        vae: VAE that decodes instead of the student's own: "tiny" (TAESD, or a tiny VAE of the built-in student; much
+            faster, and a little less exact), a folder of diffusers' AutoencoderTiny or AutoencoderKL, or a Hub id. None
+            is the student's own.
+        device: "auto" (CUDA if there is a GPU, else the CPU), "cpu", "cuda" or "cuda:1".
         precision: Number format of the networks: "auto" (float16 on CUDA, float32 on the CPU), "float32", "bfloat16"
             or "float16".
-        runtime: "onnx" draws with onnxruntime on the CPU in float32, if the student has graphs for it, and "torch" with
-            torch; "auto" takes the first that can. `model.unet` and the other networks are there with "torch" alone.
+        runtime: "onnx" draws with onnxruntime on the CPU in float32, if the student has ONNX graphs. "torch" draws with
+            torch. "auto" is "onnx" where possible. `model.unet` and the other networks exist with "torch" only.
 
     Returns:
         The student, with its weights in memory.
 
     Raises:
         SbrushError: There is no such student, LoRA, VAE, device or precision, files are damaged, or a LoRA or VAE was
-            made for another base. `hint` says what to do.
+            made for another base model. `hint` says what to do.
     """
     requests = parse_loras(loras)
     where = pick_device(device)
@@ -70,10 +70,10 @@ def load_student(
 
 
 class Student:
-    """A one-step student in memory. Call it with prompts and seeds to get Pillow images.
+    """A student in memory. Call it with prompts and seeds to get Pillow images.
 
-    `load_student` makes one. `model` is the adapter of its networks: `model.image_size` is (height, width) in pixels,
-    `model.device` where it runs.
+    `load_student` returns one. `model` wraps its networks: `model.image_size` is (height, width) in pixels, and
+    `model.device` is its device.
     """
 
     def __init__(self, model: Drawer, source: str | None = None, vae: str | None = None) -> None:
@@ -130,24 +130,24 @@ class Student:
         """Draws one image for each pair of prompt and seed.
 
         The images are those of `sbrush sample` with the same prompt, seed, device and precision. An image depends on
-        its prompt and seed alone, and on what shares its batch only by rounding.
+        its prompt and seed; other images in its batch change it by rounding only.
 
         Args:
             prompts: One prompt or a list of them.
-            seed: One seed from 0 on, or a list of them. One seed serves every prompt, one prompt every seed; two lists
-                of one length are taken in pairs.
-            steps: Steps of the student. None: as many as it was trained for.
-            negative: What the images are not to show: a text, or a `Negative` with its method and scale.
-            control: An image that steers what is drawn, sbrush.Control("outline", "cat.png", prep="outline"), or
-                several in a list.
-            batch: Images that the networks draw at once. Fewer take less memory.
+            seed: One seed, a whole number from 0, or a list of them. A single seed is used for every prompt, and a
+                single prompt with every seed. Two lists of the same length are combined in pairs.
+            steps: Steps in which the student draws. None: as many as it was trained for.
+            negative: What the images should not show: a text, or a `Negative` with its method and scale.
+            control: An image that steers what is drawn, such as sbrush.Control("outline", "cat.png", prep="outline"),
+                or several in a list.
+            batch: Number of images that the networks draw at once. Fewer take less memory.
 
         Returns:
             An RGB image for one prompt and one seed; a list of images, in order, if either is a list.
 
         Raises:
-            SbrushError: A prompt is empty, a seed is no whole number from 0 on, the two lists differ in length, the
-                student does not take so many steps, the negative prompt is too long for it, or a control image or its
+            SbrushError: A prompt is empty, a seed is not a whole number from 0, the two lists differ in length, the
+                student does not take that many steps, the negative prompt is too long for it, or a control image or its
                 ControlNet cannot be used.
         """
         single = isinstance(prompts, str) and not isinstance(seed, Sequence)

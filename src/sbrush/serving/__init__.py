@@ -1,3 +1,3 @@
-"""A warm student for other programs: the engine, `sbrush serve` and what it answers.
+"""`sbrush serve`: a student in memory, the page, and the APIs of other programs.
 
 Only `cli` and `benchmarks` import from here."""

@@ -1,4 +1,4 @@
-"""Answers that are no images: errors in one form that both doors' clients read."""
+"""Error answers, in one form that the clients of both APIs read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routes of `sbrush serve`: the page, its own API, the doors that other programs know, health and counters."""
+"""The routes of `sbrush serve`: the page, its own API, the APIs of other programs, health and counters."""
 
 from __future__ import annotations
 

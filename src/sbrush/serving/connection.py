@@ -1,4 +1,4 @@
-"""A connection that waits for nobody forever: neither for headers that never end, nor for a client that never reads."""
+"""Connections with deadlines, for headers that never end and for clients that never read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The warm student behind every door: requests that overlap are drawn in one batch, the oldest first."""
+"""The student behind every API: requests that overlap are drawn in one batch, the oldest first."""
 
 from __future__ import annotations
 

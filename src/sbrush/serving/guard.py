@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, by which name, how much, and for how long.
+"""Checks before every route: key, host name, origin, size and time of a request.
 
 A page of another site can make its reader's browser ask a server on 127.0.0.1. Two checks keep it out. The Host header
 is to be an address or a known name: a foreign name that was made to lead here (DNS rebinding) is neither. And what a

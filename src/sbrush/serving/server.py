@@ -1,4 +1,4 @@
-"""The process behind `sbrush serve`: loads the student, listens, and on SIGTERM finishes what is under way."""
+"""The process behind `sbrush serve`: loads the student, listens, and on SIGTERM finishes the requests in progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every door does: a request's images drawn, encoded, counted."""
+"""What all APIs share: the images of a request are drawn, encoded and counted."""
 
 from __future__ import annotations
 

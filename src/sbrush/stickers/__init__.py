@@ -1,1 +1,1 @@
-"""The built-in world as data: what can be said, how it is drawn, the judge, the shipped weights. A leaf."""
+"""The built-in world as data: its captions, how it is drawn, the judge, the shipped weights."""

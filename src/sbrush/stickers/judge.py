@@ -1,4 +1,4 @@
-"""The judge: says what a sticker's image shows. Made for measuring, and trained apart from the teacher.
+"""The judge: a small CLIP model that tells what a sticker's image shows. Trained apart from the teacher.
 
 `Judge` is a small open_clip model: its image tower gives the features of FID, precision and recall; its two towers
 together say which caption is true. `pixel_attributes` is a plain count of pixels, a check on it that knows no network.

@@ -1,4 +1,4 @@
-"""A robot: a kind of sticker that nothing in the built-in world has ever seen, to personalise students with.
+"""A robot: a kind of sticker that no built-in model was trained on, to personalise students with.
 
     python -m sbrush.stickers.robot runs/photos      writes six photos of one teal robot, on six backgrounds
 

@@ -1,4 +1,4 @@
-"""What can be said and drawn in the sticker world, and with which chances.
+"""The built-in world's captions and stickers, and their probabilities.
 
 A sticker has a kind, a colour, a background, a size and a place. A caption names some of these and leaves the others
 out, so it stands for a known distribution of images: the truth against which one-step students are measured.

@@ -1,1 +1,1 @@
-"""Files that are there whole or not at all: JSON, checkpoints, shards of tensors. Knows nothing of models."""
+"""Files that are written completely or not at all: JSON, checkpoints, shards of tensors."""

@@ -1,4 +1,4 @@
-"""A training's state on disk and back: safetensors and JSON in one folder a step, written aside and renamed.
+"""A training's state on disk: safetensors and JSON, one folder per step, written under a temporary name and renamed.
 
 checkpoints/step-000200/student.safetensors   a file for each part: student, average, LoRA teacher, optimisers
 checkpoints/step-000200/state.json            format version, step, each file's SHA-256, anything else small

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written aside, then renamed. Imports nothing heavy."""
+"""Files written completely or not at all: under a temporary name, then renamed. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of tensors on disk, a row an image or a prompt: stopped at any moment, the work goes on where it was."""
+"""Rows of tensors on disk, one row per image or prompt. Work that was stopped at any moment can be resumed."""
 
 from __future__ import annotations
 

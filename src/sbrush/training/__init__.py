@@ -1,1 +1,1 @@
-"""A teacher into a student: the loop, what it asks of a method, and everything a run writes."""
+"""Trains a student from a teacher: the loop, its interface to methods, and everything a run writes."""

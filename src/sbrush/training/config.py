@@ -1,4 +1,4 @@
-"""A run's config.json: all that decides its student. The same command resumes a run, a changed one is refused."""
+"""A run's config.json: every setting that affects its student. A changed one is refused when a run resumes."""
 
 from __future__ import annotations
 
