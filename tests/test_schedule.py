@@ -14,11 +14,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from sbrush.console import SbrushError
+from sbrush.models.ladder import Sampling
 from sbrush.models.load import load_student, load_teacher
-from sbrush.models.schedule import noise_scale, read_scheduler
+from sbrush.models.schedule import noise_scale, one_step_scheduler, read_scheduler, timesteps_of
 from sbrush.noise import image_noise
 from sbrush.sampling.files import SampleRequest, sample_to_files
-from sbrush.sampling.generation import student_latents
+from sbrush.sampling.generation import ddim, student_latents
 from sbrush.sampling.targets import Images, Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within diffusers
@@ -123,3 +124,27 @@ def test_any_schedulers_betas(name: str) -> None:
 def test_a_scheduler_without_betas_is_refused(name: str) -> None:
     with pytest.raises(SbrushError, match=name):
         read_scheduler({"_class_name": name}, "it")
+
+
+@pytest.mark.parametrize("steps", [1, 25, 60, 61, 103, 122, 1000])
+def test_so_many_steps_are_so_many_timesteps(steps):
+    """diffusers gives 62 for 61: the last is -1, whose noise is taken for that of T."""
+    scheduler = one_step_scheduler(DDIMScheduler(**SD))
+    timesteps = timesteps_of(scheduler, steps)
+    assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
+    assert (timesteps.diff() < 0).all() or steps == 1
+    seen: list[int] = []
+
+    def denoise(x: Tensor, t: Tensor, _: Any) -> Tensor:
+        seen.append(int(t[0]))
+        return torch.zeros_like(x)
+
+    drawn = ddim(denoise, scheduler, torch.ones(1, 4, 2, 2), {}, {}, steps=steps, guidance=1.0)
+    assert seen == timesteps.tolist() and drawn.abs().max() < 16  # 1 / alpha_T is 14.65, and not taken twice
+
+
+def test_a_student_whose_steps_diffusers_miscounts_is_refused():
+    assert Sampling(60, fresh=False).scheduler(DDIMScheduler(**SD))
+    with pytest.raises(SbrushError, match="would take 62 steps in place of 61") as problem:
+        Sampling(61, fresh=False).scheduler(DDIMScheduler(**SD))
+    assert problem.value.code == 2

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin
 
 from sbrush.console import SbrushError, count
-from sbrush.models.schedule import one_step_scheduler
+from sbrush.models.schedule import one_step_scheduler, timesteps_of
 
 LOWEST = 9  # From this timestep on LCMScheduler's boundary scalings are 1 and 0, to 2e-5: its x0 is the network's.
 USUAL = 4  # steps of an LCM student of which nothing says how many it should take
@@ -50,6 +50,13 @@ class Sampling:
                 code=2,
             )
         if not self.fresh:
+            one.set_timesteps(self.steps)
+            if (taken := len(one.timesteps)) != self.steps:
+                raise SbrushError(
+                    f"diffusers' DDIM would take {count(taken, 'step')} in place of {self.steps}, the last one wrong",
+                    f"take {self.steps - 1} or {self.steps + 1}",
+                    code=2,
+                )
             return one
         return LCMScheduler.from_config(one.config, original_inference_steps=grid)
 
@@ -93,5 +100,4 @@ class Ladder:
                 f"--steps {able}; it was trained for {self.trained}",
                 code=2,
             )
-        self.scheduler.set_timesteps(steps)
-        return tuple(int(t) for t in self.scheduler.timesteps)
+        return tuple(timesteps_of(self.scheduler, steps).tolist())

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
+from torch import Tensor
 
 from sbrush.console import SbrushError, printable
 from sbrush.models.configurations import SCHEDULER, Table, check_scheduler
@@ -65,6 +66,16 @@ def one_step_scheduler(teacher: DDIMScheduler, t_init: int | None = None) -> DDI
         thresholding=False,
         **cut,
     )
+
+
+def timesteps_of(scheduler: SchedulerMixin, steps: int) -> Tensor:
+    """Where a scheduler takes `steps` steps: its timesteps, descending, int64 [steps].
+
+    diffusers counts "trailing" timesteps down in floats, and for some numbers of steps, such as 61 of 1,000 timesteps,
+    comes past the last one: a timestep of -1, of which a network knows nothing.
+    """
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps[:steps].long()
 
 
 def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:

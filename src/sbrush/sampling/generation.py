@@ -179,9 +179,10 @@ def ddim(
     guidance: float,
 ) -> Tensor:
     """The teacher's image of noise z [B, C, H, W]: from T on in `steps` steps of DDIM, guided. Float32, like z."""
+    from sbrush.models.schedule import timesteps_of
+
     scheduler, x = type(scheduler).from_config(scheduler.config), z.float()
-    scheduler.set_timesteps(steps)
-    for step in scheduler.timesteps:
+    for step in timesteps_of(scheduler, steps):
         t = torch.full((len(x),), int(step), device=x.device)  # nothing waits for that, as a copy to a GPU would
         if guidance == 1:
             output = denoise(x, t, cond)

@@ -25,7 +25,7 @@ from sbrush.console import SbrushError, count
 from sbrush.core import NoiseSchedule
 from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
-from sbrush.models.schedule import one_step_scheduler
+from sbrush.models.schedule import one_step_scheduler, timesteps_of
 from sbrush.models.unet import attend_explicitly
 from sbrush.prompts import ShuffledPrompts
 from sbrush.storage.checkpoint import Checkpoint
@@ -241,6 +241,4 @@ class Guided(Regression):
 
 def trailing(teacher: DDIMScheduler, steps: int) -> Tensor:
     """Where `steps` DDIM steps start, descending from T, and CLEAN where the last one ends: int64 [steps + 1]."""
-    scheduler = one_step_scheduler(teacher)
-    scheduler.set_timesteps(steps)
-    return torch.cat([scheduler.timesteps.long(), torch.tensor([CLEAN])])
+    return torch.cat([timesteps_of(one_step_scheduler(teacher), steps), torch.tensor([CLEAN])])
