@@ -153,3 +153,13 @@ def test_a_mask_may_be_of_any_gray_kind(tmp_path, photo):
         image = Image.new(mode, (32, 32), {"1": 1, "L": 255, "I;16": 65535, "RGB": (255, 255, 255)}[mode])
         image.save(tmp_path / "mask.png")
         assert read_mask(tmp_path / "mask.png", photo).getextrema() == (255, 255)
+
+
+def test_a_mask_of_which_nothing_is_left_is_refused(student):
+    """The image would come back as it is, and nothing would say so."""
+    whole, masked = Image.new("RGB", (64, 32)), np.zeros((32, 64), np.uint8)
+    masked[:, :16] = 255  # cut off with the image's edges
+    with pytest.raises(SbrushError, match="nothing is left of the mask"):
+        fit_edit(EditRequest(whole, 0.6, Image.fromarray(masked)), student)
+    masked[:, :17] = 255
+    assert fit_edit(EditRequest(whole, 0.6, Image.fromarray(masked)), student).mask.sum() == 32

@@ -82,14 +82,24 @@ def check_edit(student: Drawer, steps: int | None) -> None:
 
 
 def fit_edit(request: EditRequest, student: Drawer) -> Edit:
-    """The image and its mask, cut from their middle and scaled to the student's size, which a note tells."""
+    """The image and its mask, cut from their middle and scaled to the student's size, which a note tells.
+
+    SbrushError if nothing is left of the mask then.
+    """
     image, mask = fit_image(request.image, student), request.mask
     if mask and mask.size != image.size:
         mask = ImageOps.fit(mask, image.size, Image.Resampling.BOX)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if mask is None:
         return Edit(pixels, request.strength)
-    return Edit(pixels, request.strength, torch.from_numpy(np.asarray(mask) >= 128).float()[None])
+    anew = torch.from_numpy(np.asarray(mask) >= 128)
+    if not anew.any():
+        raise SbrushError(
+            f"nothing is left of the mask in the image's middle at {image.width} x {image.height} pixels",
+            "what it masks is cut off with the image's edges, or too small: crop the image and its mask around it",
+            code=2,
+        )
+    return Edit(pixels, request.strength, anew.float()[None])
 
 
 def fit_image(image: Image.Image, student: Drawer, what: str = "the image") -> Image.Image:
