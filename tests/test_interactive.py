@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import LCMScheduler
 from PIL import Image
 from prompt_toolkit.application import create_app_session
@@ -29,6 +30,7 @@ from sbrush.cli.interactive import (
 )
 from sbrush.console import SbrushError
 from sbrush.models.ladder import Ladder
+from sbrush.sampling.editing import Edit
 from sbrush.sampling.generation import student_images
 from sbrush.sampling.images import to_image
 from sbrush.sampling.targets import Target
@@ -73,6 +75,14 @@ def test_seed_and_steps_draw_the_last_prompt_again(session):
     assert len(session.shown) == 6 and session.seed not in (7, 8)
     whole = record("out.png")
     assert (whole["prompt"], whole["seed"], whole["steps"]) == ("a dog", session.seed, 4)
+
+
+def test_steps_that_leave_nothing_of_an_image_are_refused(session, capsys):
+    """In one step a student draws from pure noise: as `sbrush sample --image --steps 1`, which is refused too."""
+    session.artist = dataclasses.replace(session.artist, edit=Edit(torch.zeros(3, 32, 32, dtype=torch.uint8), 0.6))
+    run(session, ["/steps 2", "a cat", "/steps 1"])
+    assert "--image needs a student of several steps" in capsys.readouterr().err
+    assert session.artist.steps == 2 and record("out.png")["steps"] == 2
 
 
 def test_a_negative_prompt_holds_until_it_is_taken_back(session, capsys):

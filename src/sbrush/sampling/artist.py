@@ -118,7 +118,8 @@ class Artist:
     def altered(self, *, steps: int | None, negative: Negative | None) -> Artist:
         """The same student in other steps, or away from another negative prompt; its weights are not hashed again.
 
-        SbrushError if it does not take so many steps, or no such negative prompt.
+        SbrushError if it does not take so many steps, in so few does not start from its image, or takes no such
+        negative prompt.
         """
         student = self.student
         if negative or student.negative:
@@ -127,6 +128,10 @@ class Artist:
             from sbrush.sampling.guidance import with_negative
 
             student = with_negative(replace(cast("Model", student), negative=None), negative)
+        if self.edit:
+            from sbrush.sampling.editing import check_edit
+
+            check_edit(student, steps)
         other = replace(self, student=student, steps=steps)
         away = student.negative.drawn_by if student.negative else dict.fromkeys(NEGATIVE)
         other.__dict__["drawn_by"] = self.drawn_by | away | {"steps": other.taken}
