@@ -193,6 +193,23 @@ def test_what_was_drawn_otherwise_is_never_replaced_but_by_overwrite(tmp_path, t
     assert contents(folder).keys() == before.keys() and contents(folder) != before
 
 
+def test_images_that_a_stopped_overwrite_has_left_are_not_taken_for_its_own(tmp_path, tiny_teacher):
+    """Their files say nothing of how they were drawn, so the folder must not say it of them before it is so."""
+    other, asked = build_tiny_teacher(tmp_path / "other", seed=1), Images(["a cat"], [0, 1, 2])
+
+    def request(student, **more):
+        return SampleRequest(asked, Target(tmp_path / "o", folder=True), str(student), metadata=False, batch=1, **more)
+
+    assert len(list(sample_to_files(request(tiny_teacher)))) == 3
+    stopped = sample_to_files(request(other, overwrite=True))
+    next(stopped), next(stopped)
+    stopped.close()
+    with pytest.raises(SbrushError, match="is there already"):
+        list(sample_to_files(request(other)))
+    assert [saved.new for saved in sample_to_files(request(other, overwrite=True))] == [True] * 3
+    assert [saved.new for saved in sample_to_files(request(other))] == [False] * 3
+
+
 @pytest.mark.parametrize("kind", ["text", "photo", "folder", "huge chunk"])
 def test_a_file_of_other_origin_is_never_replaced(tmp_path, tiny_teacher, kind):
     file = tmp_path / "0001-a-cat-seed0.png"

@@ -183,9 +183,13 @@ def _fill(folder: Path, done: set[int], request: SampleRequest, artist: Artist) 
     if len(done) == len(images):
         yield from (Saved(folder / images.name(index), *images[index], new=False) for index in range(len(images)))
         return
+    keys, before = dict[str, str](), set[str]()
     if not request.metadata:
         keys = {images.name(index): _key(images[index], artist) for index in range(len(images))}
-        write_json(folder / KEYS, read_keys(folder) | keys)
+        # What is there and is to be replaced was drawn otherwise until it is drawn again.
+        before = {images.name(index) for index in set(images.present(folder)) - done}
+        known = {name: key for name, key in (read_keys(folder) | keys).items() if name not in before}
+        write_json(folder / KEYS, known)
     with progress("drawing", len(images), done=len(done), unit="images") as bar:
         for first in range(0, len(images), request.batch):
             block = range(first, min(first + request.batch, len(images)))
@@ -199,6 +203,8 @@ def _fill(folder: Path, done: set[int], request: SampleRequest, artist: Artist) 
                 if index not in done:
                     _save(file, _side_by_side(cells, artist), artist.record(prompt, seed) if request.metadata else None)
                 yield Saved(file, prompt, seed, new=index not in done)
+            if again := before.intersection(images.name(index) for index in block):
+                write_json(folder / KEYS, read_keys(folder) | {name: keys[name] for name in again})
             bar.advance(len(set(block) - done))
 
 
