@@ -1,7 +1,9 @@
 """The engine behind `sbrush serve`: what shares a batch, what is dropped, who is refused."""
 
 import dataclasses
+import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from diffusers import LCMScheduler
@@ -10,6 +12,8 @@ from sbrush.console import SbrushError
 from sbrush.models.ladder import Ladder
 from sbrush.sampling.artist import Artist
 from sbrush.sampling.generation import student_images
+from sbrush.sampling.student import LARGEST_SEED
+from sbrush.serving.address import bind
 from sbrush.serving.engine import Busy, Engine, Replaced, Stopped
 from sbrush.serving.requests import ImageRequest, Settings, Turn, image_requests
 from serving import load
@@ -107,10 +111,19 @@ def test_a_queue_has_a_bound_and_takes_all_of_a_request_or_none(artist):
             engine.submit(asked("c", "d"))
         assert full.value.seconds >= 1 and engine.waiting == 2
         engine.submit(asked("e", "f", "g"), Turn("me", 2))  # what is replaced makes room
-        with pytest.raises(Busy):
+        with pytest.raises(SbrushError, match="4 images in one request"):
             engine.submit(asked("h", "i", "j", "k"), Turn("me", 3))
         assert engine.waiting == 3  # a turn that is refused replaces nothing
         artist.gate.set()
+
+
+def test_more_images_than_may_wait_at_all_are_no_matter_of_trying_again(artist):
+    with Engine(artist, waiting=2) as engine:
+        with pytest.raises(SbrushError, match="3 images in one request, and 2 may wait") as problem:
+            engine.submit(asked("a", "b", "c"))
+        assert problem.value.code == 2
+        artist.gate.set()
+        assert len([future.result() for future in engine.submit(asked("a", "b"))]) == 2
 
 
 def test_what_nobody_waits_for_any_more_is_not_drawn(artist):
@@ -169,3 +182,17 @@ def test_requests_that_make_no_sense(arguments, said):
     with pytest.raises(SbrushError, match=said) as problem:
         image_requests(*arguments, Settings())
     assert problem.value.code == 2
+
+
+def test_the_largest_seeds_are_seeds():
+    for count in (1, 2):
+        last = image_requests("a", 10**18 - count, count, Settings())[-1]
+        assert last.seed == LARGEST_SEED
+
+
+def test_a_port_is_never_shared_with_another_program_on_windows(monkeypatch):
+    """There SO_REUSEADDR lets two programs listen on one port; elsewhere it lets a server start again at once."""
+    for platform, reused in (("linux", True), ("win32", False)):
+        monkeypatch.setattr("sbrush.serving.address.sys", SimpleNamespace(platform=platform))
+        with bind("127.0.0.1", 0) as sock:
+            assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)) is reused

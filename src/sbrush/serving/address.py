@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import sys
 from dataclasses import dataclass
 
 from sbrush.console import SbrushError, printable
@@ -40,7 +41,8 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
     sock = socket.socket(family, kind, protocol)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform != "win32":  # where it lets two programs listen on one port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(1)  # Linux tells only now that another program listens there with the same option
         return sock

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from sbrush.console import SbrushError
 from sbrush.sampling.artist import Artist
 from sbrush.sampling.notes import unknown_words_note
 from sbrush.serving.requests import ImageRequest, Settings, Turn
@@ -104,7 +105,8 @@ class Engine:
         """A future for each request: all of them wait, or none.
 
         With a `turn`, what the same client's earlier turns still wait for raises Replaced, and these images take its
-        place in the queue. Raises Busy if the queue has no room, Replaced if a later turn was here first, Stopped.
+        place in the queue. Raises Busy if the queue has no room, Replaced if a later turn was here first, Stopped;
+        SbrushError if they are more than may wait at all.
         """
         with self._changed:
             if self._stopping:
@@ -112,6 +114,12 @@ class Engine:
             waiting = [job for job in self._jobs if not job.future.cancelled()]
             older = self._older(waiting, turn) if turn else []
             kept = [job for job in waiting if job not in older]
+            if len(requests) > self._most:  # it would be told to try again for ever
+                raise SbrushError(
+                    f"{len(requests)} images in one request, and {self._most} may wait here",
+                    f"ask for {self._most} at most, or start sbrush serve with a larger --queue",
+                    code=2,
+                )
             if len(kept) + len(requests) > self._most:
                 raise Busy(max(1, math.ceil(len(waiting) * self._rate)))
             if turn:

@@ -55,6 +55,8 @@ def image_requests(prompt: str, seed: int | None, count: int, settings: Settings
     if not 1 <= count <= MOST_IMAGES:
         raise SbrushError(f"{count} images in one request", f"ask for 1 to {MOST_IMAGES}", code=2)
     first = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
-    if not 0 <= first <= LARGEST_SEED - count:
-        raise SbrushError(f"not a seed: {first}", "a seed is a whole number from 0 on", code=2)
+    if not 0 <= first <= LARGEST_SEED - count + 1:
+        raise SbrushError(
+            f"not a seed: {first}", f"a seed is a whole number from 0 to {LARGEST_SEED - count + 1}", code=2
+        )
     return [ImageRequest(prompt, first + i, settings) for i in range(count)]
