@@ -29,10 +29,10 @@ def trained(steps, saved=None):
     return net, optimizer
 
 
-def save(folder, step):
+def save(folder, step, **options):
     net, optimizer = trained(step)
     parts = {"net": net.state_dict(), "optimizer": state_of(optimizer)}
-    checkpoint.save(folder, step, parts, note="kept")
+    checkpoint.save(folder, step, parts, note="kept", **options)
 
 
 def test_a_resumed_optimiser_goes_on_bit_for_bit(tmp_path):
@@ -109,3 +109,13 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(SbrushError, match="no room for a checkpoint"):
         checkpoint.save(tmp_path, 2, {"student": {"w": torch.zeros(2**19)}})
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_damaged_one_of_a_later_step_takes_no_good_ones_place(tmp_path):
+    """A run that has passed over it, and is stopped before that step, would have lost all."""
+    save(tmp_path, 1)
+    save(tmp_path, 4)
+    flip_byte(tmp_path / "step-000004" / "net.safetensors")
+    save(tmp_path, 2, keep=1)
+    assert checkpoint.newest(tmp_path).step == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004"]

@@ -52,7 +52,8 @@ def save(
 ) -> None:
     """Writes the state after `step` steps; then removes all but the newest `keep`.
 
-    `parts` maps a part's name to its tensors. Nothing is removed before the new checkpoint is complete.
+    `parts` maps a part's name to its tensors. Nothing is removed before the new checkpoint is complete. Those of later
+    steps do not count, and stay: a run that goes on from before them has found them damaged.
     Raises SbrushError if the disk has no room for it, OSError as any writing may.
     """
     size = sum(v.nbytes for part in parts.values() for v in part.values())
@@ -67,7 +68,7 @@ def save(
         for file in partial.iterdir():
             flush(file)
     flush(folder)
-    for old in paths(folder)[keep:]:
+    for old in [path for path in paths(folder) if step_of(path) <= step][keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
