@@ -14,7 +14,7 @@ from conftest import sbrush
 from sbrush.console import SbrushError
 from sbrush.models.load import BUILT_IN, load_student, load_teacher
 from sbrush.models.tokenizers import tokenize
-from sbrush.onnx.export import export_onnx, facts_of, write_graphs
+from sbrush.onnx.export import check_onnx, export_onnx, facts_of, write_graphs
 from sbrush.onnx.graphs import GRAPHS, open_graph
 from sbrush.onnx.model import Facts, OnnxModel, find
 from sbrush.sampling.files import SampleRequest, sample_to_files
@@ -193,3 +193,12 @@ def test_sampling_goes_on_with_the_runtime_that_began(tmp_path):
     assert not any(saved.new for saved in sample_to_files(SampleRequest(images, target)))
     with pytest.raises(SbrushError):
         list(sample_to_files(SampleRequest(images, target, runtime="torch")))
+
+
+def test_a_text_encoder_that_masks_is_refused(tiny_teacher):
+    """Its graph takes no mask: another image would be drawn, without an error."""
+    student = load_teacher(str(tiny_teacher))
+    check_onnx(student)
+    student.text_encoder.config.use_attention_mask = True
+    with pytest.raises(SbrushError, match="masks what fills a prompt up"):
+        check_onnx(student)

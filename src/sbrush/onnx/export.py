@@ -77,6 +77,12 @@ def check_onnx(student: Model | None = None) -> None:
             "--to diffusers or --to single-file",
             code=2,
         )
+    if student and getattr(student.text_encoder.config, "use_attention_mask", False):
+        raise SbrushError(
+            f"the text encoder of {printable(student.name)} masks what fills a prompt up, and its graph would not",
+            "--to diffusers",
+            code=2,
+        )
 
 
 def export_onnx(student: Model, folder: Path) -> None:
