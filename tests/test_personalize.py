@@ -168,6 +168,9 @@ def test_both_trainings_leave_what_they_promise_and_the_same_command_goes_on(req
     personalize(request, train)
     assert capsys.readouterr().err.count("complete") == 2
     assert (out / "student" / "sbrush.json").stat().st_mtime_ns == before
+    (out / "samples.png").unlink()  # as if stopped behind the student
+    personalize(request, train)
+    assert (out / "samples.png").is_file() and (out / "student" / "sbrush.json").stat().st_mtime_ns == before
     Image.new("RGB", (32, 32)).save(request.photos[0])
     with pytest.raises(SbrushError, match=r"another configuration: .*photos\.sha256"):
         personalize(request, train)

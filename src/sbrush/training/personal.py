@@ -200,8 +200,10 @@ def personalize(request: PersonalRequest, train: Callable[[RunRequest], Plan]) -
                 info(f"training 2 of {trainings}: the student follows the teacher of {request.subject.token}")
             train(request.student_run(practice)).accelerator.wait_for_everyone()
             result = out / "vsd" / "student"
-        if main and not folders.is_of(out / "student", about):
+        complete = folders.is_of(out / "student", about)
+        if main and not complete:
             folders.write_result(out / "student", result, about)
+        if main and not (complete and (out / "samples.png").is_file()):
             from sbrush.training.personal_grid import draw_grid
 
             draw_grid(request, practice)
