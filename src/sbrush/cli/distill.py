@@ -15,6 +15,7 @@ from sbrush.cli.control import TrainedControlFlag, TrainedPrepFlag, TrainedScale
 from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
 from sbrush.cli.dry_run import dry_run as dry_run_of
 from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
+from sbrush.cli.seeds import LARGEST_SEED
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.training.folder import check_folder
 from sbrush.training.merged import MERGED, check_options, distill_merged
@@ -94,7 +95,10 @@ def distill(
             max=1000,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the run. Another seed gives another student.", min=0)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Random seed of the run. Another seed gives another student.", min=0, max=LARGEST_SEED),
+    ] = 0,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -469,9 +473,14 @@ def _prompts(prompts: Path | None, column: str | None, images: ImagesRequest) ->
 
 def _resolve(recipe: Recipe, given: dict[str, Any], settings: list[str] | tuple[()], *, sds: bool) -> Recipe:
     """The recipe with what flags and `--set` change of it; SbrushError if one setting is given twice."""
+    flags = {*given} | ({"gap"} if sds else set())
+    seen = set[str]()
     for text in settings:
-        if (name := text.partition("=")[0].strip()) in given and name != "reparameterised":
+        if (name := text.partition("=")[0].strip()) in flags:
             raise SbrushError(f"{name} is given twice", f"leave out --set {printable(text)}, or the flag", code=2)
+        if name in seen:
+            raise SbrushError(f"{printable(name)} is given twice", f"leave out one --set {printable(name)}", code=2)
+        seen.add(name)
     if "guidance" in given:
         recipe = recipe.with_settings(guidance_to=None)
     if sds:

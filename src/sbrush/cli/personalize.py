@@ -11,6 +11,7 @@ import typer
 from sbrush import console
 from sbrush.cli.distill import MEMORY, PLAN, SETTINGS, Precision, train
 from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, StudentFlag, TeacherConfigFlag, TeacherFlag
+from sbrush.cli.seeds import LARGEST_SEED
 from sbrush.console import SbrushError, count, info, is_text, printable
 from sbrush.training.folder import check_folder
 from sbrush.training.personal import CROSS_ATTENTION, PERSONAL, PersonalRecipe, PersonalRequest, follow, personalize
@@ -65,7 +66,7 @@ def personalize_(
             "the LoRA. Without it, the LoRA is only added to the student: faster, and much less like the photos.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Random seed of both trainings.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of both trainings.", min=0, max=LARGEST_SEED)] = 0,
     dry_run: Annotated[
         bool,
         typer.Option(

@@ -7,6 +7,7 @@ import re
 from sbrush.console import SbrushError, printable
 
 MOST_SEEDS = 100_000
+LARGEST_SEED = 10**18 - 1
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -12,6 +12,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from sbrush.console import SbrushError, printable
+
 Role = Literal["teacher", "lora_teacher", "student"]
 """As whom a UNet answers: the teacher is its own frozen weights, the others those and a LoRA of that name."""
 
@@ -32,18 +34,20 @@ def add_lora(
     """Freezes the UNet's own weights, adds a LoRA that starts as no change, and returns its float32 parameters by name.
 
     `targets`: module names separated by blanks ("to_q to_v"), or "all" for every linear and convolution layer, or
-    "blocks" for those of the down, middle and up blocks.
+    "blocks" for those of the down, middle and up blocks. SbrushError if a name is of no such layer.
     """
     from peft import LoraConfig
 
+    kinds = (nn.Linear, nn.Conv2d)
+    own = [(name, module) for name, module in unet.named_modules() if "lora_" not in name]
+    layers = [name.removesuffix(".base_layer") for name, module in own if type(module) in kinds]
     if targets in ("all", "blocks"):
-        kinds = (nn.Linear, nn.Conv2d)
-        own = [(name, module) for name, module in unet.named_modules() if "lora_" not in name]
-        names = [name.removesuffix(".base_layer") for name, module in own if type(module) in kinds]
+        names = layers
         if targets == "blocks":
             names = [name for name in names if name.startswith(BLOCKS)]
     else:
         names = targets.split()
+        _check_targets(names, layers, {name for name, _ in own})
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -57,6 +61,28 @@ def add_lora(
     _LAYERS.pop(unet, None)
     set_role(unet, role)
     return lora_parameters(unet, role)
+
+
+def _check_targets(names: list[str], layers: list[str], modules: set[str]) -> None:
+    """SbrushError if there is no name, or if one is of no linear or convolution layer, or of other modules too.
+
+    PEFT passes over a name that no module has, as long as another one is found.
+    """
+    others = modules.difference(layers, [f"{layer}.base_layer" for layer in layers])
+
+    def fits(name: str) -> bool:
+        return any(f".{layer}".endswith(f".{name}") for layer in layers) and not any(
+            f".{other}".endswith(f".{name}") for other in others
+        )
+
+    wrong = [name for name in names if not fits(name)]
+    if wrong or not names:
+        named = f"{printable(' '.join(wrong))}, which is no name of linear or convolution layers of the UNet"
+        raise SbrushError(
+            f"the LoRA is to be on {named if wrong else 'no layer'}",
+            "--set lora_targets=blocks, all, or names of layers with a blank between them, such as 'to_q to_v'",
+            code=2,
+        )
 
 
 def with_guidance_input(unet: UNet2DConditionModel) -> UNet2DConditionModel:

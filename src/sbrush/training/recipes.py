@@ -56,7 +56,7 @@ class Recipe:
     t_high: int
     ema: float  # decay of the exported average, reached by a ramp
     beta2: float  # of both Adams; beta1 is 0.9
-    clip: float  # gradient norm
+    clip: float  # gradient norm, above 0
     reparameterised: bool = True  # False: the paper's ablation
     method: str = "vsd"  # what trains the student: a key of training.methods.METHODS
     student_steps: int = 1  # steps in which the student is to draw an image
@@ -108,6 +108,8 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1")
+        if self.clip == 0:
+            raise ValueError("clip is above 0: it is the length that a gradient is cut to, and 0 would leave none")
         for name in ("cooldown", "null_chance", "pair_share", "lora_lr_end", "ema", "beta2", "guide_share"):
             if getattr(self, name) > 1 or (name in ("ema", "beta2") and getattr(self, name) == 1):
                 raise ValueError(f"{name} is a share of 1")
@@ -179,7 +181,7 @@ def _kinds() -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(Recipe).items() if name != "name"}
 
 
-# What a method other than VSD does not look at has the paper's values; see methods.UNUSED.
+# What a method other than VSD does not look at has the paper's values; see Method.unused.
 _VSD: dict[str, Any] = {
     "gap": "vsd", "guide_lora": True, "lora_lr": 1e-3, "lora_rank": 64, "lora_alpha": 108, "lora_targets": "to_q to_v",
     "lora_updates": 1, "shared_forward": False, "lora_weight": "alpha", "null_chance": 0.1, "t_init": None, "t_low": 20,
