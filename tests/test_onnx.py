@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from conftest import sbrush
 from sbrush.console import SbrushError
 from sbrush.models.load import BUILT_IN, load_student, load_teacher
 from sbrush.models.tokenizers import tokenize
 from sbrush.onnx.export import check_onnx, export_onnx, facts_of, write_graphs
-from sbrush.onnx.graphs import GRAPHS, open_graph
+from sbrush.onnx.graphs import GRAPHS, open_graph, read_weights
 from sbrush.onnx.model import Facts, OnnxModel, find
 from sbrush.sampling.files import SampleRequest, sample_to_files
 from sbrush.sampling.generation import student_images
@@ -202,3 +203,13 @@ def test_a_text_encoder_that_masks_is_refused(tiny_teacher):
     student.text_encoder.config.use_attention_mask = True
     with pytest.raises(SbrushError, match="masks what fills a prompt up"):
         check_onnx(student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_any_number_format_are_read(tmp_path, dtype):
+    """A student of the built-in world that was exported in bfloat16 was taken for a damaged one."""
+    weight = torch.randn(3, 2).to(dtype)
+    save_file({"a": weight, "b": weight + 1}, tmp_path / "model.safetensors")
+    read = read_weights(tmp_path / "model.safetensors", ["a"])
+    assert read.keys() == {"a"} and read["a"].dtype == np.float32
+    assert torch.equal(torch.from_numpy(read["a"]), weight.float())

@@ -56,8 +56,8 @@ def open_graph(file: Path, weights: Mapping[str, np.ndarray] | None = None) -> o
 def read_weights(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """The named tensors of a safetensors file, as float32. SbrushError if one is not there."""
     try:
-        with safe_open(file, "np") as opened:
-            return {name: opened.get_tensor(name).astype(np.float32) for name in names}
+        with safe_open(file, "pt") as opened:  # numpy has no bfloat16
+            return {name: opened.get_tensor(name).float().numpy() for name in names}
     except (OSError, ValueError, TypeError, SafetensorError) as problem:
         raise _unreadable(file, problem) from problem
 
