@@ -75,7 +75,8 @@ def timesteps_of(scheduler: SchedulerMixin, steps: int) -> Tensor:
     comes past the last one: a timestep of -1, of which a network knows nothing.
     """
     scheduler.set_timesteps(steps)
-    return scheduler.timesteps[:steps].long()
+    timesteps: Tensor = scheduler.timesteps
+    return timesteps[:steps].long()
 
 
 def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
