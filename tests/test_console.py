@@ -1,6 +1,8 @@
 """What the program prints, and where: data on stdout whole or not at all, messages that never stop the work."""
 
+import importlib
 import io
+import logging
 import os
 import re
 import sys
@@ -188,3 +190,13 @@ def test_shell_completion():
 def test_without_a_command_there_is_help_and_no_empty_error():
     done = sbrush()
     assert done.returncode == 2 and "distill" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("package", ["sbrush.benchmarks", "sbrush.training.world"])
+def test_what_runs_as_a_module_of_its_own_is_as_quiet_as_the_command(package, monkeypatch):
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.NOTSET)
+    importlib.import_module(package)
+    assert logger.level == logging.ERROR and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

@@ -214,9 +214,10 @@ def test_cells_are_means_and_spreads():
     other = figures | {"fid": 110.0, "fid_interval": 6.0}
     made = [{"seed": s, "seconds": 60.0, "draws": {1: f}} for s, f in enumerate((figures, other))]
     line = table([Result("x", "stickers", (), 1200, 9.0, made)]).splitlines()[2]
-    cells = dict(zip(["", "steps", *COLUMNS, "trained", "its steps"], line[2:-2].split(" | "), strict=True))
+    cells = dict(zip(["", "steps", "seeds", *COLUMNS, "trained", "its steps"], line[2:-2].split(" | "), strict=True))
     assert cells["FID"] == "100 ± 14" and cells["interval"] == "± 5" and cells["diversity"] == "-"
-    assert cells["ms an image"] == "20 ± 0" and cells["trained"] == "60 ± 0" and cells["its steps"] == "1,200"
+    assert cells["seeds"] == "2" and cells["ms an image"] == "20 ± 0"
+    assert cells["trained"] == "60 ± 0" and cells["its steps"] == "1,200"
 
 
 def test_a_page_without_markers_gets_them_once(tmp_path):

@@ -7,7 +7,6 @@ level: `sbrush --help` answers in the time that typer takes.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shlex
 import signal
@@ -70,11 +69,7 @@ def root(
 def main() -> None:
     """The program: runs a command and turns what it raises into an exit code."""
     console.prepare_streams()
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports if it is there; it logs kernels
+    console.quiet_libraries()
     _leave_on_signals()
     try:
         code = app(prog_name="sbrush", standalone_mode=False) or 0

@@ -28,7 +28,6 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers.utils import logging
 
 import sbrush
 from sbrush.benchmarks.results import plots, runs
@@ -171,7 +170,6 @@ def _leave(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
     signal.signal(signal.SIGTERM, _leave)  # as Ctrl-C does, so that the trainings are asked to stop
     try:
         typer.run(main)

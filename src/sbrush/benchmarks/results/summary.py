@@ -47,7 +47,7 @@ COLUMNS: dict[str, tuple[Callable[[Figures], float | None], int]] = {  # what a 
 
 def table(results: Sequence[Result]) -> str:
     """A Markdown table, a line for each row and number of steps drawn in."""
-    heads = ["", "steps", *COLUMNS, "trained, s", "its steps"]
+    heads = ["", "steps", "seeds", *COLUMNS, "trained, s", "its steps"]
     lines = [heads, ["---"] * len(heads)]
     for result in results:
         for steps, figures in result.draws():
@@ -55,7 +55,13 @@ def table(results: Sequence[Result]) -> str:
             cells[1] = "± " + cells[1].split(" ±")[0] if cells[1] != "-" else "-"
             trained = [cell([run["seconds"] for run in result.runs], 0), f"{result.steps:,}"]
             lines.append(
-                [result.label, str(steps) if steps else "-", *cells, *(trained if result.steps else ["-", "-"])]
+                [
+                    result.label,
+                    str(steps) if steps else "-",
+                    str(len(figures)) if result.steps else "-",
+                    *cells,
+                    *(trained if result.steps else ["-", "-"]),
+                ]
             )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
