@@ -12,6 +12,7 @@ from conftest import sbrush
 from sbrush.benchmarks.results import __main__ as results
 from sbrush.benchmarks.results import making, runs
 from sbrush.benchmarks.results.making import Making, Request
+from sbrush.benchmarks.results.plots import _series
 from sbrush.benchmarks.results.rates import Rates
 from sbrush.benchmarks.results.rows import BASE, ROWS, SWIFTBRUSH, TEACHER, Row
 from sbrush.benchmarks.results.summary import COLUMNS, END, START, Result, cell, put_into, table
@@ -218,6 +219,14 @@ def test_cells_are_means_and_spreads():
     assert cells["FID"] == "100 ± 14" and cells["interval"] == "± 5" and cells["diversity"] == "-"
     assert cells["seeds"] == "2" and cells["ms an image"] == "20 ± 0"
     assert cells["trained"] == "60 ± 0" and cells["its steps"] == "1,200"
+
+
+def test_rows_of_one_series_are_one_line_of_the_plot():
+    made = {n: [{"seed": 0, "seconds": 1.0, "draws": {n: {"fid": 100.0 / n}}}] for n in (4, 1)}
+    results = [Result(f"halved to {n}", "stickers-guided", (), 9, 9.0, runs, "guided") for n, runs in made.items()]
+    results.append(Result("other", "stickers", (), 9, 9.0, [{"seed": 0, "draws": {1: {"fid": None}}}]))
+    assert _series(results) == {"guided": [(1, [100.0]), (4, [25.0])], "other": []}
+    assert [row.draws for row in ROWS if row.series == "guided"] == [(1,), (2,), (4,)]
 
 
 def test_a_page_without_markers_gets_them_once(tmp_path):

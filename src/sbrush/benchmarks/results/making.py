@@ -117,7 +117,7 @@ class Making:
             made = [run for run in made if run["draws"]]
             if made:
                 forwards = runs.forwards_before(row) + own[0].steps * runs.forwards_a_step(row)
-                found.append(Result(row.label, row.recipe, row.settings, own[0].steps, forwards, made))
+                found.append(Result(row.label, row.recipe, row.settings, own[0].steps, forwards, made, row.series))
         return found
 
     def baselines(self, teacher: Row | None) -> list[Result]:

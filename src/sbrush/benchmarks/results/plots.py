@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from matplotlib import color_sequences
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
@@ -19,7 +20,8 @@ from sbrush.storage.files import atomic_write
 
 PROMPTS = ("a cat", "a big blue car", "a star on a night background", "a small flower", "a dog", "a red mushroom")
 SEEDS = range(2)
-MARKERS = "os^vDP*"  # seven, which go round with ten colours
+MARKERS = "os^vDP*"  # seven, which go round with twenty colours
+APART = 1.04  # the factor between two marks of one step
 
 Draw = Callable[[Sequence[str], Sequence[int]], Iterable[Tensor]]
 """(prompts, seeds) -> their images in order, in batches: uint8 [b, 3, 64, 64]."""
@@ -40,30 +42,23 @@ def side_by_side(methods: dict[str, Draw], path: Path) -> None:
 
 
 def fid_against_steps(results: Sequence[Result], path: Path) -> None:
-    """Writes the plot: a line for what draws in several numbers of steps, a mark for what draws in one."""
+    """Writes the plot: a line for each series, a mark for what draws in one number of steps alone."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for number, result in enumerate(results):
-        points = sorted((steps, [f["fid"] for f in figures]) for steps, figures in result.draws())
-        points = [(steps, [fid for fid in fids if fid is not None]) for steps, fids in points]
-        points = [(steps, fids) for steps, fids in points if fids]
-        if not points:
-            continue
-        steps, means = [s for s, _ in points], [fmean(fids) for _, fids in points]
+    colours = color_sequences["tab20"]
+    axes.set_prop_cycle(color=[*colours[::2], *colours[1::2]])  # the strong ones first
+    lines = {name: points for name, points in _series(results).items() if points}
+    single = [name for name, points in lines.items() if len(points) == 1]
+    for number, (name, points) in enumerate(lines.items()):
+        steps, means = [float(s) for s, _ in points], [fmean(fids) for _, fids in points]
         spread = [[m - min(f) for m, (_, f) in zip(means, points, strict=True)],
                   [max(f) - m for m, (_, f) in zip(means, points, strict=True)]]  # fmt: skip
-        if len(points) == 1:  # those of one step would lie on one another
-            steps = [steps[0] * 1.06 ** (number - len(results) / 2)]
+        if name in single:  # those of one step would lie on one another
+            steps = [steps[0] * APART ** (single.index(name) - (len(single) - 1) / 2)]
         axes.errorbar(
-            steps,
-            means,
-            yerr=spread,
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=5,
-            capsize=2,
-            linewidth=1,
-            label=result.label,
-        )
+            steps, means, yerr=spread, marker=MARKERS[number % len(MARKERS)], markersize=5, capsize=2, linewidth=1,
+            label=name,
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks := sorted({steps for result in results for steps, _ in result.draws()}), map(str, ticks))
@@ -80,3 +75,15 @@ def fid_against_steps(results: Sequence[Result], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_bytes(image.getvalue())
+
+
+def _series(results: Sequence[Result]) -> dict[str, list[tuple[int, list[float]]]]:
+    """The points of each line, by its name: numbers of steps, and the seeds' FIDs."""
+    lines: dict[str, list[tuple[int, list[float]]]] = {}
+    for result in results:
+        points = lines.setdefault(result.series or result.label, [])
+        for steps, figures in result.draws():
+            if fids := [f["fid"] for f in figures if f["fid"] is not None]:
+                points.append((steps, fids))
+        points.sort()
+    return lines

@@ -25,6 +25,7 @@ class Row:
     recipe: str  # of RECIPES or MERGED, or TEACHER
     settings: tuple[str, ...] = ()  # of the recipe, as --set takes them
     draws: tuple[int, ...] = (1,)  # steps in which one and the same student draws
+    series: str = ""  # rows of one name are one line of the plot; "": a line of its own
 
     @property
     def name(self) -> str:
@@ -59,7 +60,7 @@ ROWS = (
     Row("few-step", "stickers", (*SWIFTBRUSH, "student_steps=4"), draws=(1, 2, 4)),
     Row("LCM", "stickers-lcm", IMAGES, draws=(1, 2, 4)),
     *(
-        Row(f"guided, halved to {steps}", "stickers-guided", (*IMAGES, f"student_steps={steps}"), draws=(steps,))
+        Row(f"guided, halved to {steps}", "stickers-guided", (*IMAGES, f"student_steps={steps}"), (steps,), "guided")
         for steps in (1, 2, 4)
     ),
 )

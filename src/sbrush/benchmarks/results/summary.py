@@ -26,6 +26,7 @@ class Result:
     steps: int  # of training; 0: none
     forwards: float  # of a batch of 32, in all
     runs: Sequence[dict[str, Any]]  # "seed", "seconds", "run", "draws": {number of steps: figures}
+    series: str = ""  # results of one name are one line of the plot; "": a line of its own
 
     def draws(self) -> list[tuple[int, list[Figures]]]:
         """For each number of steps that all runs were measured in, the figures of each run."""
