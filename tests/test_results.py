@@ -97,7 +97,8 @@ def test_the_table_is_made_of_nothing_and_not_made_again(make, monkeypatch):
     assert drawn == [
         ("teacher", "1"), ("real images", "-"), ("few-step", "1"), ("few-step", "2"),
     ]  # fmt: skip
-    assert all("-" not in line[2:13] for line in lines[2:]) and "±" in lines[-1][2] and "±" not in lines[2][2]
+    assert [line[2] for line in lines[2:]] == ["-", "-", "2", "2"]
+    assert all("-" not in line[3:14] for line in lines[2:]) and "±" in lines[-1][3] and "±" not in lines[2][3]
     data = json.loads((make.to / "results.json").read_text())
     few = data["equal_forwards"][-1]
     assert [run["seed"] for run in few["runs"]] == [0, 1] and set(few["runs"][0]["draws"]) == {"1", "2"}
