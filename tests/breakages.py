@@ -205,7 +205,7 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
          "test_distill.py::test_a_random_guidance_scale_is_one_for_the_step_and_for_both_scores"),
         ("manual_seed(seed) for seed in seeds]", "manual_seed(seed + 1) for seed in seeds]", "test_seeds.py"),
     ],
-    "cli/seeds.py": [
+    "sampling/seeds.py": [
         ("range(first, last + 1)", "range(first, last)", "test_seeds.py"),
         ("int(found[2] or found[1])", "int(found[1])", "test_seeds.py"),
     ],

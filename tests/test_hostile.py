@@ -17,11 +17,11 @@ from PIL import Image
 from conftest import build_tiny_teacher, sbrush
 from fuzz import fuzz
 from launch import launch
-from sbrush.cli.seeds import parse_seeds
 from sbrush.console import SbrushError, printable
 from sbrush.models.load import digest, load_teacher
 from sbrush.prompts import make_prompts, read_prompts
 from sbrush.sampling.images import image_grid, parameters, save_png
+from sbrush.sampling.seeds import parse_seeds
 from sbrush.storage import checkpoint
 from sbrush.training import run
 from sbrush.training.config import NOT_COMPARED, differences

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sbrush.cli.seeds import parse_seeds
 from sbrush.console import SbrushError
 from sbrush.noise import StepNoise, image_noise
+from sbrush.sampling.seeds import parse_seeds
 
 
 @pytest.mark.parametrize(

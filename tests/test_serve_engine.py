@@ -12,7 +12,7 @@ from sbrush.console import SbrushError
 from sbrush.models.ladder import Ladder
 from sbrush.sampling.artist import Artist
 from sbrush.sampling.generation import student_images
-from sbrush.sampling.student import LARGEST_SEED
+from sbrush.sampling.seeds import LARGEST_SEED
 from sbrush.serving.address import bind
 from sbrush.serving.engine import Busy, Engine, Replaced, Stopped
 from sbrush.serving.requests import ImageRequest, Settings, Turn, image_requests

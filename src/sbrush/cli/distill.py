@@ -15,8 +15,8 @@ from sbrush.cli.control import TrainedControlFlag, TrainedPrepFlag, TrainedScale
 from sbrush.cli.dry_run import compare_with_free_memory, print_recipes
 from sbrush.cli.dry_run import dry_run as dry_run_of
 from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, TeacherConfigFlag, TeacherFlag, check_student
-from sbrush.cli.seeds import LARGEST_SEED
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
+from sbrush.sampling.seeds import LARGEST_SEED
 from sbrush.training.folder import check_folder
 from sbrush.training.merged import MERGED, check_options, distill_merged
 from sbrush.training.recipes import RECIPES, Recipe

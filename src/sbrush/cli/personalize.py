@@ -11,8 +11,8 @@ import typer
 from sbrush import console
 from sbrush.cli.distill import MEMORY, PLAN, SETTINGS, Precision, train
 from sbrush.cli.flags import MACHINE, ColumnFlag, DeviceFlag, StudentFlag, TeacherConfigFlag, TeacherFlag
-from sbrush.cli.seeds import LARGEST_SEED
 from sbrush.console import SbrushError, count, info, is_text, printable
+from sbrush.sampling.seeds import LARGEST_SEED
 from sbrush.training.folder import check_folder
 from sbrush.training.personal import CROSS_ATTENTION, PERSONAL, PersonalRecipe, PersonalRequest, follow, personalize
 from sbrush.training.recipes import Recipe

@@ -45,9 +45,9 @@ from sbrush.cli.negative import (
     NegativeScaleFlag,
     read_negative_flags,
 )
-from sbrush.cli.seeds import parse_seeds
 from sbrush.console import Interrupted, SbrushError, info, is_text, printable
 from sbrush.models.lora_request import parse_loras
+from sbrush.sampling.seeds import parse_seeds
 from sbrush.sampling.targets import Images, Target, find_records
 
 if TYPE_CHECKING:

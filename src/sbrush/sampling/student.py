@@ -17,12 +17,12 @@ from sbrush.sampling.generation import Drawer, student_images
 from sbrush.sampling.images import to_image
 from sbrush.sampling.negative_request import Negative
 from sbrush.sampling.opening import Runtime, open_student
+from sbrush.sampling.seeds import LARGEST_SEED
 
 if TYPE_CHECKING:
     from sbrush.models.model import Model
 
 Steer = Control | Sequence[Control] | None
-LARGEST_SEED = 10**18 - 1  # as on the command line
 
 
 def load_student(

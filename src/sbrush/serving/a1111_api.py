@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 
 from sbrush.console import SbrushError
 from sbrush.sampling.images import parameters
-from sbrush.sampling.student import LARGEST_SEED
+from sbrush.sampling.seeds import LARGEST_SEED
 from sbrush.serving.engine import Drawn
 from sbrush.serving.openai_api import check_size
 from sbrush.serving.requests import LONGEST_PROMPT, MOST_IMAGES, image_requests

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 import sbrush
 from sbrush.console import SbrushError
-from sbrush.sampling.student import LARGEST_SEED
+from sbrush.sampling.seeds import LARGEST_SEED
 from sbrush.serving import a1111_api, openai_api
 from sbrush.serving.address import Access
 from sbrush.serving.answers import error

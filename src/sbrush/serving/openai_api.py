@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
 from sbrush.console import SbrushError
-from sbrush.sampling.student import LARGEST_SEED
+from sbrush.sampling.seeds import LARGEST_SEED
 from sbrush.serving.requests import MOST_IMAGES, image_requests
 from sbrush.serving.service import QUALITY, Service, encode, note_headers
 

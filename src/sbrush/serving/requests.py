@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sbrush.console import SbrushError, is_text
 from sbrush.sampling.negative_request import Negative
-from sbrush.sampling.student import LARGEST_SEED
+from sbrush.sampling.seeds import LARGEST_SEED
 
 LONGEST_PROMPT = 10_000  # characters
 MOST_IMAGES = 16  # of one request

@@ -1,4 +1,4 @@
-"""Reads --seed, such as 7, 1-8 or 1,5,9-12."""
+"""Which seeds there are, and how they are written on the command line: 7, 1-8 or 1,5,9-12."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from sbrush.console import SbrushError, printable
 
 MOST_SEEDS = 100_000
-LARGEST_SEED = 10**18 - 1
+LARGEST_SEED = 10**18 - 1  # of an image or a run, wherever it is asked for
 
 
 def parse_seeds(text: str) -> list[int]:
