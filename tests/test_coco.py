@@ -695,9 +695,11 @@ class TestCommand:
         ],
     )
     def test_contradictions(  # type: ignore[no-untyped-def]
-        self, coco: Path, inception_file: Path, clip_folder: Path, flags: list[object], says: str
+        self, coco: Path, inception_file: Path, clip_folder: Path, flags: list[object], says: str, tmp_path, monkeypatch
     ) -> None:
         """In this process, for speed: test_the_whole_road says what becomes of a SbrushError."""
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path / "empty")
         baseline = "--coco-root", coco, "--inception", inception_file, "--clip-weights", clip_folder, "--limit", 20
         done = CliRunner().invoke(app, ["eval", "--coco-30k", *map(str, [*baseline, *flags])])
         assert isinstance(done.exception, SbrushError) and done.exception.code == 2, done.output
