@@ -224,7 +224,10 @@ def test_a_training_step_takes_one_rung_of_its_own_random_numbers_for_the_whole_
     assert taken == expected and set(taken) == {0, 1, 2, 3}
 
 
-def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_student_sees(tiny_teacher, monkeypatch):
+@pytest.mark.parametrize("guidance_high", [None, 600])
+def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_student_sees(
+    guidance_high, tiny_teacher, monkeypatch
+):
     """While the LoRA teacher leads, the student learns from it alone."""
     from accelerate import Accelerator
 
@@ -232,7 +235,7 @@ def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_stud
 
     recipe = dataclasses.replace(
         RECIPES["swiftbrush"], batch=4, student_steps=4, lora_rank=2, lora_alpha=2, steps=30, lora_lead=20,
-        guidance=3.0, guide_lora=False, anchor_weight=2.0, student_lr=1e-3,
+        guidance=30.0, guide_lora=False, anchor_weight=2.0, student_lr=1e-3, guidance_high=guidance_high,
     )  # fmt: skip
 
     def student():
@@ -269,7 +272,8 @@ def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_stud
         metrics = made.step(step, prompts)
         x_t, t, cond = seen.pop()
         taken.append(rung := [999, 749, 499, 249].index(int(t[0])))
-        guess = x0_by_hand(before, 1.0, x_t, t, cond) if rung == 0 else x0_by_hand(plain, 3.0, x_t, t, cond)
+        scale = 30.0 if guidance_high is None or t[0] <= guidance_high else 1.0
+        guess = x0_by_hand(before, 1.0, x_t, t, cond) if rung == 0 else x0_by_hand(plain, scale, x_t, t, cond)
         wanted = 0.5 * (metrics["x0"] - guess).pow(2).mean()
         assert metrics["anchor_loss"] == pytest.approx(wanted.item(), rel=1e-2) and wanted > 1e-6
         assert metrics["student_loss"] == pytest.approx(2 * metrics["anchor_loss"].item())

@@ -18,7 +18,7 @@ from sbrush.models.load import load_student, load_teacher
 from sbrush.models.lora_request import LoraRequest
 from sbrush.prompts import make_prompts
 from sbrush.training.methods.dreambooth import diffusion_loss
-from sbrush.training.personal import PERSONAL, PersonalRecipe, PersonalRequest, follow, personalize
+from sbrush.training.personal import CROSS_ATTENTION, PERSONAL, PersonalRecipe, PersonalRequest, follow, personalize
 from sbrush.training.photo_files import find_photos
 from sbrush.training.photos import PhotoSource
 from sbrush.training.subject import Subject, practice_of
@@ -174,6 +174,18 @@ def test_both_trainings_leave_what_they_promise_and_the_same_command_goes_on(req
     Image.new("RGB", (32, 32)).save(request.photos[0])
     with pytest.raises(SbrushError, match=r"another configuration: .*photos\.sha256"):
         personalize(request, train)
+
+
+def test_a_checkpoint_of_a_lora_on_cross_attention_alone_can_be_drawn_from(request_of):
+    lora = replace(small().lora, lora_targets=CROSS_ATTENTION, ema=0.0)
+    request = request_of(distill=False, recipe=replace(small(), lora=lora))
+    personalize(request, train)
+    after = load_student(str(request.out / "dreambooth" / "checkpoints" / "step-000002")).unet.state_dict()
+    with_lora = load_teacher(request.teacher, loras=[LoraRequest(str(request.out / "lora"))]).unet.state_dict()
+    assert all(torch.allclose(after[name], with_lora[name], atol=1e-5) for name in with_lora)
+    changed = {name for name, weight in load_teacher(request.teacher).unet.state_dict().items()
+               if not torch.equal(weight, after[name])}  # fmt: skip
+    assert changed and all(".attn2." in name for name in changed)
 
 
 def test_a_lora_alone_is_the_student_with_it(request_of):

@@ -14,7 +14,7 @@ from sbrush.models.card import about_student
 from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
 from sbrush.models.parts import read_json
-from sbrush.models.unet import STUDENT_TARGETS, add_lora, merge_lora, with_guidance_input
+from sbrush.models.unet import add_lora, lora_targets, merge_lora, with_guidance_input
 from sbrush.storage import checkpoint
 
 
@@ -62,14 +62,18 @@ class Snapshot:
             unet = with_guidance_input(unet)
         tensors = self.saved.part(part)
         trained = dict(unet.named_parameters())
+        foreign = SbrushError(
+            f"the checkpoint {printable(self.saved.folder)} is not made of its teacher's networks",
+            "it was changed by something else; try the one before",
+        )
         if rank := self.recipe["student_rank"]:
             unet = copy.deepcopy(unet)
-            trained = add_lora(unet, "student", rank=rank, alpha=2 * rank, targets=STUDENT_TARGETS, seed=0)
+            try:  # methods differ in the layers that they give a LoRA
+                trained = add_lora(unet, "student", rank=rank, alpha=2 * rank, targets=lora_targets(tensors), seed=0)
+            except SbrushError as problem:
+                raise foreign from problem
         if {k: v.shape for k, v in trained.items()} != {k: v.shape for k, v in tensors.items()}:
-            raise SbrushError(
-                f"the checkpoint {printable(self.saved.folder)} is not made of its teacher's networks",
-                "it was changed by something else; try the one before",
-            )
+            raise foreign
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])
         if rank:

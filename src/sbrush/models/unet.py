@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -102,6 +103,11 @@ def blocks_of(unet: UNet2DConditionModel) -> list[nn.Module]:
 def lora_parameters(unet: nn.Module, role: Role) -> dict[str, nn.Parameter]:
     """The parameters of one role's LoRA, by name."""
     return {name: p for name, p in unet.named_parameters() if re.search(rf"\.lora_[AB]\.{role}\.", name)}
+
+
+def lora_targets(names: Iterable[str]) -> str:
+    """The layers that a LoRA's parameters of these names are of, as add_lora takes them."""
+    return " ".join(sorted({name.split(".lora_")[0] for name in names}))
 
 
 def set_role(unet: nn.Module, role: Role) -> None:

@@ -67,9 +67,14 @@ class Making:
         return [job for row in self.request.rows if row.recipe != TEACHER for job in self._plan(row, budget)]
 
     def by_minutes(self, first: Sequence[Job]) -> list[Job]:
-        """The same for equal minutes, at the rates of the `first` jobs' seed 0: a row without one is left out."""
+        """The same for equal minutes, at the rate of each row's fastest seed, which other work has disturbed least.
+
+        A row of which none of the `first` jobs is trained is left out.
+        """
         minutes = self.request.minutes
-        rated = {job.row.label: job for job in first if job.seed == 0 and job.trained and job.seconds}
+        trained = sorted((job for job in first if job.trained and job.seconds), key=lambda job: -job.seconds)
+        fastest = {job.row.label: job for job in trained}
+        rated = {row.label: fastest[row.label] for row in self.request.rows if row.label in fastest}
         if minutes == 0 or (minutes is None and BASE not in rated):
             return []
         seconds = rated[BASE].seconds if minutes is None else 60 * minutes

@@ -42,25 +42,26 @@ COLUMNS: dict[str, tuple[Callable[[Figures], float | None], int]] = {  # what a 
     **{name: ((lambda f, name=name: f["accuracy"][name]), 3) for name in ATTRIBUTES},  # type: ignore[misc]
     "diversity": (lambda f: f["diversity"]["mean"], 2),
     "CLIP score": (lambda f: f["clip_score"], 3),
-    "ms an image": (lambda f: 1000 * f["seconds_an_image"], 0),
 }
 
 
 def table(results: Sequence[Result]) -> str:
     """A Markdown table, a line for each row and number of steps drawn in."""
-    heads = ["", "steps", "seeds", *COLUMNS, "trained, s", "its steps"]
+    heads = ["", "steps", "seeds", *COLUMNS, "ms an image", "trained, s", "its steps"]
     lines = [heads, ["---"] * len(heads)]
     for result in results:
         for steps, figures in result.draws():
             cells = [cell([get(f) for f in figures], digits) for get, digits in COLUMNS.values()]
             cells[1] = "± " + cells[1].split(" ±")[0] if cells[1] != "-" else "-"
-            trained = [cell([run["seconds"] for run in result.runs], 0), f"{result.steps:,}"]
+            drawn = f"{1000 * min(f['seconds_an_image'] for f in figures):.0f}"
+            trained = [f"{min(run['seconds'] for run in result.runs):.0f}", f"{result.steps:,}"]
             lines.append(
                 [
                     result.label,
                     str(steps) if steps else "-",
                     str(len(figures)) if result.steps else "-",
                     *cells,
+                    drawn,
                     *(trained if result.steps else ["-", "-"]),
                 ]
             )
@@ -83,7 +84,8 @@ def page(by_forwards: Sequence[Result], by_minutes: Sequence[Result], about: dic
         "Each method at the same number of UNet forwards:\n\n" + table(by_forwards),
         "And for the same minutes:\n\n" + table(by_minutes) if by_minutes else "",
         "`±` is the standard deviation over seeds; `interval` the 95 % interval of one student's FID over its pairs "
-        "(jackknife), a mean over seeds. `steps` are those in which an image is drawn.\n\n" + told + "\n",
+        "(jackknife), a mean over seeds. `steps` are those in which an image is drawn. Times are those of the fastest seed, "
+        "which other work on the machine has disturbed least.\n\n" + told + "\n",
         "![The same prompts and seeds, a column for each method](results-images.png)\n"
         "![FID against the steps in which an image is drawn](results-steps.png)\n",
     ]

@@ -258,9 +258,8 @@ class VSD(Networks, Method):
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
         x_t = core.add_noise(images.x0.detach(), noise, t, schedule)
-        drawn_scale = scale = self._guidance(draw)
-        if recipe.guidance_high is not None:
-            scale = torch.where(t <= recipe.guidance_high, scale, 1.0).view(-1, 1, 1, 1)
+        drawn_scale = self._guidance(draw)
+        scale = self._limited(drawn_scale, t)
         eps_teacher = self._score("teacher", x_t, t, (cond, null), scale)
         told, told_null = self._told(cond, images.rung), self._told(null, images.rung)
         lora_loss = None
@@ -291,7 +290,8 @@ class VSD(Networks, Method):
             loss = loss + recipe.pair_weight * len(z) / len(x0) * metrics["pair_loss"]
         if self._anchor and self._anchor.holds(images.rung):
             x, t, cond = images.x, images.t, images.cond
-            guess = partial(self._score, "teacher", x, t, (cond, self._null_of(cond)), scores.scale)
+            scale = self._limited(scores.scale, t)
+            guess = partial(self._score, "teacher", x, t, (cond, self._null_of(cond)), scale)
             metrics["anchor_loss"] = core.pair_loss(x0, self._anchor.target(images.rung, x, t, cond, guess))
             loss = loss + recipe.anchor_weight * metrics["anchor_loss"]
         if self.alignment and (weight := recipe.clip_weight_at(step)):
@@ -330,6 +330,11 @@ class VSD(Networks, Method):
         """The guidance scale of a step."""
         low, high = self.recipe.guidance, self.recipe.guidance_to
         return low if high is None else draw.uniform(low, high)
+
+    def _limited(self, scale: float | Tensor, t: Tensor) -> float | Tensor:
+        """The guidance scale at these timesteps: above `guidance_high`, if the recipe has it, there is no guidance."""
+        high = self.recipe.guidance_high
+        return scale if high is None else torch.where(t <= high, scale, 1.0).view(-1, 1, 1, 1)
 
     def _average_rung_tokens(self) -> None:
         """Makes their gradient that of all processes: they are no part of the module that accelerate has wrapped."""
