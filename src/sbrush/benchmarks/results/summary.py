@@ -84,8 +84,8 @@ def page(by_forwards: Sequence[Result], by_minutes: Sequence[Result], about: dic
         "Each method at the same number of UNet forwards:\n\n" + table(by_forwards),
         "And for the same minutes:\n\n" + table(by_minutes) if by_minutes else "",
         "`±` is the standard deviation over seeds; `interval` the 95 % interval of one student's FID over its pairs "
-        "(jackknife), a mean over seeds. `steps` are those in which an image is drawn. Times are those of the fastest seed, "
-        "which other work on the machine has disturbed least.\n\n" + told + "\n",
+        "(jackknife), a mean over seeds. `steps` are those in which an image is drawn. Times are those of the fastest "
+        "seed, which other work on the machine has disturbed least.\n\n" + told + "\n",
         "![The same prompts and seeds, a column for each method](results-images.png)\n"
         "![FID against the steps in which an image is drawn](results-steps.png)\n",
     ]
