@@ -164,8 +164,8 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("return step > self.recipe.lora_lead or", "return step > 0 or",
          "test_distill.py::test_the_lora_teacher_may_learn_alone_at_first"),
         ("core.vsd_loss(x0, gap) if step > recipe.lora_lead else", "core.vsd_loss(x0, gap) if step > 0 else", ANCHOR),
-        ('partial(self._score, "teacher", x,', 'partial(self._score, "lora_teacher", x,', ANCHOR),
-        ("scale = self._limited(scores.scale, t)", "scale = scores.scale", ANCHOR),
+        ("partial(self.teachers.score, x, t, cond, scores.scale)",
+         "partial(self.teachers.lora_score, x, t, cond, images.rung, scores.scale)", ANCHOR),
         ("(step - 1) * recipe.batch + i", "step * recipe.batch + i", BY_HAND),
         ("        self.ema.update(step)\n", "", OF_ITS_STEP),
         ("+ recipe.hold_weight * metrics", "+ 0.0 * metrics",
@@ -173,6 +173,12 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("len(z) / len(x0) * metrics", "1.0 * metrics",
          "test_distill.py::test_pairs_hold_some_samples_to_the_teachers_own_images_of_their_noise"),
         ("loss / len(self._micro_batches)", "loss", IN_PARTS),
+    ],
+    "training/methods/teachers.py": [
+        ("torch.where(t <= high, scale, 1.0)", "torch.where(t <= t, scale, 1.0)", f"{ANCHOR} test_distill.py"),
+        ('score("lora_teacher", x_t, t, told', 'score("lora_teacher", x_t, t, (cond, self.null_of(cond))',
+         "test_few_steps.py::test_the_lora_teacher_learns_a_token_of_the_rung_in_hand_and_the_teacher_is_told_nothing"),
+        ('for name in ("control",)', "for name in ()", IN_THE_LOOP),
     ],
     "storage/checkpoint.py": [
         ("<= step][keep:]", "<= step][keep + 1:]", TWO_KEPT),

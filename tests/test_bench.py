@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from sbrush.benchmarks.roofline import Rates, Roofline, copy_rate, matrix_rate
 from sbrush.benchmarks.training import BASELINE, BaselineVSD, contenders, main, measure, rows
 from sbrush.models.load import load_teacher
+from sbrush.models.model import Model
 from sbrush.prompts import ShuffledPrompts, make_prompts
 from sbrush.training.cost import estimate
 from sbrush.training.methods.vsd import VSD
@@ -39,8 +40,16 @@ def steps(teacher, kind, **execution):
     return metrics, torch.cat([p.detach().flatten() for p in made.trained.values()])
 
 
-def test_the_plain_formulation_trains_the_same_student(tiny_teacher):
+def test_the_plain_formulation_trains_the_same_student_in_single_score_calls(tiny_teacher, monkeypatch):
+    predict, sizes = Model.predict, list[int]()
+
+    def watch(self, network, x_t, t, conditioning):
+        sizes.append(len(x_t))
+        return predict(self, network, x_t, t, conditioning)
+
+    monkeypatch.setattr(Model, "predict", watch)
     (ours, student), (plain, other) = (steps(tiny_teacher, kind) for kind in (VSD, BaselineVSD))
+    assert sizes == 3 * [4, 8, 8, 4] + 3 * [4, 4, 4, 4, 4, 4]  # student, the scores, the LoRA teacher's loss
     for one, two in zip(ours, plain, strict=True):
         for name in ("gap", "student_grad", "lora_grad", "lora_loss"):
             assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-6), name

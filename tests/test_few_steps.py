@@ -17,6 +17,7 @@ from sbrush.models.merge import merge
 from sbrush.noise import StepNoise, image_noise, step_noises
 from sbrush.sampling.generation import student_images
 from sbrush.training.methods.rehearsal import forwards
+from sbrush.training.methods.teachers import Teachers
 from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES
 from test_core import SCHEDULE, TARGET, Gaussian, close, normal
@@ -293,13 +294,13 @@ def test_the_lora_teacher_learns_a_token_of_the_rung_in_hand_and_the_teacher_is_
     made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True))
     made._rung_tokens.data.fill_(2.0)
     told: dict[Role, list] = {"teacher": [], "lora_teacher": []}
-    score = VSD._score
+    score = Teachers._score
 
     def watch(self, role, x_t, t, prompts, scale):
         told[role].append(prompts)
         return score(self, role, x_t, t, prompts, scale)
 
-    monkeypatch.setattr(VSD, "_score", watch)
+    monkeypatch.setattr(Teachers, "_score", watch)
     before = made._rung_tokens.detach().clone()
     rungs = {step: StepNoise(3, step, range(2), torch.device("cpu")).index(4) for step in range(1, 20)}
     step, rung = next((step, rung) for step, rung in rungs.items() if rung == 2)

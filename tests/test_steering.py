@@ -135,7 +135,7 @@ def test_the_cost_counts_the_controlnet(tiny_teacher, folders):
 
 def test_without_one_nothing_is_drawn_or_recorded(tiny_teacher, tmp_path):
     ours = distiller(tiny_teacher, SMALL)
-    assert ours._control_images is None and ours._null_of({"tokens": torch.zeros(1)}).keys() == {"tokens"}
+    assert ours._control_images is None and ours.teachers.null_of({"tokens": torch.zeros(1)}).keys() == {"tokens"}
     request = RunRequest(SMALL, PROMPTS, out=tmp_path, teacher=str(tiny_teacher), precision="float32")
     assert prepare(request).run.config["control"] is None
 

@@ -20,7 +20,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -40,6 +40,7 @@ from sbrush.stickers.world import all_captions
 from sbrush.training.cost import GIB, Cost, estimate
 from sbrush.training.methods.method import Machine
 from sbrush.training.methods.rehearsal import forwards
+from sbrush.training.methods.teachers import Teachers
 from sbrush.training.methods.vsd import VSD
 from sbrush.training.recipes import RECIPES, Recipe
 from sbrush.training.request import ExecutionOptions
@@ -47,8 +48,24 @@ from sbrush.training.request import ExecutionOptions
 BASELINE = "baseline: four score calls"
 
 
+class SeparateTeachers(Teachers):
+    """With and without the prompt, each in a forward of its own."""
+
+    def guided(self, x_t: Tensor, t: Tensor, cond: Conditioning, null: Conditioning, scale: float | Tensor) -> Tensor:
+        """The guided noise prediction of whoever answers, [b, C, H, W]."""
+
+        def eps(conditioning: Conditioning) -> Tensor:
+            output = self.denoise(x_t, t, conditioning)
+            return core.to_epsilon(output, x_t, t, self.model.schedule, self.model.prediction)
+
+        null = {name: value.expand_as(cond[name]) for name, value in null.items()}
+        return core.guide(eps(cond), eps(null), scale)
+
+
 class BaselineVSD(VSD):
     """The same maths without batched score calls and without a memory layout chosen for speed."""
+
+    asked: ClassVar[type[Teachers]] = SeparateTeachers
 
     @staticmethod
     def layout(device: str) -> torch.memory_format:
@@ -60,13 +77,6 @@ class BaselineVSD(VSD):
         self.teacher.unet.float()
         for unet in (self.student, self.teacher.unet):
             unet.set_attn_processor(AttnProcessor2_0())
-
-    def _guided(self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: float | Tensor) -> Tensor:
-        def eps(conditioning: Conditioning) -> Tensor:
-            return core.to_epsilon(self._denoise(x_t, t, conditioning), x_t, t, self.schedule, self.prediction)
-
-        null = {name: value.expand_as(cond[name]) for name, value in self._null.items()}
-        return core.guide(eps(cond), eps(null), scale)
 
 
 @dataclasses.dataclass(frozen=True)

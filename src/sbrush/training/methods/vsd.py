@@ -22,12 +22,12 @@ from sbrush.models.model import Model
 from sbrush.models.unet import Role, add_lora, set_role
 from sbrush.noise import StepNoise
 from sbrush.prompts import ShuffledPrompts
-from sbrush.sampling.generation import ddim
 from sbrush.training.alignment import Alignment
 from sbrush.training.methods.holding import Anchor, Held, Holding
 from sbrush.training.methods.method import Machine, Method, Rehearsal, progress_line, split_batch
 from sbrush.training.methods.rehearsal import rehearse
 from sbrush.training.methods.steering import ControlImages, prepare_controls
+from sbrush.training.methods.teachers import Teachers
 from sbrush.training.networks import Networks, average_gradients
 from sbrush.training.recipes import Recipe
 from sbrush.training.request import ExecutionOptions
@@ -56,16 +56,17 @@ class Scores:
     noise: Tensor  # [b, C, H, W] float32, as are all but t
     x_t: Tensor
     t: Tensor  # [b] int64
-    scale: float | Tensor  # the guidance scale, before `guidance_high`
+    scale: float | Tensor  # the guidance scale
     eps_teacher: Tensor
     eps_lora: Tensor
     lora_loss: Tensor | None  # if the LoRA teacher's score was a forward to be trained through
 
 
 class VSD(Networks, Method):
-    """A student and its two teachers. The teacher and the LoRA teacher are one frozen UNet: its adapter off and on."""
+    """A student and its two teachers, see teachers.py."""
 
     steerable: ClassVar[bool] = True
+    asked: ClassVar[type[Teachers]] = Teachers  # for the scores; a benchmark asks otherwise
     unused: ClassVar[tuple[str, ...]] = (
         "w_min", "w_max", "images", "image_steps", "image_guidance", "grid_steps", "huber_c", "halve_from",
         "guide_share", "snr_weight",
@@ -118,7 +119,9 @@ class VSD(Networks, Method):
         self._holding: Holding | None = None
         self.lora, self.lora_optimizer = self.helpers["lora"]
         self.alignment, self.text_cache = alignment, text_cache
-        self._null = teacher.null()
+        self.teachers = self.asked(
+            teacher, self._base, recipe, accelerator, rung_tokens=self._rung_tokens, memory_format=self.memory_format
+        )
         if text_cache:
             text_cache.fill(accelerator)
             for _, encoder in teacher.text_parts:
@@ -145,14 +148,6 @@ class VSD(Networks, Method):
             self._rung_tokens = nn.Parameter(torch.zeros(recipe.student_steps, width, device=self.accelerator.device))
             lora["rung_tokens"] = self._rung_tokens
         return {"lora": (lora, recipe.lora_lr)}
-
-    def _told(self, conditioning: Conditioning, rung: int) -> Conditioning:
-        """A conditioning for the LoRA teacher: its first token, alike in all prompts, tells the rung if it is to."""
-        if self._rung_tokens is None:
-            return conditioning
-        first, rest = conditioning["tokens"].split((1, conditioning["tokens"].shape[1] - 1), dim=1)
-        told = (first + self._rung_tokens[rung]).to(first.dtype)
-        return {**conditioning, "tokens": torch.cat([told, rest], dim=1)}
 
     def summary(self, entry: Mapping[str, float | None]) -> str:
         """A log entry in a few words, for the progress line."""
@@ -253,25 +248,22 @@ class VSD(Networks, Method):
 
     def _ask_teachers(self, images: Images) -> Scores:
         """Both teachers' noise predictions on the images, at noise and timesteps of their own."""
-        recipe, schedule, draw, cond = self.recipe, self.schedule, images.draw, images.cond
-        null = self._null_of(cond)
+        recipe, schedule, draw, cond, rung = self.recipe, self.schedule, images.draw, images.cond, images.rung
         t = draw.timesteps(recipe.t_low, recipe.t_high)
         noise = draw.normal(self.teacher.latent_shape)
         x_t = core.add_noise(images.x0.detach(), noise, t, schedule)
-        drawn_scale = self._guidance(draw)
-        scale = self._limited(drawn_scale, t)
-        eps_teacher = self._score("teacher", x_t, t, (cond, null), scale)
-        told, told_null = self._told(cond, images.rung), self._told(null, images.rung)
+        scale = self._guidance(draw)
+        eps_teacher = self.teachers.score(x_t, t, cond, scale)
         lora_loss = None
         if recipe.gap == "sds":
             eps_lora = noise
         elif recipe.shared_forward:
-            eps_lora = self._lora_epsilon(x_t, t, told)
+            eps_lora = self.teachers.lora_epsilon(x_t, t, cond, rung)
             lora_loss = core.lora_loss(eps_lora, noise, t, schedule, weight=recipe.lora_weight)
             eps_lora = eps_lora.detach()
         else:
-            eps_lora = self._score("lora_teacher", x_t, t, (told, told_null), scale if recipe.guide_lora else 1.0)
-        return Scores(noise, x_t, t, drawn_scale, eps_teacher, eps_lora, lora_loss)
+            eps_lora = self.teachers.lora_score(x_t, t, cond, rung, scale if recipe.guide_lora else 1.0)
+        return Scores(noise, x_t, t, scale, eps_teacher, eps_lora, lora_loss)
 
     def _student_loss(self, images: Images, scores: Scores) -> tuple[Tensor, dict[str, Tensor]]:
         """The paper's loss and what the recipe adds to it; and what is logged of each."""
@@ -286,12 +278,11 @@ class VSD(Networks, Method):
         paired = slice(-images.indices.start % self._pair_every, None, self._pair_every)
         if recipe.pairs and len(z := images.x[paired]) and step <= recipe.pair_share * recipe.steps:
             cond = {name: value[paired] for name, value in images.cond.items()}
-            metrics["pair_loss"] = core.pair_loss(x0[paired], self._teacher_images(z, cond))
+            metrics["pair_loss"] = core.pair_loss(x0[paired], self.teachers.images(z, cond))
             loss = loss + recipe.pair_weight * len(z) / len(x0) * metrics["pair_loss"]
         if self._anchor and self._anchor.holds(images.rung):
             x, t, cond = images.x, images.t, images.cond
-            scale = self._limited(scores.scale, t)
-            guess = partial(self._score, "teacher", x, t, (cond, self._null_of(cond)), scale)
+            guess = partial(self.teachers.score, x, t, cond, scores.scale)
             metrics["anchor_loss"] = core.pair_loss(x0, self._anchor.target(images.rung, x, t, cond, guess))
             loss = loss + recipe.anchor_weight * metrics["anchor_loss"]
         if self.alignment and (weight := recipe.clip_weight_at(step)):
@@ -331,11 +322,6 @@ class VSD(Networks, Method):
         low, high = self.recipe.guidance, self.recipe.guidance_to
         return low if high is None else draw.uniform(low, high)
 
-    def _limited(self, scale: float | Tensor, t: Tensor) -> float | Tensor:
-        """The guidance scale at these timesteps: above `guidance_high`, if the recipe has it, there is no guidance."""
-        high = self.recipe.guidance_high
-        return scale if high is None else torch.where(t <= high, scale, 1.0).view(-1, 1, 1, 1)
-
     def _average_rung_tokens(self) -> None:
         """Makes their gradient that of all processes: they are no part of the module that accelerate has wrapped."""
         if self._rung_tokens is not None and self.accelerator.num_processes > 1 and not self.recipe.student_rank:
@@ -350,54 +336,19 @@ class VSD(Networks, Method):
         return z, self.schedule.start(len(z), rungs[-1])
 
     def _as_student(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.teacher.predict(self._student, self._laid_out(x_t), t, conditioning)
+        laid_out = x_t.contiguous(memory_format=self.memory_format)
+        return self.teacher.predict(self._student, laid_out, t, conditioning)
 
     def _lora_loss(self, images: Images) -> Tensor:
         """The LoRA teacher's loss on the same images, with fresh noise."""
         t = images.draw.timesteps(0, len(self.schedule) - 1)
         noise = images.draw.normal(self.teacher.latent_shape)
-        conditioning = images.cond
+        cond = images.cond
         if images.draw.chance(self.recipe.null_chance):
-            null = self._null_of(conditioning)
-            conditioning = {name: value.expand_as(conditioning[name]) for name, value in null.items()}
-        conditioning = self._told(conditioning, images.rung)
-        eps = self._lora_epsilon(core.add_noise(images.x0, noise, t, self.schedule), t, conditioning)
+            cond = {name: value.expand_as(cond[name]) for name, value in self.teachers.null_of(cond).items()}
+        x_t = core.add_noise(images.x0, noise, t, self.schedule)
+        eps = self.teachers.lora_epsilon(x_t, t, cond, images.rung)
         return core.lora_loss(eps, noise, t, self.schedule, weight=self.recipe.lora_weight)
-
-    def _lora_epsilon(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The LoRA teacher's noise prediction, through which it can be trained."""
-        set_role(self.teacher.unet, "lora_teacher")
-        output = self.teacher.predict(self._base, self._laid_out(x_t), t, conditioning)
-        return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
-
-    @torch.no_grad()
-    def _score(
-        self, role: Role, x_t: Tensor, t: Tensor, prompts: tuple[Conditioning, Conditioning], scale: float | Tensor
-    ) -> Tensor:
-        """The noise prediction of the teacher or of the LoRA teacher, guided: from no prompt's towards the prompts'."""
-        set_role(self.teacher.unet, role)
-        cond, null = prompts
-        with self.accelerator.autocast():
-            return core.guided_epsilon(self._denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
-
-    @torch.no_grad()
-    def _teacher_images(self, z: Tensor, cond: Conditioning) -> Tensor:
-        """The teacher's own images of this noise, in the recipe's few steps."""
-        steps, scale = self.recipe.pair_steps, self.recipe.pair_guidance
-        set_role(self.teacher.unet, "teacher")
-        with self.accelerator.autocast():
-            null = self._null_of(cond)
-            return ddim(self._denoise, self.teacher.scheduler, z, cond, null, steps=steps, guidance=scale)
-
-    def _denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.teacher.predict(self.teacher.unet, self._laid_out(x_t), t, conditioning)
-
-    def _null_of(self, conditioning: Conditioning) -> Conditioning:
-        """What a UNet is told without a prompt: the control images stay, as in diffusers' pipelines."""
-        return self._null | {name: conditioning[name] for name in ("control",) if name in conditioning}
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=self.memory_format)
 
     @contextmanager
     def _gradients_wait(self, *, last: bool) -> Iterator[None]:
