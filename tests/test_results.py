@@ -186,6 +186,15 @@ def test_the_same_minutes_are_had_from_the_rates_of_the_fastest_seed(monkeypatch
     assert by_minutes(0)[1] == []
 
 
+def test_a_lora_teacher_takes_longer():
+    rates, with_it = Rates(1.0, 0.1, 0.1), {row.label: runs.trains_lora_teacher(row) for row in ROWS if row.recipe}
+    assert {label for label, has in with_it.items() if not has} == {
+        "no LoRA teacher", "LCM", *(f"guided, halved to {n}" for n in (1, 2, 4))
+    }  # fmt: skip
+    lcm, base = (next(row for row in ROWS if row.label == label) for label in ("LCM", BASE))
+    assert rates.training(base, 100) > 1.2 * rates.training(lcm, 100) > 100
+
+
 def test_rows_are_what_they_are_called():
     parts = {row.label: row.parts() for row in ROWS if row.recipe != TEACHER}
     assert len(parts) == len({row.name for row in ROWS}) - 1 and all(len(row.label) <= 20 for row in ROWS)

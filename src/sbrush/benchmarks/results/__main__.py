@@ -109,7 +109,7 @@ def _list(making: Making) -> None:
             out(f"{row.label:22}{draws:>16}{'-':>17}{'-':>8}{drawing / 60:>9.1f}")
             continue
         each = runs.forwards_a_step(row)
-        seconds = rates.training(request.budget) + drawing
+        seconds = rates.training(row, request.budget) + drawing
         repeated = 1 if row.label == BASE and request.minutes is None else twice  # its minutes are those of the others
         total += seconds * request.seeds * repeated
         steps = runs.steps_within(row, request.budget)

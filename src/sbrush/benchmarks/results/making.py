@@ -143,7 +143,7 @@ class Making:
 
     def _student(self, job: Job) -> Task:
         forwards = runs.forwards_before(job.row) + job.steps * runs.forwards_a_step(job.row)
-        training = self.rates.training(forwards)
+        training = self.rates.training(job.row, forwards)
         drawing = self.rates.drawing(job.row, self._images)
 
         def make() -> None:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from sbrush.benchmarks.results.rows import TEACHER, Row
-from sbrush.benchmarks.results.runs import BATCH
+from sbrush.benchmarks.results.runs import BATCH, trains_lora_teacher
 from sbrush.device import trains_in_bf16
 from sbrush.models.load import load_teacher
 from sbrush.sampling.generation import student_images
 
 # A training step takes so much longer than its forwards, backwards counted as two: text encoder, Adam, average, log.
 OVERHEAD = 1.45
+LORA_TEACHER = 1.35  # and so much longer again if some go through a LoRA teacher, as measured on two CPU cores
 STARTING = 30.0  # seconds that a training takes besides: imports, loading, exporting
 
 
@@ -54,9 +55,10 @@ class Rates:
         forwards = 2 if row.recipe == TEACHER else 1  # guidance takes two
         return images * sum(self.image + forwards * steps * self.step for steps in row.draws)
 
-    def training(self, forwards: float) -> float:
-        """Seconds of a training within a budget of forwards."""
-        return STARTING + forwards * self.forward
+    def training(self, row: Row, forwards: float) -> float:
+        """Seconds of a row's training within a budget of forwards."""
+        slower = LORA_TEACHER if trains_lora_teacher(row) else 1.0
+        return STARTING + forwards * self.forward * slower
 
 
 def _fastest(work: Callable[[], None], *, times: int = 4) -> float:

@@ -144,6 +144,11 @@ def forwards_a_step(row: Row) -> float:
     return sum(forwards(part) * part.batch / BATCH for part in row.parts().values())
 
 
+def trains_lora_teacher(row: Row) -> bool:
+    """Whether a row's trainings, or one of them, have a LoRA teacher."""
+    return any("lora_loss" in METHODS[part.method].metrics and part.gap != "sds" for part in row.parts().values())
+
+
 def steps_within(row: Row, budget: float) -> int:
     """How many steps of each of a row's trainings a budget of UNet forwards of a batch of BATCH buys: 1 at least."""
     return max(1, round((budget - forwards_before(row)) / forwards_a_step(row)))
