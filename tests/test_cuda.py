@@ -36,7 +36,7 @@ SLOW = [("tiny_teacher", WAYS[0])] + [("tiny_xl", way) for way in WAYS[2:]]
 def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, family, way):
     recipe, execution = way
     # The teacher's many steps read diffusers' timesteps on the CPU, whose values a fake one has not.
-    monkeypatch.setattr("sbrush.training.methods.vsd.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
+    monkeypatch.setattr("sbrush.training.methods.teachers.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
     teacher = load_shapes(str(request.getfixturevalue(family)))
     reference = TeacherReference([0.0] * 4, [1.0] * 4, [1.0] * 4, 1.0, 1.0)
     # So are its own scheduler's numbers, when a distiller is made.

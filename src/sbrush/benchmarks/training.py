@@ -56,7 +56,7 @@ class SeparateTeachers(Teachers):
 
         def eps(conditioning: Conditioning) -> Tensor:
             output = self.denoise(x_t, t, conditioning)
-            return core.to_epsilon(output, x_t, t, self.model.schedule, self.model.prediction)
+            return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
 
         null = {name: value.expand_as(cond[name]) for name, value in null.items()}
         return core.guide(eps(cond), eps(null), scale)

@@ -36,6 +36,8 @@ class Teachers:
     ) -> None:
         self.model, self._network, self._recipe, self._accelerator = model, network, recipe, accelerator
         self._rung_tokens, self._memory_format = rung_tokens, memory_format
+        # Asked for once: each time it is moved to the device anew, which waits for it.
+        self.schedule, self.prediction = model.schedule, model.prediction
         self._null = model.null()
 
     @torch.no_grad()
@@ -53,7 +55,7 @@ class Teachers:
         """The LoRA teacher's noise prediction without guidance, through which it can be trained."""
         set_role(self.model.unet, "lora_teacher")
         output = self.model.predict(self._network, self._laid_out(x_t), t, self._told(cond, rung))
-        return core.to_epsilon(output, x_t, t, self.model.schedule, self.model.prediction)
+        return core.to_epsilon(output, x_t, t, self.schedule, self.prediction)
 
     @torch.no_grad()
     def images(self, z: Tensor, cond: Conditioning) -> Tensor:
@@ -70,8 +72,7 @@ class Teachers:
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Conditioning, null: Conditioning, scale: float | Tensor) -> Tensor:
         """The guided noise prediction of whoever answers, [b, C, H, W]."""
-        schedule, prediction = self.model.schedule, self.model.prediction
-        return core.guided_epsilon(self.denoise, x_t, t, cond, null, scale, schedule, prediction)
+        return core.guided_epsilon(self.denoise, x_t, t, cond, null, scale, self.schedule, self.prediction)
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The UNet's own output, of whoever answers, [b, C, H, W]."""
