@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from fake_cuda import Waits, fake_cuda, without_engine
 from sbrush.models.load import load_shapes
+from sbrush.models.model import Model
 from sbrush.sampling.generation import student_latents
 from sbrush.training.cost import Held, kernels
 from sbrush.training.health import TeacherReference
@@ -19,6 +20,7 @@ from sbrush.training.request import ExecutionOptions
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 PROMPTS = ["a cat", "a dog", "a red fish", "a blue car"] * 4
 PAPER = dataclasses.replace(RECIPES["swiftbrush"], batch=4, lora_rank=4, lora_alpha=4)
+FEW = dataclasses.replace(PAPER, guidance=0.5, guidance_to=4.0, student_steps=2, anchor_weight=1.0, tell_rung=True)
 SHARED = dataclasses.replace(RECIPES["stickers"], batch=4, lora_rank=4, lora_alpha=4, pairs=2, pair_steps=2)
 
 
@@ -26,7 +28,7 @@ WAYS = [
     (PAPER, ExecutionOptions()),
     (SHARED, ExecutionOptions(micro_batches=2)),
     (dataclasses.replace(PAPER, student_rank=3), ExecutionOptions(checkpointing=True)),
-    (dataclasses.replace(PAPER, guidance=0.5, guidance_to=4.0), ExecutionOptions()),
+    (FEW, ExecutionOptions()),
 ]
 QUICK = [("tiny_teacher", way) for way in WAYS[1:]] + [("tiny_xl", way) for way in WAYS[:2]]  # every way, both families
 SLOW = [("tiny_teacher", WAYS[0])] + [("tiny_xl", way) for way in WAYS[2:]]
@@ -38,14 +40,17 @@ def test_a_step_is_on_one_device_and_waits_for_nothing(request, monkeypatch, fam
     # The teacher's many steps read diffusers' timesteps on the CPU, whose values a fake one has not.
     monkeypatch.setattr("sbrush.training.methods.teachers.ddim", lambda denoise, scheduler, z, *_, **__: z.float())
     teacher = load_shapes(str(request.getfixturevalue(family)))
+    init = load_shapes(str(request.getfixturevalue(family))) if recipe.anchor_weight else None
     reference = TeacherReference([0.0] * 4, [1.0] * 4, [1.0] * 4, 1.0, 1.0)
     # So are its own scheduler's numbers, when a distiller is made.
     monkeypatch.setattr(VSD, "scheduler", VSD.sampling(recipe).scheduler(teacher.scheduler, recipe.t_init))
+    if recipe.student_steps == 2:  # and its ladder's
+        monkeypatch.setattr(Model, "rungs", lambda model: (999, 499))
     with fake_cuda() as accelerator:
-        for network in teacher.networks:
+        for network in (*teacher.networks, *(init.networks if init else ())):
             network.to_empty(device="cpu")
         assert len(teacher.schedule) == 1000 and teacher.schedule.alpha.device.type == "cpu"  # as when a run is planned
-        made = without_engine(VSD(teacher, recipe, seed=0, accelerator=accelerator, execution=execution))
+        made = without_engine(VSD(teacher, recipe, seed=0, accelerator=accelerator, init=init, execution=execution))
         made.step(1, PROMPTS)
         with Waits() as waits:
             result = made.step(2, PROMPTS)

@@ -51,6 +51,8 @@ class Holding:
         attend_explicitly(frozen(held.student.unet, accelerator))
         self._before, self._teacher, self._recipe, self._accelerator = held.student, teacher, recipe, accelerator
         self._prompts, self._seed = ShuffledPrompts(held.prompts, seed), seed
+        # Asked for once: each time they are moved to the device anew, which waits for them.
+        self._own_schedule, self._schedule = held.student.schedule, teacher.schedule
 
     def loss(self, student: Denoiser, step: int, rung: int, indices: range) -> Tensor:
         """core.pair_loss at a rung of the student's ladder, for the share of the samples that goes with `indices`."""
@@ -61,15 +63,15 @@ class Holding:
         cond, rungs = self._teacher.encode(texts), before.rungs()[: rung + 1]
         with torch.no_grad(), self._accelerator.autocast():
             z, fresh = draw.normal(before.latent_shape), [draw.normal(before.latent_shape) for _ in rungs[1:]]
-            x = core.student_input(self._denoise, z, fresh, rungs, cond, before.schedule, before.prediction)
-            t = before.schedule.start(len(x), rungs[-1])
+            x = core.student_input(self._denoise, z, fresh, rungs, cond, self._own_schedule, before.prediction)
+            t = self._own_schedule.start(len(x), rungs[-1])
             target = self._x0(self._denoise(x, t, cond), x, t)
         return core.pair_loss(self._x0(student(x, t, cond), x, t), target)
 
     def _x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The image that a student's UNet's output at (x, t) stands for."""
-        schedule, prediction = self._teacher.schedule, self._teacher.prediction
-        return core.student_x0(output.float(), x, t, schedule, prediction, reparameterised=self._recipe.reparameterised)
+        prediction, reparameterised = self._teacher.prediction, self._recipe.reparameterised
+        return core.student_x0(output.float(), x, t, self._schedule, prediction, reparameterised=reparameterised)
 
     def _denoise(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return self._before.predict(self._before.unet, x_t, t, conditioning)
@@ -84,7 +86,7 @@ class Anchor:
 
     def __init__(self, student: Model, teacher: Model, accelerator: Accelerator) -> None:
         self._before = None if teacher.controls else student
-        self._teacher, self._accelerator = teacher, accelerator
+        self._schedule, self._prediction, self._accelerator = teacher.schedule, teacher.prediction, accelerator
         if self._before:
             attend_explicitly(frozen(self._before.unet, accelerator))
 
@@ -97,12 +99,11 @@ class Anchor:
         self, rung: int, x_t: Tensor, t: Tensor, conditioning: Conditioning, guess: Callable[[], Tensor]
     ) -> Tensor:
         """The x0 that a step is held to, [B, C, H, W]. `guess`: the teacher's noise prediction at (x_t, t)."""
-        schedule, prediction = self._teacher.schedule, self._teacher.prediction
         if rung > 0 or self._before is None:
-            return core.to_x0(guess(), x_t, t, schedule, "epsilon")
+            return core.to_x0(guess(), x_t, t, self._schedule, "epsilon")
         with self._accelerator.autocast():
             output = self._before.predict(self._before.unet, x_t, t, conditioning)
-        return core.student_x0(output.float(), x_t, t, schedule, prediction)
+        return core.student_x0(output.float(), x_t, t, self._schedule, self._prediction)
 
 
 def _share(indices: range, recipe: Recipe) -> Sequence[int]:
