@@ -140,8 +140,7 @@ def test_a_negative_prompt_where_the_student_takes_one(page, server):
     if server[1].takes_negative:
         page.get_by_label("Prompt").fill("a cat")
         page.get_by_label("Without").fill("a dog")
-        expect(page.locator("#status")).to_contain_text("seed 0")
-        page.wait_for_function("cells[0].image && cells[0].image.negative === 'a dog'")
+        expect(stage(page, "a cat, without a dog, seed 0")).to_be_visible()
         assert json.loads(downloaded(page)[1].text["sbrush"])["negative"] == "a dog"
 
 

@@ -93,7 +93,7 @@ function show(cell, blob, wanted, number) {
   cell.image = { ...wanted, blob, url: URL.createObjectURL(blob) };
   const img = cell.frame.firstChild;
   img.src = cell.image.url;
-  img.alt = `${wanted.prompt}, seed ${wanted.seed}`;
+  img.alt = described(wanted);
   cell.frame.disabled = false;
   $("download").disabled = false;
 }
@@ -107,7 +107,7 @@ function tell(wanted, milliseconds, notes) {
   clearTimeout(settle);
   settle = setTimeout(() => {
     keep();
-    $("spoken").textContent = [`Drawn: ${wanted.prompt}, seed ${wanted.seed}`, ...notes].join(". ");
+    $("spoken").textContent = [`Drawn: ${described(wanted)}`, ...notes].join(". ");
   }, SETTLED);
 }
 
@@ -163,6 +163,10 @@ function release(image) {
   if (image && !kept.includes(image)) URL.revokeObjectURL(image.url);
 }
 
+// An image in words, for those who hear it.
+const described = ({ prompt, negative, seed }) =>
+  [prompt, negative && `without ${negative}`, `seed ${seed}`].filter(Boolean).join(", ");
+
 const alike = (one, other) => ["prompt", "seed", "steps", "negative"].every((name) => one[name] === other[name]);
 
 function keep() {
@@ -181,7 +185,7 @@ function showHistory() {
   past.replaceChildren(...kept.map((image) => {
     const item = document.createElement("li"), button = document.createElement("button"), img = new Image();
     img.src = image.url;
-    img.alt = `${image.prompt}, seed ${image.seed}`;
+    img.alt = described(image);
     button.type = "button";
     button.title = img.alt;
     if (now && alike(now, image)) button.setAttribute("aria-current", "true");
