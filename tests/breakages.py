@@ -15,6 +15,7 @@ SKIPPED = "test_health.py::test_skipped_steps_are_logged_and_the_means_are_of_th
 NOT_FINITE = "test_health.py::test_a_step_that_is_not_finite_changes_nothing_and_is_counted"
 YARDSTICK = "test_health.py::test_the_yardstick_measures_what_it_says"
 ANY_KIND = "test_distiller.py::test_a_run_of_any_kind_goes_on_from_its_checkpoint_exactly"
+SHARES = "test_few_steps.py::test_the_first_of_several_steps_is_trained_in_its_share_of_the_steps"
 ANCHOR = "test_few_steps.py::test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_student_sees"
 OF_ITS_STEP = "test_distiller.py::test_a_checkpoint_is_the_student_of_its_step"
 AS_LORA = "test_distiller.py::test_a_lora_student_is_exported_whole_and_as_a_lora_for_plain_diffusers"
@@ -173,6 +174,16 @@ BREAKAGES: dict[str, list[tuple[str, str, str]]] = {
         ("len(z) / len(x0) * metrics", "1.0 * metrics",
          "test_distill.py::test_pairs_hold_some_samples_to_the_teachers_own_images_of_their_noise"),
         ("loss / len(self._micro_batches)", "loss", IN_PARTS),
+        ("recipe.anchor_weight_at(step, images.rung)", "recipe.anchor_weight", ANCHOR),
+        ("return 0 if draw.chance(share) else 1 +", "return", SHARES),
+    ],
+    "training/methods/rehearsal.py": [
+        ("(1 - first) * recipe.student_steps / 2", "(recipe.student_steps - 1) / 2",
+         "test_few_steps.py::test_the_plan_counts_the_simulated_forwards"),
+        ("first + (1 - first) * teacher", "teacher", "test_few_steps.py::test_the_plan_counts_the_simulated_forwards"),
+    ],
+    "training/recipes.py": [
+        ("left = 1.0 if rung else", "left =", ANCHOR),
     ],
     "training/methods/teachers.py": [
         ("torch.where(t <= high, scale, 1.0)", "torch.where(t <= t, scale, 1.0)", f"{ANCHOR} test_distill.py"),

@@ -225,9 +225,19 @@ def test_a_training_step_takes_one_rung_of_its_own_random_numbers_for_the_whole_
     assert taken == expected and set(taken) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("guidance_high", [None, 600])
+@pytest.mark.parametrize(("share", "expected"), [(None, [1 / 4] * 4), (0.7, [0.7, 0.1, 0.1, 0.1]), (1.0, [1, 0, 0, 0])])
+def test_the_first_of_several_steps_is_trained_in_its_share_of_the_steps(share, expected, tiny_teacher):
+    from accelerate import Accelerator
+
+    recipe = dataclasses.replace(RECIPES["swiftbrush"], batch=2, student_steps=4, lora_rank=2, first_share=share)
+    made = VSD(load_teacher(str(tiny_teacher)), recipe, seed=3, accelerator=Accelerator(cpu=True))
+    chosen = [made._choose_rung(StepNoise(3, step, range(2), torch.device("cpu"))) for step in range(4000)]
+    assert [chosen.count(rung) / 4000 for rung in range(4)] == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(("guidance_high", "anchor_end"), [(None, 1.0), (600, 0.5)])
 def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_student_sees(
-    guidance_high, tiny_teacher, monkeypatch
+    guidance_high, anchor_end, tiny_teacher, monkeypatch
 ):
     """While the LoRA teacher leads, the student learns from it alone."""
     from accelerate import Accelerator
@@ -236,7 +246,8 @@ def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_stud
 
     recipe = dataclasses.replace(
         RECIPES["swiftbrush"], batch=4, student_steps=4, lora_rank=2, lora_alpha=2, steps=30, lora_lead=20,
-        guidance=30.0, guide_lora=False, anchor_weight=2.0, student_lr=1e-3, guidance_high=guidance_high,
+        guidance=30.0, guide_lora=False, anchor_weight=2.0, anchor_end=anchor_end, student_lr=1e-3,
+        guidance_high=guidance_high, cooldown=1.0,
     )  # fmt: skip
 
     def student():
@@ -277,7 +288,8 @@ def test_the_anchor_is_the_image_before_or_the_teachers_guess_from_what_the_stud
         guess = x0_by_hand(before, 1.0, x_t, t, cond) if rung == 0 else x0_by_hand(plain, scale, x_t, t, cond)
         wanted = 0.5 * (metrics["x0"] - guess).pow(2).mean()
         assert metrics["anchor_loss"] == pytest.approx(wanted.item(), rel=1e-2) and wanted > 1e-6
-        assert metrics["student_loss"] == pytest.approx(2 * metrics["anchor_loss"].item())
+        fallen = 0 if rung else (1 - anchor_end) * (step - 1) / 30  # the first step's anchor goes with student_lr
+        assert metrics["student_loss"] == pytest.approx(2 * (1 - fallen) * metrics["anchor_loss"].item())
         assert metrics["student_grad"] > 0
     assert set(taken) == {0, 1, 2, 3} and taken[0] > 0  # or the first step would still be what it was
 
@@ -347,6 +359,10 @@ def test_a_run_of_several_steps_is_exported_merged_and_drawn(tmp_path, tiny_teac
         (["--student-steps", 2, "--no-reparameterisation"], "without re-parameterisation takes one step"),
         (["--student-steps", 2, "--set", "pairs=2"], "pairs"),
         (["--set", "anchor_weight=2"], "anchor_weight is for students of several steps"),
+        (["--set", "tell_rung=true"], "tell_rung is for students of several steps"),
+        (["--student-steps", 2, "--set", "anchor_end=0"], "anchor_end is what is left of anchor_weight, which is 0"),
+        (["--set", "first_share=0.5"], "first_share is for students of several steps"),
+        (["--student-steps", 2, "--set", "first_share=1.5"], "first_share is a share of 1"),
         (["--student-steps", 2, "--set", "anchor_weight=2"], "this one starts as the teacher"),
     ],
 )
@@ -371,3 +387,5 @@ def test_the_plan_counts_the_simulated_forwards():
         9,
         10.25,
     ]  # of the student before at the first, the teacher's 2
+    mostly_first = dataclasses.replace(anchored[1], first_share=0.7)
+    assert forwards(mostly_first) == pytest.approx(7 + 0.1 * (1 + 2 + 3) + 0.7 * 1 + 0.3 * 2)

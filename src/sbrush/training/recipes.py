@@ -64,6 +64,8 @@ class Recipe:
     tell_rung: bool = False  # whether the LoRA teacher is told which of them its images come from, see methods/vsd.py
     # Of what the steps of a student from --init are held to: the first to its image before, others to the teacher's x0.
     anchor_weight: float = 0.0
+    anchor_end: float = 1.0  # share of it that is left, for the first, when student_lr has fallen to zero
+    first_share: float | None = None  # of the training steps, those of the first of several; None: as many as any other
     # What the paper has not:
     student_rank: int = 0  # of a LoRA that is the student, on the teacher's own weights; 0: a full copy of them
     lora_lr_end: float = 1.0  # share of lora_lr that is left when student_lr has fallen to zero, on the same line
@@ -110,8 +112,11 @@ class Recipe:
                 raise ValueError(f"{name} is at least 1")
         if self.clip == 0:
             raise ValueError("clip is above 0: it is the length that a gradient is cut to, and 0 would leave none")
-        for name in ("cooldown", "null_chance", "pair_share", "lora_lr_end", "ema", "beta2", "guide_share"):
-            if getattr(self, name) > 1 or (name in ("ema", "beta2") and getattr(self, name) == 1):
+        for name in (
+            "cooldown", "null_chance", "pair_share", "lora_lr_end", "ema", "beta2", "guide_share", "anchor_end",
+            "first_share",
+        ):  # fmt: skip
+            if (getattr(self, name) or 0) > 1 or (name in ("ema", "beta2") and getattr(self, name) == 1):
                 raise ValueError(f"{name} is a share of 1")
         if not 0 <= self.t_low <= self.t_high or (self.t_init is not None and self.t_init < 1) or self.warmup < 0:
             raise ValueError("timesteps and warmup count from 0, t_init from 1, and t_low is at most t_high")
@@ -121,8 +126,12 @@ class Recipe:
             raise ValueError("pairs tie noise to the image of one step: they go with student_steps=1")
         if self.student_steps > 1 and not self.reparameterised:
             raise ValueError("a student without re-parameterisation takes one step: it has no noise to go on with")
-        if self.anchor_weight and self.student_steps == 1:
-            raise ValueError("anchor_weight is for students of several steps")
+        if self.student_steps == 1:
+            for name in ("tell_rung", "anchor_weight", "first_share"):
+                if getattr(self, name) != getattr(Recipe, name):
+                    raise ValueError(f"{name} is for students of several steps")
+        if self.anchor_end < 1 and not self.anchor_weight:
+            raise ValueError("anchor_end is what is left of anchor_weight, which is 0")
         if self.lora_lead and (self.gap == "sds" or self.lora_lead >= self.steps):
             raise ValueError("lora_lead needs a LoRA teacher, and leaves steps for the student")
         if self.guidance_to is not None and self.guidance_to < self.guidance:
@@ -166,6 +175,11 @@ class Recipe:
     def lora_lr_at(self, step: int) -> float:
         """The LoRA teacher's learning rate in a step, counted from 1."""
         return self.lora_lr * (self.lora_lr_end + (1 - self.lora_lr_end) * self._falling(step))
+
+    def anchor_weight_at(self, step: int, rung: int) -> float:
+        """The weight of the anchor in a step, counted from 1, for a step of the student, counted from 0."""
+        left = 1.0 if rung else self.anchor_end + (1 - self.anchor_end) * self._falling(step)
+        return self.anchor_weight * left
 
     def clip_weight_at(self, step: int) -> float:
         """The weight of the clamped CLIP loss in a step, counted from 1."""

@@ -67,8 +67,8 @@ class Regression(Networks, Method):
     unused: ClassVar[tuple[str, ...]] = (
         "gap", "guide_lora", "lora_lr", "lora_rank", "lora_alpha", "lora_targets", "lora_updates", "shared_forward",
         "lora_weight", "null_chance", "t_init", "t_low", "t_high", "reparameterised", "lora_lr_end", "guidance_to",
-        "guidance_high", "lora_lead", "tell_rung", "anchor_weight", "pairs", "pair_steps", "pair_guidance",
-        "pair_share", "pair_weight", "hold", "hold_weight", "clip_weight", "clip_tau",
+        "guidance_high", "lora_lead", "tell_rung", "anchor_weight", "anchor_end", "first_share", "pairs",
+        "pair_steps", "pair_guidance", "pair_share", "pair_weight", "hold", "hold_weight", "clip_weight", "clip_tau",
     )  # fmt: skip
     metrics: ClassVar[tuple[str, ...]] = (
         "student_loss",

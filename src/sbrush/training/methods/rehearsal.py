@@ -47,10 +47,11 @@ def forwards(recipe: Recipe) -> float:
     paired = (
         recipe.pair_share * recipe.pairs / recipe.batch * recipe.pair_steps * (1 if recipe.pair_guidance == 1 else 2)
     )
-    student = (2 if recipe.student_rank else 3) + (recipe.student_steps - 1) / 2
+    first = 1 / recipe.student_steps if recipe.first_share is None else recipe.first_share
+    student = (2 if recipe.student_rank else 3) + (1 - first) * recipe.student_steps / 2
     held = recipe.hold / recipe.batch * (1 + student)
     if recipe.anchor_weight:
-        student += (1 + teacher * (recipe.student_steps - 1)) / recipe.student_steps
+        student += first + (1 - first) * teacher
     if recipe.gap == "sds":
         return student + teacher + paired + held
     score = teacher if recipe.guide_lora else 0 if recipe.shared_forward else 1

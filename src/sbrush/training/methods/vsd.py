@@ -237,7 +237,7 @@ class VSD(Networks, Method):
             cond = cond | {"control": self._control_images.draw(cond, draw)}
         z = draw.normal(self.teacher.latent_shape)
         set_role(self.student, "student")
-        rung = draw.index(len(self._rungs)) if len(self._rungs) > 1 else 0
+        rung = self._choose_rung(draw)
         x, t = self._go_down(z, rung, draw, cond)
         with torch.set_grad_enabled(self._learns(step, rung)):
             output = self._as_student(x, t, cond)
@@ -284,7 +284,7 @@ class VSD(Networks, Method):
             x, t, cond = images.x, images.t, images.cond
             guess = partial(self.teachers.score, x, t, cond, scores.scale)
             metrics["anchor_loss"] = core.pair_loss(x0, self._anchor.target(images.rung, x, t, cond, guess))
-            loss = loss + recipe.anchor_weight * metrics["anchor_loss"]
+            loss = loss + recipe.anchor_weight_at(step, images.rung) * metrics["anchor_loss"]
         if self.alignment and (weight := recipe.clip_weight_at(step)):
             with self.accelerator.autocast():
                 cosine = self.alignment.cosines(x0, images.texts)
@@ -316,6 +316,15 @@ class VSD(Networks, Method):
     def _learns(self, step: int, rung: int) -> bool:
         """Whether the student learns in a step: while the LoRA teacher leads, from the anchor alone."""
         return step > self.recipe.lora_lead or (self._anchor is not None and self._anchor.holds(rung))
+
+    def _choose_rung(self, draw: StepNoise) -> int:
+        """The student's step that is trained, counted from 0."""
+        count, share = len(self._rungs), self.recipe.first_share
+        if count == 1:
+            return 0
+        if share is None:
+            return draw.index(count)
+        return 0 if draw.chance(share) else 1 + draw.index(count - 1)
 
     def _guidance(self, draw: StepNoise) -> float | Tensor:
         """The guidance scale of a step."""
