@@ -10,8 +10,8 @@ STEPS  ?=
 LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
-FEW    := --student-steps 4 --init stickers --steps 450 --student-lr 1e-4 --set tell_rung=true \
-          --set lora_lead=120 --set anchor_weight=5
+FEW    := --student-steps 4 --init stickers --steps 1350 --student-lr 1e-4 --set tell_rung=true \
+          --set lora_lead=120 --set anchor_weight=5 --set anchor_end=0 --set first_share=0.7
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach teach-control teach-few teach-tiny-vae wheel clean
@@ -137,8 +137,6 @@ endif
 
 teach-few: $(READY)  ## train the built-in world's student of four steps again, from the shipped student
 	$(BIN)/sbrush distill prompts/stickers.txt $(FEW) --out runs/few
-	! grep -q '"extended_by": \[\]' runs/few/config.json || \
-	  $(BIN)/sbrush distill prompts/stickers.txt $(FEW) --out runs/few --extend 900
 	$(BIN)/python -m sbrush.training.world.ship student runs/few --name stickers-few
 
 teach-control: $(READY)  ## train the built-in world's ControlNet again, beside the shipped teacher
