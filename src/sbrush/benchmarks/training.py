@@ -94,6 +94,7 @@ def contenders(batch: int, *, built_in: bool, compiled: bool, student_rank: int 
     shared = dataclasses.replace(paper, guide_lora=False, shared_forward=True)
     found = {BASELINE: Contender(paper, BaselineVSD), "sbrush": Contender(paper)}
     found["sbrush, one LoRA forward"] = Contender(shared)
+    found["the same, 4 student steps"] = Contender(dataclasses.replace(shared, student_steps=4))
     if built_in:
         found["sbrush, stickers recipe"] = Contender(dataclasses.replace(RECIPES["stickers"], batch=batch))
     if compiled:  # last: compiling takes minutes
