@@ -19,6 +19,8 @@ from launch import Done, forget_accelerate, launch
 settings.register_profile("here", deadline=None, derandomize=True, max_examples=50)  # the same on any machine
 settings.load_profile("here")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests compare with what a CPU computes; where there is a GPU, "auto" would be that. CUDA_VISIBLE_DEVICES=0 shows it.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def build_tiny_teacher(folder: Path, *, prediction: str = "epsilon", seed: int = 0) -> Path:

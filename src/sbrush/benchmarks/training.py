@@ -243,7 +243,6 @@ def main(
             raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in only}
     prompts = ShuffledPrompts(make_prompts((c.text for c in all_captions()), "stickers"), 0)
-    accelerator = Accelerator(cpu=where == "cpu", mixed_precision="bf16" if bf16 else "no")
     rates = Rates.measure(where, torch.bfloat16 if bf16 else torch.float32)
     name = torch.cuda.get_device_name() if where != "cpu" else f"CPU, {torch.get_num_threads()} threads"
     about = f"{name}, batch {batch}, {'bf16' if bf16 else 'float32'}, torch {torch.__version__}"
@@ -256,6 +255,8 @@ def main(
         costs = {name: estimates[one.recipe, one.execution] for name, one in chosen.items()}
 
         def way(one: Contender) -> Callable[[int], object]:
+            # One for each: an accelerator holds what it has prepared, whoever else has let go of it.
+            accelerator = Accelerator(cpu=where == "cpu", mixed_precision="bf16" if bf16 else "no")
             made = one.kind(load_teacher(source), one.recipe, seed=0, accelerator=accelerator, execution=one.execution)
             return lambda step: made.step(step, prompts)
 

@@ -26,6 +26,8 @@ STUDENT_TARGETS = "blocks"
 GUIDANCE_WIDTH = 256  # sines and cosines of a guidance scale, as latent consistency models have them
 GUIDANCE_INPUT = "time_embedding.cond_proj.weight"
 
+RECOMPILED = 64  # graphs of one block: SD 2.1's full student and its LoRA teacher take 13
+
 _LAYERS: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()  # each UNet's, see _lora_layers
 
 
@@ -130,6 +132,19 @@ def _lora_layers(unet: nn.Module) -> tuple[Any, ...]:
     if unet not in _LAYERS:
         _LAYERS[unet] = tuple(module for module in unet.modules() if isinstance(module, BaseTunerLayer))
     return _LAYERS[unet]
+
+
+def compile_transformers(unet: UNet2DConditionModel, backend: str) -> None:
+    """Compiles a UNet's transformer blocks with torch.compile, each shape once for all blocks that have it.
+
+    They hold nearly all that compiling gains: at SD 2.1's size on an H200 steps are 1.26 times as fast, after a minute.
+    The residual blocks as well make it 1.28 times and take five (docs/results.md); of the whole UNet as one graph, no
+    role was compiled in eight minutes.
+    """
+    # Every shape in every role, with gradients and without, is a graph: torch tells the roles apart by the LoRAs'
+    # switches. Beyond its limit, 8 by default, it would go on without compiling.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILED)
+    unet.compile_repeated_blocks(backend=backend, dynamic=False)
 
 
 @torch.no_grad()

@@ -20,7 +20,14 @@ from sbrush.console import SbrushError
 from sbrush.models.checks import read_network
 from sbrush.models.ladder import Sampling
 from sbrush.models.model import Model
-from sbrush.models.unet import STUDENT_TARGETS, add_lora, attend_explicitly, merge_lora, set_role
+from sbrush.models.unet import (
+    STUDENT_TARGETS,
+    add_lora,
+    attend_explicitly,
+    compile_transformers,
+    merge_lora,
+    set_role,
+)
 from sbrush.storage import checkpoint
 from sbrush.training import optimizer, sharding
 from sbrush.training.ema import EMA
@@ -129,9 +136,8 @@ class Networks:
             self._base = accelerator.prepare_model(base, evaluation_mode=not self.helpers)
             self._student = accelerator.prepare_model(self.student, device_placement=not shard, evaluation_mode=shard)
         if self.execution.compile:
-            # Each role is a graph of its own, and so is each mode: torch tells them apart by the LoRAs' switches.
             for unet in {base, self.student}:
-                unet.compile(backend=self.execution.compile, dynamic=False)
+                compile_transformers(unet, self.execution.compile)
 
     def apply(self, adam: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """One step; the gradient's norm before clipping, see optimizer.clip_and_step.
