@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sbrush.training.cost import estimate
 from sbrush.training.loop import distill
 from sbrush.training.methods import METHODS, Method, Rehearsal
 from sbrush.training.networks import Networks
-from sbrush.training.plan import prepare
+from sbrush.training.plan import check_compiler, prepare
 from sbrush.training.recipes import RECIPES
 from sbrush.training.request import ExecutionOptions, Intervals, RunRequest
 
@@ -157,3 +158,16 @@ def test_a_run_larger_than_the_free_memory_is_noted_before_it_starts(tiny_teache
         compare_with_free_memory(asked)
         said = capsys.readouterr().err
         assert ("GiB free; these make it smaller: --ema-on-cpu" in said) == noted
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_compile_needs_a_compiler_and_says_so_at_the_start(tiny_teacher, tmp_path, monkeypatch, device, variable):
+    asked = dataclasses.replace(
+        request(tiny_teacher, tmp_path / "run"), execution=ExecutionOptions(compile="inductor"), device=device
+    )
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(SbrushError, match="no-such-compiler is not found") as refused:
+        prepare(asked)
+    assert variable in refused.value.hint and not (tmp_path / "run").exists()
+    monkeypatch.setenv(variable, sys.executable)  # a program that is there
+    check_compiler(device)

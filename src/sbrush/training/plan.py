@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +58,8 @@ class Plan:
 def prepare(request: RunRequest) -> Plan:
     """Loads the models and resolves the run's configuration. SbrushError if they do not go together."""
     recipe, device = request.recipe, request.device
+    if request.execution.compile == "inductor":
+        check_compiler(device)
     bf16 = trains_in_bf16(request.precision, device)
     sharded = sharding.asked_for()
     accelerator = make_accelerator(device, "bf16" if bf16 else "no", tracked_in(request.out, request.trackers))
@@ -95,6 +99,18 @@ def prepare(request: RunRequest) -> Plan:
     run = Run.plan(request.out, config, recipe, request.every, extend=request.extend)
     cache = TextCache(request.text_cache, teacher, request.prompts) if request.text_cache else None
     return Plan(run, request.prompts, teacher, init, accelerator, execution, alignment, validation, cache, images, held)
+
+
+def check_compiler(device: str) -> None:
+    """SbrushError if the compiler is not there that torch.compile calls: for C on CUDA (Triton), else for C++."""
+    variable, usual = ("CC", ("gcc", "clang")) if device.startswith("cuda") else ("CXX", ("g++",))
+    chosen = os.environ.get(variable)
+    names = (chosen,) if chosen else usual
+    if not any(shutil.which(name) for name in names):
+        raise SbrushError(
+            f"--compile needs a compiler, and {printable(' or '.join(names))} is not found",
+            f"install gcc and g++ (Debian: build-essential), or set {variable}; or leave out --compile",
+        )
 
 
 def check_method(request: RunRequest) -> None:
