@@ -11,7 +11,7 @@ LIMIT  ?= 1000
 PROMPT ?= a small red cat on a mint background
 
 FEW    := --student-steps 4 --init stickers --steps 1350 --student-lr 1e-4 --set tell_rung=true \
-          --set lora_lead=120 --set anchor_weight=5 --set anchor_end=0 --set first_share=0.7
+          --set lora_lead=120 --set anchor_weight=5 --set anchor_end=0 --set first_share=0.5
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint docs distill sample eval mutate kill fuzz memory full-size ablations negative results style bench bench-eval bench-sample bench-serve teach teach-control teach-few teach-tiny-vae wheel clean
