@@ -34,17 +34,27 @@ def listening(artist, access=Access(), capacity=Capacity(), **options):  # noqa:
             thread.join()
 
 
+def send(address, *pieces, seconds=20):
+    """A connection to a server on which these bytes are sent."""
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=seconds)
+    for piece in pieces:
+        connection.sendall(piece)
+    return connection
+
+
+def answer(connection):
+    """Whatever a server answers on a connection, until it closes it."""
+    found = b""
+    with connection, contextlib.suppress(ConnectionResetError):
+        while some := connection.recv(65536):
+            found += some
+    return found
+
+
 def raw(address, *pieces, seconds=20):
     """Whatever a server answers to bytes, until it closes the connection."""
-    host, port = address.removeprefix("http://").rstrip("/").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        for piece in pieces:
-            connection.sendall(piece)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while some := connection.recv(65536):
-                answer += some
-    return answer
+    return answer(send(address, *pieces, seconds=seconds))
 
 
 def draw_body(**fields):

@@ -15,7 +15,7 @@ import pytest
 from conftest import sbrush
 from sbrush.serving import connection, guard
 from sbrush.serving.server import Capacity
-from serving import draw_body, listening, load, raw
+from serving import answer, draw_body, listening, load, raw, send
 from test_serve_engine import SECONDS, Gated
 
 JSON = b"Content-Type: application/json\r\n"
@@ -199,15 +199,12 @@ def test_sigterm_finishes_what_is_under_way(tiny_teacher):
     try:
         address = started.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address), started.stderr.read()
-        codes = []
-        sent = post(None, b"Authorization: Bearer correct-horse", b"Connection: close")
-        threads = [threading.Thread(target=lambda: codes.append(status(raw(address, sent)))) for _ in range(12)]
-        for thread in threads:
-            thread.start()
-        until(lambda: len(codes) > 0)
+        request = post(None, b"Authorization: Bearer correct-horse", b"Connection: close")
+        connections = [send(address, request) for _ in range(12)]
+        # A server takes connections in their order: when a later one has its answer, these are all under way.
+        raw(address, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         started.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join(SECONDS)
+        codes = [status(answer(connection)) for connection in connections]
         out, err = started.communicate(timeout=SECONDS)
     finally:
         started.kill()

@@ -25,7 +25,6 @@ STUDENT_TARGETS = "blocks"
 
 GUIDANCE_WIDTH = 256  # sines and cosines of a guidance scale, as latent consistency models have them
 GUIDANCE_INPUT = "time_embedding.cond_proj.weight"
-
 RECOMPILED = 64  # graphs of one block: SD 2.1's full student and its LoRA teacher take 13
 
 _LAYERS: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()  # each UNet's, see _lora_layers
